@@ -1,0 +1,46 @@
+"""Token ids to the exact bytes they stand for."""
+
+import json
+from typing import TYPE_CHECKING
+
+from atlas.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes (openai/gpt-2, src/encoder.py, bytes_to_unicode), inverted."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    table.update({chr(256 + index): byte for index, byte in enumerate(others)})
+    return table
+
+
+def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
+    """Every id of the vocabulary with its bytes: joined over a sequence they are the text, also inside a character.
+
+    Knows byte-level BPE (GPT-2, Qwen, Llama 3, ...) and SentencePiece-like vocabularies with byte fallback (Llama 2, Gemma).
+    Raises `UserError` for other kinds.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["id"]: token["content"].encode() for token in backend.get("added_tokens", [])}
+    decoder = json.dumps(backend.get("decoder"))
+    vocabulary = tokenizer.get_vocab()
+    if '"ByteLevel"' in decoder:
+        alphabet = _byte_level_alphabet()
+        return {
+            index: added[index] if index in added else bytes(alphabet[char] for char in token)
+            for token, index in vocabulary.items()
+        }
+    if '"ByteFallback"' in decoder or "▁" in decoder:
+        return {
+            index: added[index]
+            if index in added
+            else bytes([int(token[3:5], 16)])
+            if token.startswith("<0x") and len(token) == 6
+            else token.replace("▁", " ").encode()
+            for token, index in vocabulary.items()
+        }
+    raise UserError(f"the tokenizer {tokenizer.name_or_path!r} is of a kind whose bytes atlas cannot tell (decoder {decoder[:80]})")

@@ -1,0 +1,32 @@
+"""`atlas COMMAND ...`: the entry points as subcommands; each module is imported only when it is asked for."""
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "sft": ("atlas.train.sft", "supervised fine-tuning: config -> adapter"),
+    "push": ("atlas.hub", "push a finished run to the Hub"),
+    "pocket": ("atlas.pocket.lab", "the whole way on a machine with neither GPU nor Hub"),
+}
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: atlas COMMAND [arguments]\n")
+        print("\n".join(f"  {name:<8} {what}" for name, (_, what) in COMMANDS.items()))
+        print("\n`atlas COMMAND --help` shows the arguments of one.")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from atlas import __version__
+
+        print(f"atlas {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0)[0]
+        print(f"error: unknown command {arguments[0]!r}; did you mean {near!r}?", file=sys.stderr)
+        return 2
+    status: int = import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+    return status

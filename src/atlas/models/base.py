@@ -1,0 +1,246 @@
+"""Base model, tokenizer and chat template: loaded together, so that the three agree on where a turn ends."""
+
+from typing import TYPE_CHECKING, Any
+
+from atlas.config import Config
+from atlas.device import DevicePlan, Machine, choose_device
+from atlas.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# The part of Qwen2.5's published chat templates (base and Instruct differ only in the default system prompt above it)
+# that renders user, system and assistant turns.
+_QWEN25_TURNS = r"""    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role }}
+        {%- if message.content %}
+            {{- '\n' + message.content }}
+        {%- endif %}
+        {%- for tool_call in message.tool_calls %}
+            {%- if tool_call.function is defined %}
+                {%- set tool_call = tool_call.function %}
+            {%- endif %}
+            {{- '\n<tool_call>\n{"name": "' }}
+            {{- tool_call.name }}
+            {{- '", "arguments": ' }}
+            {{- tool_call.arguments | tojson }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+"""
+# The same text, with markers around exactly what the model generates after the prompt `<|im_start|>assistant\n`. TRL's
+# qwen2_5_training.jinja also marks that newline and the one after <|im_end|>, which no model ever generates.
+_QWEN25_TURNS_MARKED = r"""    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" and not message.tool_calls %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- generation %}
+            {{- message.content + '<|im_end|>' }}
+        {%- endgeneration %}
+        {{- '\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- generation %}
+            {%- if message.content %}
+                {{- message.content + '\n' }}
+            {%- endif %}
+            {%- for tool_call in message.tool_calls %}
+                {%- if tool_call.function is defined %}
+                    {%- set tool_call = tool_call.function %}
+                {%- endif %}
+                {{- '<tool_call>\n{"name": "' if loop.first else '\n<tool_call>\n{"name": "' }}
+                {{- tool_call.name }}
+                {{- '", "arguments": ' }}
+                {{- tool_call.arguments | tojson }}
+                {{- '}\n</tool_call>' }}
+            {%- endfor %}
+            {{- '<|im_end|>' }}
+        {%- endgeneration %}
+        {{- '\n' }}
+"""
+# Spare special tokens of known vocabularies, for tokenizers whose pad is missing or is the stop token.
+_PAD_CANDIDATES = (
+    "<|endoftext|>",
+    "<|finetune_right_pad_id|>",
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|reserved_special_token_0|>",
+    "<unk>",
+)
+
+
+def patch_chat_template_for_assistant_mask(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """Put `{% generation %}` markers into the tokenizer's chat template, around what the model has to generate.
+
+    For Qwen2.5 (base and Instruct) the marked span is exactly content (tool calls included) + `<|im_end|>`, and the rendered
+    text stays the same byte for byte. For other families TRL's training template is taken where TRL has one. A template
+    that has markers is left alone, so a second call changes nothing. Changes and returns `tokenizer`.
+
+    Raises `UserError` for a tokenizer without a chat template and for one that neither atlas nor TRL knows: without
+    markers the mask would be empty.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # named variants; transformers renders "default"
+        template = template.get("default")
+    if not template:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so conversations cannot be rendered: set "
+            "model.tokenizer_name to an instruction-tuned tokenizer of the same family (same vocabulary)"
+        )
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    if has_generation_markers(template):
+        return tokenizer
+    if template.count(_QWEN25_TURNS) == 1:
+        tokenizer.chat_template = template.replace(_QWEN25_TURNS, _QWEN25_TURNS_MARKED)
+        return tokenizer
+    try:
+        training_template = get_training_chat_template(tokenizer)
+    except Exception as error:  # TRL raises ValueError for an unknown template, jinja its own errors while TRL probes it
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} is unknown and has no {{% generation %}} markers, so the loss mask "
+            f"would be empty ({type(error).__name__}). Add the markers around the assistant's content and its stop token in "
+            "the template, or choose another model.tokenizer_name"
+        ) from None
+    if training_template is not None:
+        tokenizer.chat_template = training_template
+    return tokenizer
+
+
+def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
+    """The tokenizer as it will be trained with and saved: patched template, eos = the chat's stop token, pad != eos.
+
+    Raises `UserError` where it cannot be loaded or repaired.
+    """
+    from transformers import AutoTokenizer
+
+    key = "model.tokenizer_name" if config.model.tokenizer_name else "model.name"
+    name = config.model.tokenizer_name or config.model.name
+    revision = config.model.tokenizer_revision if config.model.tokenizer_name else config.model.revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{key}: the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{key}: {name!r} has no fast tokenizer (tokenizer.json), which atlas needs to tokenize in batches")
+    patch_chat_template_for_assistant_mask(tokenizer)
+    tokenizer.eos_token = _stop_token(tokenizer)
+    if config.model.pad_token is not None:
+        if config.model.pad_token not in tokenizer.get_vocab() or config.model.pad_token == tokenizer.eos_token:
+            raise UserError(
+                f"model.pad_token {config.model.pad_token!r} must be a token of the vocabulary other than the stop token "
+                f"{tokenizer.eos_token!r}"
+            )
+        tokenizer.pad_token = config.model.pad_token
+    elif tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        vocabulary = tokenizer.get_vocab()
+        spare = [token for token in _PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token]
+        if not spare:
+            raise UserError(
+                f"{key}: pad would be the stop token {tokenizer.eos_token!r}: name a spare token of the vocabulary in model.pad_token"
+            )
+        tokenizer.pad_token = spare[0]
+    return tokenizer
+
+
+def _stop_token(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The special token that ends an assistant turn: the last one inside the markers of a rendered probe."""
+    text, spans = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    start, end = spans[-1] if spans else (0, 0)
+    ids = tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
+    special = [token for token in tokenizer.convert_ids_to_tokens(ids) if token in tokenizer.get_added_vocab()]
+    if not special:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} marks {text[start:end]!r} as the answer, without a stop token: the "
+            "model would never learn to stop. Put the end-of-turn token inside the {% generation %} markers"
+        )
+    return str(special[-1])
+
+
+def render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None = None,
+    *,
+    add_generation_prompt: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and the character spans inside the template's generation markers.
+
+    Keys whose value is null are dropped, as `apply_chat_template` does, so that `content: null` is a missing key.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered, spans = render_jinja_template(
+        conversations=[[{k: v for k, v in message.items() if v is not None} for message in messages]],
+        tools=tools,
+        chat_template=tokenizer.get_chat_template(tools=tools),
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=add_generation_prompt,
+        **tokenizer.special_tokens_map,
+    )
+    return rendered[0], spans[0]
+
+
+def load_base_model_and_tokenizer(
+    config: Config, plan: DevicePlan | None = None, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The quantised base model and its repaired tokenizer, with one eos and one pad on tokenizer, config and generation config.
+
+    `plan` and `tokenizer` are made from the config where they are not given. Raises `UserError` where the model cannot be
+    loaded or the tokenizer has more tokens than the model has embeddings.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+
+    plan = plan or choose_device(config, Machine.from_torch())
+    tokenizer = tokenizer or load_tokenizer(config)
+    name, revision = config.model.name, config.model.revision
+    try:
+        vocabulary = AutoConfig.from_pretrained(name, revision=revision).get_text_config().vocab_size
+    except Exception as error:
+        raise UserError(f"model.name: {name!r} cannot be loaded: {_first_line(error)}") from None
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"model.tokenizer_name: {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, but {name!r} has only {vocabulary} "
+            "embeddings: they are not of one family"
+        )
+    quantization = None
+    if config.quantization.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.quantization.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=config.quantization.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, plan.compute_dtype),
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=getattr(torch, plan.dtype),
+            attn_implementation=plan.attn_implementation,
+            quantization_config=quantization,
+            device_map={"": torch.cuda.current_device() if plan.device == "cuda" else "cpu"},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except OSError as error:
+        raise UserError(f"model.name: the weights of {name!r} cannot be loaded: {_first_line(error)}") from None
+    stops = model.generation_config.eos_token_id or []
+    stops = stops if isinstance(stops, list) else [stops]
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    # Every token that ends a text ends generation too: with <|endoftext|> alone, batches go on after <|im_end|>. Nothing else
+    # is kept: a base model's max_new_tokens or repetition_penalty would silently override an evaluation's settings.
+    model.generation_config = GenerationConfig(
+        eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, *stops])),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=model.generation_config.bos_token_id,
+    )
+    return model, tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

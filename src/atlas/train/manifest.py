@@ -1,0 +1,76 @@
+"""`manifest.json`: what made this adapter, in enough detail to make it again."""
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from atlas.config import LoadedConfig
+from atlas.data.tokenize import Labeled
+from atlas.device import DevicePlan
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface_hub")
+
+
+def build_manifest(
+    loaded: LoadedConfig, plan: DevicePlan, labeled: Labeled, chat_template: str, result: dict[str, Any]
+) -> dict[str, Any]:
+    """The manifest as plain JSON types. `result` is what the run found out (steps, losses, tokens, times)."""
+    return {
+        "format": 1,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.executable).name, "-m", "atlas.train.sft", *sys.argv[1:]]),
+        "config_hash": loaded.config_hash,
+        "config": loaded.config.model_dump(mode="json"),
+        "device": {"hardware": plan.hardware, **{c.key: c.value for c in plan.choices}},
+        "versions": versions(),
+        "git": git_state(),
+        "data": {
+            "fingerprint": labeled.fingerprint,
+            "sources": [asdict(ledger) for ledger in labeled.ledgers],
+        },
+        "chat_template_sha256": hashlib.sha256(chat_template.encode()).hexdigest(),
+        "result": result,
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all: a temporary file, flushed to disk, then renamed over `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of atlas, Python and the libraries it stands on."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in ("atlas-posttraining", *_PACKAGES):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the atlas checkout that runs, and whether it has local changes; None outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,246 @@
+"""Supervised fine-tuning: one config file -> a LoRA/QLoRA adapter with proven labels.
+
+    python -m atlas.train.sft --config configs/sft_qwen05b.yaml [--max-steps N] [key=value ...]
+
+What it does, in this order: device plan, tokenizer with patched chat template, data to labels, audit record, 4-bit base model,
+LoRA, TRL's SFTTrainer, adapter + tokenizer + manifest on disk, push. What cannot end well is refused before the model is
+loaded. Exit status: 0 done, 1 the run failed, 2 the input is wrong.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atlas.config import LoadedConfig, load_config, render_config
+from atlas.errors import DONE, FAILED, UserError, run_main
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+    from atlas.device import DevicePlan
+    from atlas.train.trainer import LabeledSFTTrainer
+
+
+@dataclass(frozen=True)
+class SftRun:
+    """A finished run: the folder with adapter, tokenizer and manifest, and the trainer with the model still in memory."""
+
+    folder: Path
+    trainer: "LabeledSFTTrainer"
+    manifest: dict[str, Any]
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="atlas sft", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--config", required=True, help="phase YAML; the base.yaml beside it is merged under it")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimizer steps (train.max_steps)")
+    parser.add_argument("--no-push-to-hub", action="store_true", help="keep the result on this machine")
+    parser.add_argument(
+        "--dump-template-audit", action="store_true", help="write what would be trained, token by token, and stop (no model is loaded)"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config with the source of each value")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="checkpoint to go on from (default: auto)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path into the config, e.g. train.learning_rate=1e-4")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    return run_main(lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    overrides = list(arguments.overrides)
+    if arguments.max_steps is not None:
+        overrides.append(f"train.max_steps={arguments.max_steps}")
+    if arguments.no_push_to_hub:
+        overrides.append("output.hub_repo=null")
+    loaded = load_config(arguments.config, overrides)
+    if arguments.print_config:
+        from atlas.device import Machine, choose_device
+
+        print(render_config(loaded, choose_device(loaded.config, Machine.without_torch()).decided()), end="")
+        return DONE
+    # On a shared machine OpenMP's spinning barriers make small steps 6-13x slower; read once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if arguments.dump_template_audit:
+        dump_audit(loaded)
+        return DONE
+    run = train(loaded, resume=arguments.resume)
+    if run.manifest["result"]["lora_b_norm"] == 0.0:
+        print("error: no step changed the adapter (LoRA B is zero): its scores would be the base model's", file=sys.stderr)
+        return FAILED
+    if loaded.config.output.hub_repo is not None:
+        from atlas.hub import push
+
+        return push(run.folder, loaded.config.output.hub_repo)
+    return DONE
+
+
+def dump_audit(loaded: LoadedConfig) -> Path:
+    """Write the template audit of the data as configured; no model is loaded."""
+    from atlas.audit.report import write_audit
+    from atlas.data.tokenize import prepare
+    from atlas.models.base import load_tokenizer
+
+    config = loaded.config
+    _quiet_libraries()
+    tokenizer = load_tokenizer(config)
+    labeled = prepare(config, tokenizer)
+    for ledger in labeled.ledgers:
+        print(ledger.table())
+    path = write_audit(labeled, tokenizer, Path(config.output.results_dir), config.audit.rows)
+    print(f"audit of the first {min(config.audit.rows, len(labeled.dataset))} rows: {path}")
+    return path
+
+
+def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
+    """The whole job, top to bottom. Raises `UserError` for input that cannot end well, before the model is loaded."""
+    config, started = loaded.config, time.perf_counter()
+    folder = Path(config.output.dir)
+    _quiet_libraries()
+
+    from transformers import set_seed
+
+    from atlas.data.tokenize import prepare
+    from atlas.device import Machine, choose_device
+    from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm, lora_config
+    from atlas.models.base import load_base_model_and_tokenizer, load_tokenizer
+    from atlas.train.callbacks import LogLine, duration, memory_gib
+    from atlas.train.checkpoints import StampCheckpoints, checkpoint_to_resume
+    from atlas.train.manifest import build_manifest, write_json
+    from atlas.train.trainer import LabeledSFTTrainer
+
+    plan = choose_device(config, Machine.from_torch())
+    print(f"config {loaded.config_hash}\n{plan.table()}")
+    arguments = sft_arguments(loaded, plan)
+    if config.output.hub_repo is not None:
+        from atlas.hub import check_access
+
+        check_access(config.output.hub_repo, private=config.output.hub_private)
+    tokenizer = load_tokenizer(config)
+    adapter = lora_config(config.lora, tokenizer)
+    labeled = prepare(config, tokenizer)
+    for ledger in labeled.ledgers:
+        print(ledger.table())
+    checkpoint = checkpoint_to_resume(folder, resume, loaded.config_hash)
+
+    model, tokenizer = load_base_model_and_tokenizer(config, plan, tokenizer)
+    set_seed(arguments.seed)  # the adapter is initialised in SFTTrainer's constructor, before Trainer seeds anything
+    log = LogLine()
+    trainer = LabeledSFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=labeled.dataset,
+        processing_class=tokenizer,
+        peft_config=adapter,
+        callbacks=[log, StampCheckpoints(loaded.config_hash)],
+    )
+    _remove_default_printing(trainer)
+    trainable = cast_trainable_to_fp32(trainer.model)
+    print(f"adapter r={config.lora.r} alpha={config.lora.lora_alpha}: {trainable:,} trainable parameters, float32")
+
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    trainer.model.save_pretrained(folder, save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
+    trainer.model.generation_config.save_pretrained(folder)
+    result = {
+        "steps": trainer.state.global_step,
+        "trainable_parameters": trainable,
+        "supervised_tokens": trainer.supervised_tokens,
+        "lora_b_norm": lora_b_norm(trainer.model),
+        "loss_first": log.history[0][1] if log.history else None,
+        "loss_last": log.history[-1][1] if log.history else None,
+        "loss_mean": outcome.training_loss,
+        "train_seconds": round(outcome.metrics["train_runtime"], 2),
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_memory_gib": round(memory_gib(), 3),
+    }
+    manifest = build_manifest(loaded, plan, labeled, tokenizer.get_chat_template(), result)
+    write_json(folder / "manifest.json", manifest)
+    losses = f"loss {log.history[0][1]:.4f} -> {log.history[-1][1]:.4f}, " if log.history else ""
+    print(
+        f"done: {result['steps']} steps, {result['supervised_tokens']:,} supervised tokens, {losses}"
+        f"LoRA B norm {result['lora_b_norm']:.4f}, {duration(time.perf_counter() - started)}, saved in {folder}"
+    )
+    return SftRun(folder, trainer, manifest)
+
+
+def sft_arguments(loaded: LoadedConfig, plan: "DevicePlan") -> "SFTConfig":
+    """TRL's arguments from `train:`, the device plan and the output folder. Raises `UserError` for what TRL refuses."""
+    from trl import SFTConfig
+
+    config = loaded.config
+    given = dict(config.train)
+    # The labels are made already: what TRL would do to the rows (mask, truncate, filter one by one) is done.
+    given["assistant_only_loss"] = False
+    if not given.get("packing"):
+        given["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    given |= {
+        "output_dir": config.output.dir,
+        "bf16": plan.bf16,
+        "fp16": plan.fp16,
+        "use_cpu": plan.device == "cpu",
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "report_to": available_trackers(config.train_value("report_to")),
+        "run_name": given.get("run_name") or f"{Path(config.output.dir).name}-{loaded.config_hash}",
+        "disable_tqdm": True,
+    }
+    try:
+        return SFTConfig(**given)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"train: {' '.join(str(error).split())}") from None
+
+
+def available_trackers(asked: str | list[str] | None) -> list[str]:
+    """The trackers of `train.report_to` that can start; wandb without credentials is said in one line and left out."""
+    names = [asked] if isinstance(asked, str) else list(asked or [])
+    names = [name for name in names if name != "none"]
+    if "wandb" in names and (problem := _wandb_problem()):
+        print(f"wandb off: {problem}")
+        names.remove("wandb")
+    return names or ["none"]
+
+
+def _wandb_problem() -> str | None:
+    from importlib.util import find_spec
+
+    if find_spec("wandb") is None:
+        return "the package is not installed (`pip install atlas-posttraining[wandb]`)"
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
+        return None
+    from netrc import NetrcParseError, netrc
+
+    try:
+        known = netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, NetrcParseError):
+        known = False
+    return None if known else "no credentials (`wandb login`, WANDB_API_KEY or WANDB_MODE=offline turn it on)"
+
+
+def _remove_default_printing(trainer: "LabeledSFTTrainer") -> None:
+    from transformers import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+
+
+def _quiet_libraries() -> None:
+    """Warnings stay; progress bars go where the output is not a terminal."""
+    import logging
+
+    import datasets
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
