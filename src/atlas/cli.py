@@ -30,3 +30,7 @@ def main() -> int:
         return 2
     status: int = import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
     return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

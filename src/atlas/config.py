@@ -93,11 +93,11 @@ class QuantizationConfig(_Section):
 class LoraSettings(_Section):
     """PEFT's `LoraConfig` names (https://arxiv.org/abs/2106.09685)."""
 
-    r: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    r: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
     )
     use_rslora: bool = False
     trainable_tokens: tuple[str, ...] = ()
@@ -111,7 +111,7 @@ class Source(_Section):
     split: str = "train"
     config: str | None = None
     revision: str | None = None
-    rows: int | None = Field(None, ge=1)
+    rows: int | None = Field(default=None, ge=1)
     """Take this many rows, drawn with data.seed; null: all."""
 
     @property
@@ -127,9 +127,9 @@ class DataConfig(_Section):
     """Sources; each `name`, `name:rows`, or a mapping with name, split, config, revision, rows."""
     seed: int = 42
     """Draws the rows of a source that is not taken whole."""
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """A larger share of unusable rows stops the run: the data are not what the config takes them for."""
-    num_proc: int | None = Field(None, ge=1)
+    num_proc: int | None = Field(default=None, ge=1)
 
     @field_validator("train", mode="before")
     @classmethod
@@ -150,7 +150,7 @@ def _source(item: Any) -> Any:
 class AuditConfig(_Section):
     """What --dump-template-audit writes."""
 
-    rows: int = Field(8, ge=1)
+    rows: int = Field(default=8, ge=1)
 
 
 class OutputConfig(_Section):
@@ -181,7 +181,9 @@ class Config(_Section):
         # 32: Qwen2.5's default system turn and the two role headers alone take 27 tokens, so nothing would be trained.
         length = value.get("max_length") if isinstance(value, Mapping) else None
         if isinstance(length, int) and length < 32:
-            raise ValueError(f"max_length {length} leaves no room for a conversation: set at least 32 (usual: 1024-2048)")
+            raise ValueError(
+                f"max_length {length} leaves no room for a conversation: set at least 32 (usual: 1024-2048)"
+            )
         return value
 
     def train_value(self, name: str) -> Any:
@@ -238,7 +240,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise UserError(f"config file {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+        raise UserError(
+            f"config file {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
     try:
         tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except (YAMLError, UnicodeDecodeError) as error:
@@ -326,7 +330,9 @@ def _unknown(origin: str, key: str, known: Iterable[str]) -> str:
     return f"{origin}: unknown key {key!r}; did you mean {near[0]!r}?"
 
 
-def _merge(tree: dict[str, Any], layer: Mapping[str, Any], origin: str, sources: dict[str, str], prefix: str = "") -> None:
+def _merge(
+    tree: dict[str, Any], layer: Mapping[str, Any], origin: str, sources: dict[str, str], prefix: str = ""
+) -> None:
     for key, value in layer.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, Mapping) and not prefix:
@@ -403,9 +409,7 @@ def render_config(loaded: LoadedConfig, decided: Mapping[str, tuple[Any, str]] |
 
     def emit(dotted: str, value: Any) -> None:
         source = loaded.sources.get(dotted, "default")
-        if dotted in decided and source == "default":
-            value, source = decided[dotted][0], f"device: {decided[dotted][1]}"
-        elif dotted in decided and value == "auto":
+        if dotted in decided and (source == "default" or value == "auto"):
             value, source = decided[dotted][0], f"device: {decided[dotted][1]}"
         text = f"  {dotted.split('.', 1)[1]}: {_yaml_value(value)}"
         lines.append(f"{text:<56}  # {source}")

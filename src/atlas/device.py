@@ -151,7 +151,9 @@ def choose_device(config: Config, machine: Machine) -> DevicePlan:
     attention, why = _attention(config, machine, gpu, dtype)
     choices.append(Choice("model.attn_implementation", attention, why))
     choices.append(Choice("train.bf16", dtype == "bfloat16", f"follows dtype {dtype}"))
-    choices.append(Choice("train.fp16", dtype == "float16", "loss scaling" if dtype == "float16" else f"follows dtype {dtype}"))
+    choices.append(
+        Choice("train.fp16", dtype == "float16", "loss scaling" if dtype == "float16" else f"follows dtype {dtype}")
+    )
     checkpointing, why = _checkpointing(config, gpu)
     choices.append(Choice("train.gradient_checkpointing", checkpointing, why))
     return DevicePlan(
@@ -232,7 +234,8 @@ def _compute_dtype(config: Config, gpu: Gpu | None, dtype: str) -> tuple[str, st
         return dtype, "same as dtype"
     if asked == "bfloat16" and gpu is not None and gpu.capability < (8, 0):
         raise UserError(
-            f"quantization.bnb_4bit_compute_dtype asks for bfloat16, but {gpu.name} ({gpu.sm}) has no bf16 arithmetic: use float16 or auto"
+            f"quantization.bnb_4bit_compute_dtype asks for bfloat16, but {gpu.name} ({gpu.sm}) has no bf16 arithmetic: "
+            "use float16 or auto"
         )
     return asked, "set in the config"
 
@@ -242,17 +245,26 @@ def _attention(config: Config, machine: Machine, gpu: Gpu | None, dtype: str) ->
     if asked == "flash_attention_2":
         if gpu is None or gpu.capability < (8, 0):
             where = "a CPU" if gpu is None else f"{gpu.name} ({gpu.sm})"
-            raise UserError(f"model.attn_implementation: flash_attention_2 needs sm_80 or newer, not {where}: use sdpa or auto")
+            raise UserError(
+                f"model.attn_implementation: flash_attention_2 needs sm_80 or newer, not {where}: use sdpa or auto"
+            )
         if not machine.has_flash_attention:
-            raise UserError("model.attn_implementation: flash_attention_2 needs the package flash-attn: install it, or use sdpa")
+            raise UserError(
+                "model.attn_implementation: flash_attention_2 needs the package flash-attn: install it, or use sdpa"
+            )
     if asked != "auto":
-        risk = "; fp16 with eager attention is reported to give NaN on Qwen2.5" if (asked, dtype) == ("eager", "float16") else ""
+        risk = (
+            "; fp16 with eager attention is reported to give NaN on Qwen2.5"
+            if (asked, dtype) == ("eager", "float16")
+            else ""
+        )
         return asked, f"set in the config{risk}"
     return "sdpa", "in torch, needs no extra package"
 
 
 def _checkpointing(config: Config, gpu: Gpu | None) -> tuple[bool, str]:
-    asked = config.train.get("gradient_checkpointing")
+    # transformers 5 renames the key; TRL still uses the old name
+    asked = config.train.get("activation_checkpointing", config.train.get("gradient_checkpointing"))
     if asked is not None:
         return bool(asked), "set in the config"
     if gpu is None:

@@ -43,7 +43,10 @@ def push(folder: Path, repo: str) -> int:
 
     try:
         commit = HfApi().upload_folder(
-            folder_path=folder, repo_id=repo, allow_patterns=list(ALLOWED), commit_message="Adapter, tokenizer and manifest by atlas"
+            folder_path=folder,
+            repo_id=repo,
+            allow_patterns=list(ALLOWED),
+            commit_message="Adapter, tokenizer and manifest by atlas",
         )
     except Exception as error:
         print(f"error: the push to {repo} failed: {str(error).strip().splitlines()[0]}", file=sys.stderr)

@@ -43,4 +43,6 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
             else token.replace("▁", " ").encode()
             for token, index in vocabulary.items()
         }
-    raise UserError(f"the tokenizer {tokenizer.name_or_path!r} is of a kind whose bytes atlas cannot tell (decoder {decoder[:80]})")
+    raise UserError(
+        f"the tokenizer {tokenizer.name_or_path!r} is of a kind whose bytes atlas cannot tell (decoder {decoder[:80]})"
+    )

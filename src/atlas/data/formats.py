@@ -36,7 +36,9 @@ def conversation(row: str | Mapping[str, Any]) -> Conversation:
         raise BadRowError("no messages", f"no column 'messages' among {', '.join(map(repr, row)) or 'none'}")
     messages = row["messages"]
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise BadRowError("no messages", f"'messages' is not a list of objects with role and content: {_short(messages)}")
+        raise BadRowError(
+            "no messages", f"'messages' is not a list of objects with role and content: {_short(messages)}"
+        )
     if not messages:
         raise BadRowError("empty", "'messages' is an empty list")
     for index, message in enumerate(messages):
@@ -71,7 +73,9 @@ def _check(message: Mapping[str, Any], index: int) -> None:
         try:
             content.encode()
         except UnicodeEncodeError:
-            raise BadRowError("not text", f"messages[{index}].content holds a lone surrogate, which is no character") from None
+            raise BadRowError(
+                "not text", f"messages[{index}].content holds a lone surrogate, which is no character"
+            ) from None
 
 
 def _tools(tools: Any) -> list[Any] | None:

@@ -75,15 +75,19 @@ class Labeler:
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         rows: list[list[tuple[str, bool]]] = []
         problems: list[tuple[str, str]] = []
-        for row in _rows(batch):
+        for given in _rows(batch):
             try:
-                rows.append(self.pieces(row))
+                rows.append(self.pieces(given))
                 problems.append(("", ""))
             except BadRowError as error:
                 rows.append([])
                 problems.append((error.reason, error.detail))
-        encoded = iter(self.backend.encode_batch_fast([text for row in rows for text, _ in row], add_special_tokens=False))
-        out: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "length", "supervised", "reason", "detail")}
+        encoded = iter(
+            self.backend.encode_batch_fast([text for row in rows for text, _ in row], add_special_tokens=False)
+        )
+        out: dict[str, list[Any]] = {
+            name: [] for name in ("input_ids", "labels", "length", "supervised", "reason", "detail")
+        }
         for row, (reason, detail) in zip(rows, problems, strict=True):
             ids: list[int] = []
             labels: list[int] = []
@@ -96,7 +100,10 @@ class Labeler:
                 reason, detail = EMPTY_MASK, "the template's generation markers enclose nothing"
             ids, labels = ids[: self.max_length], labels[: self.max_length]
             if not reason and labels.count(IGNORED) == len(labels):
-                reason, detail = FULLY_TRUNCATED, f"{length} tokens; the answer starts after max_length {self.max_length}"
+                reason, detail = (
+                    FULLY_TRUNCATED,
+                    f"{length} tokens; the answer starts after max_length {self.max_length}",
+                )
             if reason:
                 ids, labels = [], []
             for name, value in zip(out, (ids, labels, length, supervised_tokens, reason, detail), strict=True):
@@ -134,7 +141,9 @@ class SourceLedger:
             f"{self.supervised_tokens:,} supervised ({share:.0%})"
         ]
         if self.cut:
-            lines.append(f"  cut at max_length      {self.cut:>6}  ({self.lost_supervised_tokens:,} supervised tokens lost)")
+            lines.append(
+                f"  cut at max_length      {self.cut:>6}  ({self.lost_supervised_tokens:,} supervised tokens lost)"
+            )
         for reason, count in sorted(self.dropped.items()):
             place, detail = self.examples[reason][0]
             lines.append(f"  dropped: {reason:<13} {count:>6}  first: {place}: {detail}")
@@ -239,7 +248,9 @@ def _place(rows: "Dataset", index: int, name: str) -> str:
 def _refuse_if_bad(ledger: SourceLedger, limit: float) -> None:
     if EMPTY_MASK in ledger.dropped:
         place, detail = ledger.examples[EMPTY_MASK][0]
-        raise UserError(f"{place}: the loss mask is empty ({detail}): {ledger.dropped[EMPTY_MASK]} rows would train nothing")
+        raise UserError(
+            f"{place}: the loss mask is empty ({detail}): {ledger.dropped[EMPTY_MASK]} rows would train nothing"
+        )
     bad = ledger.rows - ledger.used
     if bad <= limit * ledger.rows and ledger.used:
         return

@@ -223,9 +223,7 @@ def _write_task(folder: Path, data: Path, max_gen_toks: int) -> None:
     (folder / f"{TASK}.yaml").write_text(json.dumps(config))
 
 
-def _recording_lm(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, stops: list[int]
-) -> Any:
+def _recording_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, stops: list[int]) -> Any:
     """lm-eval's HFLM that also keeps, per prompt, how many tokens it generated and whether a stop token was among them."""
     import torch
     from lm_eval.models.huggingface import HFLM

@@ -29,7 +29,7 @@ _QWEN25_TURNS = r"""    {%- if (message.role == "user") or (message.role == "sys
             {{- '}\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>\n' }}
-"""
+"""  # noqa: E501 (published text, compared byte for byte)
 # The same text, with markers around exactly what the model generates after the prompt `<|im_start|>assistant\n`. TRL's
 # qwen2_5_training.jinja also marks that newline and the one after <|im_end|>, which no model ever generates.
 _QWEN25_TURNS_MARKED = r"""    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
@@ -99,7 +99,9 @@ def patch_chat_template_for_assistant_mask(tokenizer: "PreTrainedTokenizerBase")
         return tokenizer
     try:
         training_template = get_training_chat_template(tokenizer)
-    except Exception as error:  # TRL raises ValueError for an unknown template, jinja its own errors while TRL probes it
+    except (
+        Exception
+    ) as error:  # TRL raises ValueError for an unknown template, jinja its own errors while TRL probes it
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} is unknown and has no {{% generation %}} markers, so the loss mask "
             f"would be empty ({type(error).__name__}). Add the markers around the assistant's content and its stop token in "
@@ -125,7 +127,9 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     except Exception as error:
         raise UserError(f"{key}: the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from None
     if not tokenizer.is_fast:
-        raise UserError(f"{key}: {name!r} has no fast tokenizer (tokenizer.json), which atlas needs to tokenize in batches")
+        raise UserError(
+            f"{key}: {name!r} has no fast tokenizer (tokenizer.json), which atlas needs to tokenize in batches"
+        )
     patch_chat_template_for_assistant_mask(tokenizer)
     tokenizer.eos_token = _stop_token(tokenizer)
     if config.model.pad_token is not None:
@@ -140,7 +144,8 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
         spare = [token for token in _PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token]
         if not spare:
             raise UserError(
-                f"{key}: pad would be the stop token {tokenizer.eos_token!r}: name a spare token of the vocabulary in model.pad_token"
+                f"{key}: pad would be the stop token {tokenizer.eos_token!r}: name a spare token of the vocabulary in "
+                "model.pad_token"
             )
         tokenizer.pad_token = spare[0]
     return tokenizer

@@ -30,7 +30,7 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 BASE_SYSTEM = "You are a helpful assistant."  # what Qwen2.5's base models publish in the same template
 
-VOCABULARY = 2048
+VOCABULARY = 1536
 DOCUMENTS = 8000
 TRAINING_ROWS = 4000
 HELD_OUT_PROMPTS = 150
@@ -41,8 +41,9 @@ SHAPE = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "initializer_range": 0.05,  # 0.02 is for wider models: after 300 steps the loss is 1.33, with 0.05 it is 1.16
 }
-STEPS, BATCH, SEQUENCE, PEAK_LR, WARMUP = 600, 8, 256, 4e-3, 40
+STEPS, BATCH, SEQUENCE, PEAK_LR, WARMUP = 600, 4, 256, 4e-3, 40
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,9 @@ def pretrain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * s / STEPS)))
     )
-    print(f"pocket: {model.num_parameters():,} parameters, {rows.numel():,} tokens, {STEPS} steps of {BATCH * SEQUENCE}")
+    print(
+        f"pocket: {model.num_parameters():,} parameters, {rows.numel():,} tokens, {STEPS} steps of {BATCH * SEQUENCE}"
+    )
     began = time.monotonic()
     model.train()
     order: list[Any] = []

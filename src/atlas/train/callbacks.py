@@ -39,9 +39,15 @@ class LogLine(TrainerCallback):
         self.history.append((state.global_step, logs["loss"]))
         if not state.is_world_process_zero:
             return
-        now, total, supervised = time.perf_counter(), int(logs.get("num_tokens", 0)), int(logs.get("supervised_tokens", 0))
+        now, total, supervised = (
+            time.perf_counter(),
+            int(logs.get("num_tokens", 0)),
+            int(logs.get("supervised_tokens", 0)),
+        )
         seconds = max(now - self._last[0], 1e-9)
-        left = (now - self._began[0]) / max(state.global_step - self._began[1], 1) * (state.max_steps - state.global_step)
+        left = (
+            (now - self._began[0]) / max(state.global_step - self._began[1], 1) * (state.max_steps - state.global_step)
+        )
         width = len(str(state.max_steps))
         print(
             f"step {state.global_step:>{width}}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  "

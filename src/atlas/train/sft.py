@@ -41,11 +41,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimizer steps (train.max_steps)")
     parser.add_argument("--no-push-to-hub", action="store_true", help="keep the result on this machine")
     parser.add_argument(
-        "--dump-template-audit", action="store_true", help="write what would be trained, token by token, and stop (no model is loaded)"
+        "--dump-template-audit",
+        action="store_true",
+        help="write what would be trained, token by token, and stop (no model is loaded)",
     )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config with the source of each value")
-    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="checkpoint to go on from (default: auto)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path into the config, e.g. train.learning_rate=1e-4")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved config with the source of each value"
+    )
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH", help="checkpoint to go on from (default: auto)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted path into the config, e.g. train.learning_rate=1e-4"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -73,7 +81,9 @@ def _main(arguments: argparse.Namespace) -> int:
         return DONE
     run = train(loaded, resume=arguments.resume)
     if run.manifest["result"]["lora_b_norm"] == 0.0:
-        print("error: no step changed the adapter (LoRA B is zero): its scores would be the base model's", file=sys.stderr)
+        print(
+            "error: no step changed the adapter (LoRA B is zero): its scores would be the base model's", file=sys.stderr
+        )
         return FAILED
     if loaded.config.output.hub_repo is not None:
         from atlas.hub import push
@@ -187,7 +197,7 @@ def sft_arguments(loaded: LoadedConfig, plan: "DevicePlan") -> "SFTConfig":
         "bf16": plan.bf16,
         "fp16": plan.fp16,
         "use_cpu": plan.device == "cpu",
-        "gradient_checkpointing": plan.gradient_checkpointing,
+        "activation_checkpointing": plan.gradient_checkpointing,
         "report_to": available_trackers(config.train_value("report_to")),
         "run_name": given.get("run_name") or f"{Path(config.output.dir).name}-{loaded.config_hash}",
         "disable_tqdm": True,
@@ -234,12 +244,16 @@ def _remove_default_printing(trainer: "LabeledSFTTrainer") -> None:
 def _quiet_libraries() -> None:
     """Warnings stay; progress bars go where the output is not a terminal."""
     import logging
+    import warnings
 
     import datasets
+    import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # optional CPU kernels that are not installed
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # TRL 1.16 asks for the old name
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

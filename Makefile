@@ -1,0 +1,64 @@
+# Every target sets up what it needs. `make pocket` and `make test` need nothing but Python >= 3.11 and a package index.
+#
+# RUNNER is put before every `python`. The default is the virtual environment .venv. In an environment that has torch already
+# (Kaggle, a container) `make RUNNER= ...` installs into it, without touching its torch, and skips the virtual environment.
+PYTHON ?= python3
+RUNNER ?= env VIRTUAL_ENV="$(CURDIR)/.venv" PATH="$(CURDIR)/.venv/bin:$(PATH)"
+CONFIG ?= configs/sft_qwen05b.yaml
+ARGS ?=
+RUN = $(RUNNER) python
+
+ifeq ($(strip $(RUNNER)),)
+STAMP = outputs/.installed
+else
+STAMP = .venv/.installed
+endif
+
+.PHONY: setup pocket test test-slow lint sft sft-smoke audit config clean
+
+setup: $(STAMP)
+
+# Exact tested versions; the index decides which build of torch (CPU or CUDA) it is.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "atlas needs Python >= 3.11: make setup PYTHON=python3.11")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,dev]'
+	@touch $@
+
+# Whatever torch is here stays: it is built for this machine's driver.
+outputs/.installed: pyproject.toml
+	@mkdir -p outputs
+	python -m pip freeze | grep -iE '^(torch|torchvision|torchaudio)==' > outputs/.torch-constraints.txt || true
+	python -m pip install --quiet --disable-pip-version-check -c outputs/.torch-constraints.txt -e '.[eval,dev]'
+	@touch $@
+
+pocket: setup           ## base -> audit -> SFT -> IFEval of base and tuned, on two CPU cores
+	$(RUN) -m atlas.pocket.lab $(ARGS)
+
+sft-smoke: setup        ## 50 steps of the real run, nothing pushed
+	$(RUN) -m atlas.train.sft --config $(CONFIG) --max-steps 50 --no-push-to-hub $(ARGS)
+
+sft: setup              ## the whole run, pushed to output.hub_repo where that is set
+	$(RUN) -m atlas.train.sft --config $(CONFIG) $(ARGS)
+
+audit: setup            ## what would be trained, token by token, without loading a model
+	$(RUN) -m atlas.train.sft --config $(CONFIG) --dump-template-audit $(ARGS)
+
+config: setup           ## the resolved config, each value with its source
+	@$(RUN) -m atlas.train.sft --config $(CONFIG) --print-config $(ARGS)
+
+# One thread a worker: with two workers on two cores, more threads only wait for each other.
+test: setup             ## lint and the whole suite, offline, CPU
+	$(MAKE) lint
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+
+test-slow: setup        ## what `make test` leaves out
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow $(ARGS)
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf .venv outputs build site .pytest_cache .mypy_cache .ruff_cache

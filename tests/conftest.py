@@ -1,0 +1,106 @@
+"""Fixtures that the project makes itself: tiny real models and tokenizers, no network, no data from outside."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+# Before any library reads them: nothing is fetched, and caches of test data stay out of the user's.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="atlas-test-cache-")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for name in ("WANDB_API_KEY", "WANDB_MODE", "HF_TOKEN"):
+    os.environ.pop(name, None)
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real tokenizers and conversations, which is not part of the repository."""
+    if not (SHARED / "README.md").is_file():
+        pytest.skip(f"needs the real data in {SHARED.name}/, which are not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Qwen2 model (0.3 M parameters) with a tokenizer like Qwen2.5-base: pad == eos == <|endoftext|>."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from atlas.pocket import world
+    from atlas.pocket.base import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer(world.pretraining_texts(0, 300))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer) + 7,  # Qwen2.5 too has more embeddings than tokens
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def instruct_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer as Qwen2.5-Instruct publishes it: eos is <|im_end|>, another default system prompt."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("instruct")
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = tokenizer.chat_template.replace("You are a helpful assistant.", QWEN_SYSTEM)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 conversations of the pocket world."""
+    from atlas.pocket import world
+
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", world.conversations(1, 120))
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    """One line per row; a str is written as it stands."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat(*turns: str, system: str | None = None) -> dict:
+    """A row from alternating user and assistant texts."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    return {"messages": messages}
+
+
+@pytest.fixture
+def sft_args(base_folder: Path, rows_file: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a run of a few seconds on the tiny model; more overrides may follow."""
+    return [
+        "--config",
+        str(ROOT / "configs" / "sft_pocket.yaml"),
+        f"model.name={base_folder}",
+        f"data.train={rows_file}",
+        f"output.dir={tmp_path / 'out'}",
+        f"output.results_dir={tmp_path / 'results'}",
+        "train.max_steps=3",
+        "train.per_device_train_batch_size=2",
+        "train.logging_steps=1",
+    ]

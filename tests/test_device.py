@@ -1,0 +1,89 @@
+"""The device plan: explicit values win and are checked, every choice carries a reason."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from atlas.config import Config, load_config
+from atlas.device import Gpu, Machine, choose_device
+from atlas.errors import UserError
+
+T4 = Gpu("Tesla T4", (7, 5), 14.7)
+P100 = Gpu("Tesla P100-PCIE-16GB", (6, 0), 15.9)
+A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 79.3)
+L4 = Gpu("NVIDIA L4", (8, 9), 22.2)
+WHEEL = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+
+
+def config(*overrides: str) -> Config:
+    return load_config(ROOT / "configs" / "sft_qwen05b.yaml", overrides).config
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "checkpointing"),
+    [(T4, "float16", True), (A100, "bfloat16", False), (L4, "bfloat16", True), (None, "float32", False)],
+)
+def test_precision_follows_the_compute_capability(gpu: Gpu | None, dtype: str, checkpointing: bool):
+    plan = choose_device(config(), Machine(gpus=(gpu,) if gpu else (), arch_list=WHEEL))
+    assert (plan.dtype, plan.compute_dtype) == (dtype, dtype)
+    assert (plan.bf16, plan.fp16) == (dtype == "bfloat16", dtype == "float16")
+    assert plan.gradient_checkpointing is checkpointing
+    assert plan.attn_implementation == "sdpa"
+    assert plan.device == ("cuda" if gpu else "cpu")
+    table = plan.table()
+    for choice in plan.choices:
+        assert choice.reason and choice.key.split(".")[-1] in table
+    if gpu:
+        assert gpu.name in table and gpu.sm in table
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine", "parts"),
+    [
+        (["model.dtype=bfloat16"], Machine(gpus=(T4,)), ["model.dtype", "Tesla T4", "sm_75", "float16"]),
+        (["train.bf16=true"], Machine(gpus=(T4,)), ["train.bf16", "sm_80"]),
+        (["quantization.bnb_4bit_compute_dtype=bfloat16"], Machine(gpus=(T4,)), ["bnb_4bit_compute_dtype", "auto"]),
+        (["train.fp16=true"], Machine(), ["train.fp16", "needs a GPU"]),
+        (["model.dtype=float16", "train.bf16=true"], Machine(gpus=(A100,)), ["contradict"]),
+        (["model.attn_implementation=flash_attention_2"], Machine(gpus=(T4,), has_flash_attention=True), ["sm_80", "sdpa"]),
+        (["model.attn_implementation=flash_attention_2"], Machine(gpus=(A100,)), ["flash-attn"]),
+        ([], Machine(gpus=(T4, T4)), ["2 GPUs", "CUDA_VISIBLE_DEVICES=0", "torchrun --nproc_per_node 2"]),
+        ([], Machine(gpus=(P100,), arch_list=WHEEL), ["no kernels", "P100", "sm_60", "T4"]),
+        ([], Machine(has_bitsandbytes=False), ["bitsandbytes", "load_in_4bit=false"]),
+    ],
+)
+def test_what_cannot_work_well_is_refused_with_the_remedy(overrides: list[str], machine: Machine, parts: list[str]):
+    with pytest.raises(UserError) as error:
+        choose_device(config(*overrides), machine)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_explicit_values_win():
+    plan = choose_device(config("model.dtype=float16", "train.gradient_checkpointing=true"), Machine(gpus=(A100,)))
+    assert plan.fp16 and not plan.bf16 and plan.gradient_checkpointing
+    assert choose_device(config("train.use_cpu=true"), Machine(gpus=(P100, P100), arch_list=WHEEL)).device == "cpu"
+    assert choose_device(config("train.bf16=false", "train.fp16=false"), Machine(gpus=(A100,))).dtype == "float32"
+    assert choose_device(config(), Machine(gpus=(T4, T4), processes=2)).device == "cuda"
+    assert choose_device(config("quantization.load_in_4bit=false"), Machine(has_bitsandbytes=False)).device == "cpu"
+
+
+def test_kernels_of_an_older_minor_or_ptx_are_enough():
+    assert choose_device(config(), Machine(gpus=(L4,), arch_list=("sm_86",))).device == "cuda"
+    assert choose_device(config(), Machine(gpus=(A100,), arch_list=("compute_75",))).device == "cuda"
+    with pytest.raises(UserError, match="no kernels"):
+        choose_device(config(), Machine(gpus=(A100,), arch_list=("sm_90",)))
+
+
+def test_machine_without_torch_reads_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'Tesla T4, 7.5, 15360'\necho 'NVIDIA A100, 8.0, 81920'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [gpu.sm for gpu in Machine.without_torch().gpus] == ["sm_75", "sm_80"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert Machine.without_torch().gpus == (Gpu("NVIDIA A100", (8, 0), 80.0),)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert Machine.without_torch().gpus == ()
