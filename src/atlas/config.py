@@ -100,8 +100,6 @@ class LoraSettings(_Section):
         default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
     )
     use_rslora: bool = False
-    trainable_tokens: tuple[str, ...] = ()
-    """Special tokens whose embedding rows are trained too (PEFT's trainable_token_indices), e.g. <|im_end|>."""
 
 
 class Source(_Section):

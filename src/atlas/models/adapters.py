@@ -3,22 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 from atlas.config import LoraSettings
-from atlas.errors import UserError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedTokenizerBase
 
 
-def lora_config(settings: LoraSettings, tokenizer: "PreTrainedTokenizerBase") -> "LoraConfig":
-    """PEFT's configuration. `trainable_tokens` become single trainable embedding rows, tied head included
-    (plain `modules_to_save` would untie Qwen2.5's head and merge wrongly)."""
+def lora_config(settings: LoraSettings) -> "LoraConfig":
+    """PEFT's configuration of the adapter."""
     from peft import LoraConfig
 
-    unknown = [token for token in settings.trainable_tokens if token not in tokenizer.get_vocab()]
-    if unknown:
-        raise UserError(f"lora.trainable_tokens: {unknown[0]!r} is not one token of the tokenizer's vocabulary")
-    indices = {"embed_tokens": tokenizer.convert_tokens_to_ids(list(settings.trainable_tokens))}
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
@@ -26,7 +19,6 @@ def lora_config(settings: LoraSettings, tokenizer: "PreTrainedTokenizerBase") ->
         lora_dropout=settings.lora_dropout,
         target_modules=list(settings.target_modules),
         use_rslora=settings.use_rslora,
-        trainable_token_indices=indices if settings.trainable_tokens else None,
     )
 
 

@@ -233,8 +233,8 @@ def load_base_model_and_tokenizer(
         )
     except OSError as error:
         raise UserError(f"model.name: the weights of {name!r} cannot be loaded: {_first_line(error)}") from None
-    stops = model.generation_config.eos_token_id or []
-    stops = stops if isinstance(stops, list) else [stops]
+    stops = model.generation_config.eos_token_id
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     # Every token that ends a text ends generation too: with <|endoftext|> alone, batches go on after <|im_end|>. Nothing else

@@ -134,7 +134,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
 
         check_access(config.output.hub_repo, private=config.output.hub_private)
     tokenizer = load_tokenizer(config)
-    adapter = lora_config(config.lora, tokenizer)
+    adapter = lora_config(config.lora)
     labeled = prepare(config, tokenizer)
     for ledger in labeled.ledgers:
         print(ledger.table())

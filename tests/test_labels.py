@@ -1,0 +1,205 @@
+"""Data to labels: exactly the marked bytes, no token across the boundary, every row accounted for."""
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, chat, write_rows
+from test_template import CONVERSATIONS, TOOLS
+
+from atlas.audit.tokens import token_bytes
+from atlas.config import Config, load_config
+from atlas.data.tokenize import Labeled, labeler_for, prepare
+from atlas.errors import UserError
+from atlas.models.base import load_tokenizer
+
+
+def config(tokenizer: Path, data: object, *overrides: str) -> Config:
+    source = json.dumps(data) if not isinstance(data, Path) else str(data)
+    base = [f"model.tokenizer_name={tokenizer}", f"data.train={source}", "model.name=none", "output.dir=none"]
+    return load_config(ROOT / "configs" / "sft_pocket.yaml", [*base, *overrides]).config
+
+
+def label(tokenizer: Path, data: object, *overrides: str) -> tuple[Labeled, Any]:
+    settings = config(tokenizer, data, "train.max_length=1024", *overrides)
+    loaded = load_tokenizer(settings)
+    return prepare(settings, loaded), loaded
+
+
+def supervised(row: dict, table: dict[int, bytes]) -> bytes:
+    return b"".join(table[label] for label in row["labels"] if label != -100)
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("kind", ["own base", "Qwen2.5-Instruct"])
+def test_supervised_bytes_are_content_and_stop_token(
+    kind: str, tools: list | None, base_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+):
+    folder = (
+        base_folder if kind == "own base" else request.getfixturevalue("shared") / "qwen2.5-tokenizer-instruct"
+    )
+    rows = [{"messages": messages, "tools": tools} for messages, _ in CONVERSATIONS.values()]
+    labeled, tokenizer = label(folder, write_rows(tmp_path / "rows.jsonl", rows))
+    table = token_bytes(tokenizer)
+    assert len(labeled.dataset) == len(CONVERSATIONS)
+    for row, (name, (messages, generated)) in zip(labeled.dataset, CONVERSATIONS.items(), strict=True):
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert b"".join(table[i] for i in row["input_ids"]).decode() == text, name
+        assert supervised(row, table).decode() == "".join(content + "<|im_end|>" for content in generated), name
+        assert all(label in (-100, i) for label, i in zip(row["labels"], row["input_ids"], strict=True))
+
+
+def test_no_token_straddles_prompt_and_answer(base_folder: Path, tmp_path: Path):
+    answers = ["\nHello", "\n\nHello", " \n x", "\tx", "", "-"]
+    labeled, tokenizer = label(base_folder, write_rows(tmp_path / "r.jsonl", [chat("Hi", a) for a in answers]))
+    merged = 0
+    for row, text in zip(labeled.dataset, answers, strict=True):
+        messages = chat("Hi", text)["messages"]
+        prompt = tokenizer.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        merged += whole[: len(prompt)] != prompt
+        # The context is token by token the prompt of inference, and the answer starts right behind it.
+        assert row["input_ids"][: len(prompt)] == prompt
+        assert row["labels"][: len(prompt)] == [-100] * len(prompt) and row["labels"][len(prompt)] != -100
+    assert merged >= 2  # tokenizing the whole text would have merged across the boundary
+
+
+def test_full_sequence_loss_on_request(base_folder: Path, tmp_path: Path):
+    rows = write_rows(tmp_path / "r.jsonl", [chat("Hi", "Hello")])
+    labeled, _ = label(base_folder, rows, "train.assistant_only_loss=false")
+    assert labeled.dataset[0]["labels"] == labeled.dataset[0]["input_ids"]
+
+
+BAD = {
+    "not JSON": ['{"messages": [', "{'messages': 1}", "3", '"text"'],
+    "no messages": [{"text": "x"}, {"messages": None}, {"messages": "x"}, {"messages": [1]}],
+    "empty": [{"messages": []}],
+    "unknown role": [
+        {"messages": [{"role": "assistent", "content": "x"}]},
+        {"messages": [{"content": "x"}]},
+        {"messages": [{"role": 3, "content": "x"}]},
+    ],
+    "not text": [
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]},
+        {"messages": [{"role": "user", "content": ["x"]}, {"role": "assistant", "content": "y"}]},
+        {"messages": [{"role": "user"}, {"role": "assistant", "content": "y"}]},
+        '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "y"}]}',
+    ],
+    "no assistant turn": [{"messages": [{"role": "user", "content": "x"}]}],
+    "fully truncated": [chat("x " * 3000, "y")],
+}
+
+
+def test_every_bad_row_is_counted_under_its_reason(base_folder: Path, tmp_path: Path):
+    good = [chat(f"Question {i}", "Answer") for i in range(20)]
+    bad = [row for rows in BAD.values() for row in rows]
+    path = write_rows(tmp_path / "rows.jsonl", [*good[:6], *bad, *good[6:], "", "   "])
+    with pytest.raises(UserError) as error:
+        label(base_folder, path)
+    message = str(error.value)
+    assert f"{len(bad)} of {len(bad) + 20} rows" in message and "data.max_bad_fraction" in message
+    assert f"{path} line 7:" in message and "did you mean 'assistant'?" in message
+
+    labeled, _ = label(base_folder, path, "data.max_bad_fraction=1")
+    ledger = labeled.ledgers[0]
+    assert ledger.dropped == {reason: len(rows) for reason, rows in BAD.items()}
+    assert (ledger.rows, ledger.used) == (len(bad) + 20, 20)
+    assert ledger.examples["not JSON"][0][0] == f"{path} line 7"
+    for reason, rows in BAD.items():
+        assert f"dropped: {reason}" in ledger.table() and len(ledger.examples[reason]) == min(3, len(rows))
+
+
+def test_cut_rows_are_used_and_counted(base_folder: Path, tmp_path: Path):
+    rows = [chat("Hi", "word " * 100), chat("Hi", "short")]
+    labeled, _ = label(base_folder, write_rows(tmp_path / "r.jsonl", rows), "train.max_length=64")
+    ledger = labeled.ledgers[0]
+    assert (ledger.used, ledger.cut) == (2, 1) and ledger.lost_supervised_tokens > 0
+    assert [len(row["input_ids"]) for row in labeled.dataset][0] == 64
+    assert f"{ledger.lost_supervised_tokens:,} supervised tokens lost" in ledger.table()
+
+
+def test_template_that_marks_nothing_stops_the_run(base_folder: Path, tmp_path: Path):
+    settings = config(base_folder, write_rows(tmp_path / "r.jsonl", [chat("Hi", "Hello"), chat("a", "b", "c", "d")]))
+    tokenizer = load_tokenizer(settings)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}"
+    with pytest.raises(UserError, match="the loss mask is empty"):
+        prepare(settings, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist"), ("", "is empty"), ("\n \n", "is empty"), ("{}\n{}\n", "no column 'messages'")],
+)
+def test_unusable_files(base_folder: Path, tmp_path: Path, content: str | None, message: str):
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        label(base_folder, path)
+
+
+def test_other_file_kinds_and_bytes(base_folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"neither of \.jsonl, \.parquet"):
+        label(base_folder, write_rows(tmp_path / "rows.txt", ["x"]))
+    path = tmp_path / "bytes.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(chat("a", "b")).encode() + b"\r\n\xff\xfe{}\n")
+    labeled, _ = label(base_folder, path, "data.max_bad_fraction=0.5")
+    assert (labeled.ledgers[0].used, labeled.ledgers[0].dropped) == (1, {"not JSON": 1})
+
+
+def test_parquet_gives_the_same_labels(base_folder: Path, rows_file: Path, tmp_path: Path):
+    from datasets import Dataset
+
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    assert label(base_folder, tmp_path / "rows.parquet")[0].fingerprint == label(base_folder, rows_file)[0].fingerprint
+
+
+def test_rows_are_drawn_with_the_data_seed(base_folder: Path, rows_file: Path):
+    def stream(*overrides: str) -> str:
+        return label(base_folder, f"{rows_file}:30", *overrides)[0].fingerprint
+
+    assert len(label(base_folder, f"{rows_file}:30")[0].dataset) == 30
+    assert stream() == stream() != stream("data.seed=1")
+
+
+def test_sources_are_joined(base_folder: Path, rows_file: Path, tmp_path: Path):
+    other = write_rows(tmp_path / "more.jsonl", [chat("a", "b")])
+    labeled, _ = label(base_folder, [{"name": str(rows_file), "rows": 10}, str(other)])
+    assert [ledger.used for ledger in labeled.ledgers] == [10, 1] and len(labeled.dataset) == 11
+
+
+def test_cache_depends_on_content_template_and_settings(base_folder: Path, tmp_path: Path):
+    path = write_rows(tmp_path / "rows.jsonl", [chat("Hi", "Hello")])
+    first, tokenizer = label(base_folder, path)
+    again, _ = label(base_folder, path)
+    assert again.dataset.cache_files == first.dataset.cache_files and first.dataset.cache_files
+    write_rows(path, [chat("Hi", "Hellp")])  # same name, size and (perhaps) time
+    assert label(base_folder, path)[0].fingerprint != first.fingerprint
+    settings = config(base_folder, path, "train.max_length=1024")
+    before = labeler_for(settings, tokenizer).fingerprint
+    tokenizer.chat_template = tokenizer.chat_template.replace("helpful", "useful")
+    assert labeler_for(settings, tokenizer).fingerprint != before
+
+
+def test_two_processes_give_the_same_stream(base_folder: Path, rows_file: Path):
+    one = label(base_folder, rows_file)[0].fingerprint
+    assert label(base_folder, rows_file, "data.num_proc=2", "data.seed=7")[0].fingerprint == one
+
+
+def test_real_conversations_label_cleanly(shared: Path):
+    labeled, tokenizer = label(
+        shared / "qwen2.5-tokenizer-base", shared / "multiturn" / "oasst_en_multiturn.jsonl", "train.max_length=4096"
+    )
+    table = token_bytes(tokenizer)
+    rows = (shared / "multiturn" / "oasst_en_multiturn.jsonl").read_text().splitlines()
+    assert len(labeled.dataset) == len(rows) == 349
+    for row, line in zip(labeled.dataset, rows, strict=True):
+        answers = [m["content"] for m in json.loads(line)["messages"] if m["role"] == "assistant"]
+        expected = "".join(a + "<|im_end|>" for a in answers)
+        # Qwen2.5's tokenizer normalises to NFC before it tokenizes, so the model only ever sees and generates that form.
+        assert supervised(row, table).decode() == unicodedata.normalize("NFC", expected)

@@ -1,0 +1,321 @@
+"""The job end to end through its entry point, on a tiny real model: NF4, LoRA, SFTTrainer, files on disk."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, chat, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+from atlas.config import load_config
+from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm, lora_config
+from atlas.models.base import load_base_model_and_tokenizer
+from atlas.train import sft
+
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": torch.float32,
+}
+
+
+def logits_from_disk(base: Path, adapter: Path, text: str) -> torch.Tensor:
+    """What anybody would write to use the result."""
+    from peft import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=BitsAndBytesConfig(**NF4), dtype=torch.float32, device_map={"": "cpu"}
+    )
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    with torch.no_grad():
+        return model(**tokenizer(text, return_tensors="pt")).logits
+
+
+def loaded(arguments: list[str]):
+    return load_config(arguments[1], arguments[2:])
+
+
+def test_run_saves_what_it_trained(sft_args: list[str], base_folder: Path, tmp_path: Path, capfd):
+    run = sft.train(loaded([*sft_args, "train.max_steps=6"]))
+    folder = run.folder
+
+    text = "<|im_start|>user\nWhere does Mira live?<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        expected = run.trainer.model.eval()(**tokenizer(text, return_tensors="pt")).logits
+    assert torch.equal(logits_from_disk(base_folder, folder, text), expected)
+
+    # eos is the stop token and pad is not, on tokenizer, model config and generation config; the template is the patched one.
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert "{%- generation %}" in tokenizer.chat_template
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.eos_token_id == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    assert generation.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert run.trainer.model.config.eos_token_id == tokenizer.eos_token_id
+    assert run.trainer.model.config.pad_token_id == tokenizer.pad_token_id
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["config_hash"] == loaded([*sft_args, "train.max_steps=6"]).config_hash
+    result = manifest["result"]
+    assert result["steps"] == 6 and result["lora_b_norm"] == lora_b_norm(run.trainer.model) > 0
+    assert result["supervised_tokens"] > 0 and result["loss_first"] > 5
+    assert manifest["data"]["sources"][0]["used"] == 120 and len(manifest["data"]["fingerprint"]) == 64
+    assert manifest["versions"]["trl"] and manifest["device"]["model.dtype"] == "float32"
+    assert len(manifest["chat_template_sha256"]) == 64 and "atlas.train.sft" in manifest["command"]
+
+    out = capfd.readouterr().out
+    steps = [line for line in out.splitlines() if line.startswith("step ")]
+    assert len(steps) == 6
+    for part in ("loss ", "lr ", "grad ", "supervised tok/s", "tok/s", "GiB", "left"):
+        assert part in steps[0]
+    assert "dtype" in out and "CPU" in out and "120 rows read, 120 used" in out
+    assert f"saved in {folder}" in out and "LoRA B norm" in out
+
+
+def test_training_learns(sft_args: list[str], tmp_path: Path):
+    rows = write_rows(tmp_path / "one.jsonl", [chat("Say it.", "The mill stands by the river.")] * 8)
+    run = sft.train(loaded([*sft_args, f"data.train={rows}", "train.max_steps=40", "train.learning_rate=2e-2"]))
+    result = run.manifest["result"]
+    assert result["loss_last"] < result["loss_first"] - 0.5, result  # a random frozen base: the adapter alone does it
+
+
+def test_trainable_parameters_are_float32_and_lora_only(sft_args: list[str]):
+    run = sft.train(loaded([*sft_args, "train.max_steps=1"]))
+    trainable = {n: p for n, p in run.trainer.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trainable.values()} == {torch.float32}
+    assert all("lora_" in name for name in trainable)
+    # r x (in + out) for q, k, v, o, gate, up, down of two layers with hidden 64, kv 32, intermediate 128
+    shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
+    assert sum(p.numel() for p in trainable.values()) == 2 * 16 * sum(a + b for a, b in shapes)
+
+
+def test_same_seed_same_adapter_other_seed_another(sft_args: list[str], tmp_path: Path):
+    def adapter(name: str, *more: str) -> bytes:
+        run = sft.train(loaded([*sft_args, f"output.dir={tmp_path / name}", *more]))
+        return (run.folder / "adapter_model.safetensors").read_bytes()
+
+    first = adapter("a")
+    assert adapter("b") == first
+    assert adapter("c", "train.seed=1") != first
+
+
+def test_packed_rows_train_too(sft_args: list[str]):
+    run = sft.train(loaded([*sft_args, "train.packing=true", "train.max_length=256"]))
+    assert run.manifest["result"]["lora_b_norm"] > 0
+    assert "seq_lengths" in run.trainer.train_dataset.column_names
+
+
+def test_without_quantisation(sft_args: list[str], base_folder: Path):
+    run = sft.train(loaded([*sft_args, "quantization.load_in_4bit=false"]))
+    from peft import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, run.folder).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, run.trainer.model.eval()(ids).logits)
+
+
+def test_resume_goes_on_from_the_newest_checkpoint_of_this_config(sft_args: list[str], capfd):
+    arguments = [*sft_args, "train.max_steps=4", "train.save_steps=2"]
+    whole = (sft.train(loaded(arguments)).folder / "adapter_model.safetensors").read_bytes()
+    folder = Path(loaded(arguments).config.output.dir)
+    import shutil
+
+    shutil.rmtree(folder / "checkpoint-4")
+    capfd.readouterr()
+    run = sft.train(loaded(arguments))
+    out = capfd.readouterr().out
+    assert f"resume from {folder / 'checkpoint-2'}" in out
+    assert [line.split("/")[0] for line in out.splitlines() if line.startswith("step ")] == ["step 3", "step 4"]
+    assert (run.folder / "adapter_model.safetensors").read_bytes() == whole
+
+    assert sft.main([*arguments, "train.learning_rate=1e-4", "--resume", str(folder / "checkpoint-2")]) == 2
+    assert "it belongs to config" in capfd.readouterr().err
+    sft.train(loaded([*arguments, "train.learning_rate=1e-4"]))
+    assert "not resumed from" in capfd.readouterr().out
+
+
+def test_dump_template_audit_shows_every_token_and_loads_no_model(sft_args: list[str], tmp_path: Path, capfd):
+    assert sft.main([*sft_args, "--dump-template-audit", "model.tokenizer_name=" + sft_args[2].split("=")[1]]) == 0
+    records = [json.loads(line) for line in (tmp_path / "results" / "sft_template_audit.jsonl").read_text().splitlines()]
+    assert len(records) >= 8
+    row = json.loads(Path(sft_args[3].split("=")[1]).read_text().splitlines()[0])
+    first = records[0]
+    assert len(first["ids"]) == len(first["tokens"]) == len(first["bytes"]) == len(first["mask"])
+    assert bytes.fromhex("".join(first["bytes"])).decode() == first["text"]
+    answers = [m["content"] + "<|im_end|>" for m in row["messages"] if m["role"] == "assistant"]
+    assert first["trained_text"] == "…".join(answers)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["base", "instruct"])
+def test_recipe_config_with_a_qwen_shaped_model(tokenizer: str, shared: Path, tmp_path: Path):
+    """The command of the docs: configs/sft_qwen05b.yaml, the real tokenizer, real conversations; only layers are fewer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=151936,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            eos_token_id=151643,
+        )
+    )
+    model.save_pretrained(tmp_path / "model")
+    run = sft.train(
+        load_config(
+            ROOT / "configs" / "sft_qwen05b.yaml",
+            [
+                f"model.name={tmp_path / 'model'}",
+                f"model.tokenizer_name={shared / f'qwen2.5-tokenizer-{tokenizer}'}",
+                f"data.train={shared / 'multiturn' / 'oasst_en_multiturn.jsonl'}",
+                f"output.dir={tmp_path / 'out'}",
+                "train.max_steps=1",
+                "train.per_device_train_batch_size=1",
+                "train.gradient_accumulation_steps=2",
+            ],
+        )
+    )
+    saved = AutoTokenizer.from_pretrained(run.folder)
+    assert (saved.eos_token_id, saved.pad_token_id) == (151645, 151643)
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    with torch.no_grad():
+        expected = run.trainer.model.eval()(**saved(text, return_tensors="pt")).logits
+    assert torch.equal(logits_from_disk(tmp_path / "model", run.folder, text), expected)
+
+
+def test_adapter_of_the_half_billion_shape_has_8798208_parameters():
+    from peft import get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = load_config(ROOT / "configs" / "sft_qwen05b.yaml").config
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=151936,
+                hidden_size=896,
+                intermediate_size=4864,
+                num_hidden_layers=24,
+                num_attention_heads=14,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+            )
+        )
+        adapted = get_peft_model(model, lora_config(config.lora))
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == 8_798_208
+
+
+def test_fp16_loss_scaling_needs_float32_adapters(sft_args: list[str], monkeypatch: pytest.MonkeyPatch):
+    """What fp16 on a T4 does with the optimizer, as far as a CPU reaches: TRL leaves the 4-bit model's adapters in bf16;
+    atlas makes them float32, so that GradScaler unscales them, skips an overflowing step and applies the next."""
+    from trl import SFTTrainer
+
+    seen: list[torch.dtype] = []
+
+    def spy(model: object) -> int:
+        seen.extend({p.dtype for p in model.parameters() if p.requires_grad})  # type: ignore[attr-defined]
+        return cast_trainable_to_fp32(model)
+
+    monkeypatch.setattr("atlas.models.adapters.cast_trainable_to_fp32", spy)
+    run = sft.train(loaded([*sft_args, "train.max_steps=1"]))
+    assert seen == [torch.bfloat16]  # STACK: without the cast this is what GradScaler would meet
+    assert isinstance(run.trainer, SFTTrainer)
+
+    model = run.trainer.model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    batch = next(iter(run.trainer.get_train_dataloader()))
+    before, scale = lora_b_norm(model), scaler.get_scale()
+    for step in range(2):
+        optimizer.zero_grad()
+        scaler.scale(run.trainer.compute_loss(model, dict(batch))).backward()
+        if step == 0:
+            parameters[0].grad[0, 0] = float("inf")  # what an overflow in fp16 leaves behind
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 0:
+            assert lora_b_norm(model) == before and scaler.get_scale() == scale / 2
+    assert lora_b_norm(model) != before
+
+
+def test_a_run_that_changes_nothing_is_a_failure(sft_args: list[str], capfd):
+    assert sft.main([*sft_args, "--max-steps", "1"]) == 1  # one step of warm-up: its learning rate is 0
+    assert "LoRA B is zero" in capfd.readouterr().err
+
+
+def test_tokenizer_of_another_family_is_refused(sft_args: list[str], tmp_path: Path, capfd):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    small = Qwen2Config(vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    Qwen2ForCausalLM(small).save_pretrained(tmp_path / "small")
+    tokenizer = sft_args[2].removeprefix("model.name=")
+    assert sft.main([*sft_args, f"model.name={tmp_path / 'small'}", f"model.tokenizer_name={tokenizer}"]) == 2
+    assert "not of one family" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.learning_rte=2e-4", ["train.learning_rte", "'train.learning_rate'"]),
+        ("trian.lr=2e-4", ["'trian'"]),
+        ("model.nme=x", ["'model.name'"]),
+        ("train.max_length=8", ["train.max_length"]),
+        ("train.lr_scheduler_type=cosin", ["train:", "cosin"]),
+        ("model.name=./nowhere", ["model.name", "./nowhere"]),
+        ("model.tokenizer_name=someone/nothing", ["model.tokenizer_name", "someone/nothing"]),
+        ("model.dtype=float16", ["model.dtype", "needs a GPU"]),
+        ("data.train=./missing.jsonl", ["missing.jsonl", "does not exist"]),
+        ("data.train=someone/nothing", ["someone/nothing", "Hub"]),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_status_2(override: str, parts: list[str], sft_args: list[str], capfd):
+    assert sft.main([*sft_args, override]) == 2
+    err = capfd.readouterr().err
+    message = err[err.index("error: ") :]
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in message
+
+
+def test_wandb_without_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert sft.available_trackers("wandb") == ["none"]
+    assert capfd.readouterr().out.count("\n") == 1
+    assert sft.available_trackers(["wandb", "tensorboard"]) == ["tensorboard"]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert sft.available_trackers("wandb") == ["wandb"]
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.delenv("WANDB_MODE")
+    assert sft.available_trackers("wandb") == ["wandb"]
+
+
+def test_model_and_tokenizer_from_a_config_alone(sft_args: list[str]):
+    model, tokenizer = load_base_model_and_tokenizer(loaded(sft_args).config)
+    assert model.is_loaded_in_4bit and tokenizer.eos_token == "<|im_end|>"
+    assert model.generation_config.eos_token_id[0] == tokenizer.eos_token_id == model.config.eos_token_id
+
+
+def test_as_a_command(sft_args: list[str], tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "atlas.train.sft", *sft_args, "--max-steps", "2", "--no-push-to-hub", "output.hub_repo=a/b"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert "step 2/2" in done.stdout
+    assert "Traceback" not in done.stderr and "\r" not in done.stderr  # no progress bars where nobody watches
