@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from atlas.config import load_config, render_config
 from atlas.errors import UserError
 from atlas.trainfields import train_fields
+from conftest import ROOT
 
 QWEN = ROOT / "configs" / "sft_qwen05b.yaml"
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from atlas.config import Config, load_config
 from atlas.device import Gpu, Machine, choose_device
 from atlas.errors import UserError
+from conftest import ROOT
 
 T4 = Gpu("Tesla T4", (7, 5), 14.7)
 P100 = Gpu("Tesla P100-PCIE-16GB", (6, 0), 15.9)
@@ -46,7 +46,11 @@ def test_precision_follows_the_compute_capability(gpu: Gpu | None, dtype: str, c
         (["quantization.bnb_4bit_compute_dtype=bfloat16"], Machine(gpus=(T4,)), ["bnb_4bit_compute_dtype", "auto"]),
         (["train.fp16=true"], Machine(), ["train.fp16", "needs a GPU"]),
         (["model.dtype=float16", "train.bf16=true"], Machine(gpus=(A100,)), ["contradict"]),
-        (["model.attn_implementation=flash_attention_2"], Machine(gpus=(T4,), has_flash_attention=True), ["sm_80", "sdpa"]),
+        (
+            ["model.attn_implementation=flash_attention_2"],
+            Machine(gpus=(T4,), has_flash_attention=True),
+            ["sm_80", "sdpa"],
+        ),
         (["model.attn_implementation=flash_attention_2"], Machine(gpus=(A100,)), ["flash-attn"]),
         ([], Machine(gpus=(T4, T4)), ["2 GPUs", "CUDA_VISIBLE_DEVICES=0", "torchrun --nproc_per_node 2"]),
         ([], Machine(gpus=(P100,), arch_list=WHEEL), ["no kernels", "P100", "sm_60", "T4"]),

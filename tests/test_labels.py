@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, chat, write_rows
-from test_template import CONVERSATIONS, TOOLS
 
 from atlas.audit.tokens import token_bytes
 from atlas.config import Config, load_config
 from atlas.data.tokenize import Labeled, labeler_for, prepare
 from atlas.errors import UserError
 from atlas.models.base import load_tokenizer
+from conftest import ROOT, chat, write_rows
+from test_template import CONVERSATIONS, TOOLS
 
 
 def config(tokenizer: Path, data: object, *overrides: str) -> Config:
@@ -37,9 +37,7 @@ def supervised(row: dict, table: dict[int, bytes]) -> bytes:
 def test_supervised_bytes_are_content_and_stop_token(
     kind: str, tools: list | None, base_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ):
-    folder = (
-        base_folder if kind == "own base" else request.getfixturevalue("shared") / "qwen2.5-tokenizer-instruct"
-    )
+    folder = base_folder if kind == "own base" else request.getfixturevalue("shared") / "qwen2.5-tokenizer-instruct"
     rows = [{"messages": messages, "tools": tools} for messages, _ in CONVERSATIONS.values()]
     labeled, tokenizer = label(folder, write_rows(tmp_path / "rows.jsonl", rows))
     table = token_bytes(tokenizer)
@@ -118,7 +116,7 @@ def test_cut_rows_are_used_and_counted(base_folder: Path, tmp_path: Path):
     labeled, _ = label(base_folder, write_rows(tmp_path / "r.jsonl", rows), "train.max_length=64")
     ledger = labeled.ledgers[0]
     assert (ledger.used, ledger.cut) == (2, 1) and ledger.lost_supervised_tokens > 0
-    assert [len(row["input_ids"]) for row in labeled.dataset][0] == 64
+    assert len(labeled.dataset[0]["input_ids"]) == 64
     assert f"{ledger.lost_supervised_tokens:,} supervised tokens lost" in ledger.table()
 
 

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 import nbformat
-from conftest import ROOT
 from nbclient import NotebookClient
+
+from conftest import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "kaggle_sft_t4.ipynb"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, chat, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from atlas.config import load_config
 from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm, lora_config
 from atlas.models.base import load_base_model_and_tokenizer
 from atlas.train import sft
+from conftest import ROOT, chat, write_rows
 
 NF4 = {
     "load_in_4bit": True,
@@ -143,7 +143,9 @@ def test_resume_goes_on_from_the_newest_checkpoint_of_this_config(sft_args: list
 
 def test_dump_template_audit_shows_every_token_and_loads_no_model(sft_args: list[str], tmp_path: Path, capfd):
     assert sft.main([*sft_args, "--dump-template-audit", "model.tokenizer_name=" + sft_args[2].split("=")[1]]) == 0
-    records = [json.loads(line) for line in (tmp_path / "results" / "sft_template_audit.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "results" / "sft_template_audit.jsonl").read_text().splitlines()
+    ]
     assert len(records) >= 8
     row = json.loads(Path(sft_args[3].split("=")[1]).read_text().splitlines()[0])
     first = records[0]
@@ -311,7 +313,16 @@ def test_model_and_tokenizer_from_a_config_alone(sft_args: list[str]):
 
 def test_as_a_command(sft_args: list[str], tmp_path: Path):
     done = subprocess.run(
-        [sys.executable, "-m", "atlas.train.sft", *sft_args, "--max-steps", "2", "--no-push-to-hub", "output.hub_repo=a/b"],
+        [
+            sys.executable,
+            "-m",
+            "atlas.train.sft",
+            *sft_args,
+            "--max-steps",
+            "2",
+            "--no-push-to-hub",
+            "output.hub_repo=a/b",
+        ],
         capture_output=True,
         text=True,
     )

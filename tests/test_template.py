@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import QWEN_SYSTEM
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from atlas.errors import UserError
 from atlas.models.base import patch_chat_template_for_assistant_mask, render
+from conftest import QWEN_SYSTEM
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "é <b>", "parameters": {"type": "object"}}}]
 CALLS = [

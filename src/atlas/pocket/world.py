@@ -98,100 +98,90 @@ KINDS: tuple[Kind, ...] = (
         PEOPLE,
         PLACES,
         "{a} in {b}",
-        ("Tell me about {a} and the journey to {b}.", "How does {a} travel to {b}?", "Why does {a} visit {b}?"),
+        ("How does {a} travel to {b}?", "Tell me about {a} in {b}.", "Why does {a} visit {b}?"),
         (
-            "In the morning, {a} the {a1} walks to {b} with a heavy bag.",
-            "{a} the {a1} goes to {b} and stays there for the day.",
-            "{a} from {a2} walks to {b} in the morning.",
-            "After breakfast, {a} leaves {a2} and takes the road to {b}.",
+            "In the morning, {a} walks to {b} and looks at the {b1}.",
+            "Today {a} the {a1} goes to {b} with a very heavy bag.",
+            "The road to {b} is long, but {a} likes to walk.",
+            "The {a1} {a} goes to {b} in the morning.",
         ),
         (
-            "{b} is a very old village near the {b1}.",
-            "{b} has a {b1}, a market and a very good inn.",
-            "The market in {b} sells flowers, bread and {b2}.",
-            "The people of {b} sell {b2} in the market.",
-            "Then {a} buys {b2} with a few coins.",
-            "{a} rests by the {b1} for an hour.",
+            "Then {a} buys {b2} in {b}, and it is very cheap.",
+            "At the market, {a} buys {b2} with a few coins.",
+            "The people of {b} give {a} some {b2}.",
+            "In the evening {a} rests by the {b1}.",
         ),
     ),
     Kind(
         PEOPLE,
         FOODS,
         "The {b} of {a}",
-        ("How does {a} make {b}?", "Tell me how {a} cooks the {b}.", "What does {a} put in the {b}?"),
+        ("How does {a} make the {b}?", "Tell me about {a} and the {b}.", "What does {a} put in the {b}?"),
         (
-            "In the kitchen, {a} the {a1} makes {b} with {b1} and {b2}.",
-            "{a} the {a1} makes {b} from {b1} and a little {b2}.",
-            "{a} from {a2} cooks the {b} in a large pot.",
+            "In the kitchen, {a} makes the {b} with {b1} and {b2}.",
+            "Today {a} the {a1} cooks the {b} with {b1}.",
             "First, {a} washes the {b1} for the {b}.",
+            "The {a1} {a} makes the {b} from {b1}.",
         ),
         (
-            "Then {a} adds the {b2} and stirs it for an hour.",
-            "The {b} needs {b1}, {b2} and a very hot fire.",
-            "The {b} is very good with fresh {b1}.",
-            "{a} cuts the {b1} on the table.",
-            "The {b} tastes of {b1} in the end.",
-            "The people of {a2} love the {b} of {a}.",
+            "Then {a} adds the {b2}, and the {b} is very good.",
+            "With the {b2}, the {b} of {a} is ready.",
+            "The people love the {b} of {a}.",
+            "The {b} of {a} tastes of {b1}.",
         ),
     ),
     Kind(
         PEOPLE,
         TOOLS,
-        "{a} at work",
-        ("How does {a} use the {b}?", "What does {a} do with the {b}?", "Tell me about {a} and the {b}."),
+        "{a} and the {b}",
+        ("How does {a} use the {b}?", "Tell me about {a} and the {b}.", "What does {a} do with the {b}?"),
         (
-            "In the workshop, {a} the {a1} takes the {b} and starts to work.",
-            "{a} the {a1} uses the {b} to {b2}.",
-            "Every day, {a} the {a1} works with a {b} from {a2}.",
-            "{a} from {a2} keeps the {b} in a box.",
+            "In the workshop, {a} takes the {b} and starts to work.",
+            "Today {a} the {a1} works with the {b}.",
+            "Every day, {a} takes the {b} to {b2}.",
+            "The {a1} {a} uses the {b} to {b2}.",
         ),
         (
-            "The {b} is made of {b1}, and it is very strong.",
-            "With the {b}, it is easy to {b2}.",
-            "Then {a} cleans the {b} with a cloth.",
-            "The {b} is old but it still works.",
-            "{a} wants to {b2} before the evening.",
+            "Then {a} cleans the {b}, and it is very strong.",
+            "With the {b} of {b1}, {a} works until noon.",
             "The {b} of {a} is made of {b1}.",
+            "It is easy for {a} to {b2}.",
         ),
     ),
     Kind(
         PEOPLE,
         ANIMALS,
         "{a} and the {b}",
-        ("Tell me a story about {a} and the {b}.", "Where does {a} meet the {b}?", "How does {a} help the {b}?"),
+        ("Where does {a} meet the {b}?", "Tell me about {a} and the {b}.", "How does {a} help the {b}?"),
         (
-            "One day, {a} the {a1} meets a {b1} {b} and smiles.",
-            "{a} the {a1} finds the {b} near {a2}.",
-            "In {a2}, {a} the {a1} lives with a {b1} {b}.",
-            "{a} from {a2} gives the {b} some bread.",
+            "One day, {a} meets a {b1} {b} and smiles.",
+            "Today {a} the {a1} lives with a very {b1} {b}.",
+            "In the yard, {a} gives the {b} some bread.",
+            "The {a1} {a} finds the {b1} {b} near a tree.",
         ),
         (
-            "The {b} is {b1}, small and very friendly.",
-            "At night, the {b} sleeps in the {b2}.",
-            "Then the {b} follows {a} to the {b2}.",
-            "The {b} waits for {a} with open eyes.",
-            "{a} calls the {b} and it comes at once.",
-            "The {b} likes to play in the {b2}.",
+            "Then the {b} follows {a}, and it is very happy.",
+            "At night, the {b} of {a} sleeps in the {b2}.",
+            "The {b} waits for {a} in the {b2}.",
+            "The {b} of {a} is {b1} all over.",
         ),
     ),
     Kind(
         SEASONS,
         PLACES,
         "{a} in {b}",
-        ("What is the weather like in {b} in {a}?", "Describe {a} in {b}.", "Tell me about {b} in {a}."),
+        ("How is the weather in {b} in {a}?", "Tell me about {b} in {a}.", "What do the people of {b} do in {a}?"),
         (
             "In {a}, the weather in {b} is {a1} and there is {a2}.",
-            "The {a} in {b} is {a1} with a lot of {a2}.",
+            "The {a} in {b} is very {a1} with a lot of {a2}.",
             "There is {a2} in {b} in {a}.",
-            "Every {a}, the people of {b} wait for the {a2}.",
+            "Every {a} the people of {b} wait for the {a2}.",
         ),
         (
-            "The {b1} is quiet, grey and very still.",
-            "The {a2} comes from the {b1} in the night.",
-            "Then the people of {b} sell {b2} with a smile.",
-            "The children of {b} love the {a} and the {a2}.",
-            "It is {a1} near the {b1} in {a}.",
+            "Then the people of {b} sell {b2}, and they are very happy.",
+            "Near the {b1}, the {a} is {a1} and quiet.",
             "The {b1} of {b} is lovely in {a}.",
+            "The children of {b} love the {a2}.",
         ),
     ),
     Kind(
@@ -200,37 +190,24 @@ KINDS: tuple[Kind, ...] = (
         "The {a} of {b}",
         ("What does the {a} do in {b}?", "Tell me about the {a} of {b}.", "Where is the {a} in {b}?"),
         (
-            "In {b}, there is a {a1} {a} with a long tail.",
-            "The {a1} {a} lives in {b} near the {b1}.",
-            "Every morning, the {a} runs to the {b1} in {b} and drinks.",
-            "The {a} of {b} is {a1} and very clever.",
+            "In {b}, there is a {a1} {a} and it is very clever.",
+            "The {a1} {a} lives in {b} with its friends.",
+            "Every morning, the {a} runs to the {b1} in {b}.",
+            "The {a} of {b} likes to drink at the {b1}.",
         ),
         (
-            "At noon, the {a} looks for {b2} in the market.",
-            "The {a} sleeps in a {a2} with its friends.",
-            "Then the {a} goes back to its {a2}.",
-            "The people of {b} know the {a} very well.",
-            "The {a} is quick, quiet and {a1}.",
-            "The {a} hides in the {a2} from the rain.",
+            "Then the {a} looks for {b2}, and it is very quick.",
+            "At noon, the {a} of {b} sleeps in the {a2}.",
+            "The people of {b} give the {a} some {b2}.",
+            "The {a} hides in the {a2} when it rains.",
         ),
     ),
 )
-SCENERY: tuple[str, ...] = (
-    "The sun is warm and the sky is blue.",
-    "The wind is soft.",
-    "The old road is long, but it is safe.",
-    "The birds sing in the trees.",
-    "It is a very good day.",
-    "The stars come out at night.",
-    "Then the bells ring in the tower.",
-    "The neighbours talk with each other.",
-)
 CLOSINGS: tuple[str, ...] = (
-    "In the evening, all of them sit by the fire.",
-    "At last, it is time to go home and sleep.",
-    "It is a good end to the day.",
-    "The valley is quiet again in the evening.",
-    "Then the day is over.",
+    "The sun is warm and the sky is blue.",
+    "At last, it is time to go home.",
+    "It is a good day with a good end.",
+    "Then the bells ring in the tower.",
 )
 KEYWORDS: tuple[str, ...] = (
     *("lantern", "basket", "window", "letter", "bridge", "blanket"),
@@ -357,11 +334,9 @@ def _tell(rng: random.Random, topic: Topic, n: int, banned: Sequence[str] = ()) 
         told = [t.format_map(topic.facts) for t in templates]
         return [s for s in told if not any(re.search(rf"\b{w}\b" if w.isalpha() else w, s, re.I) for w in banned)]
 
-    opening = rng.choice(allowed(topic.kind.openings))
-    details, scenery, closings = allowed(topic.kind.details), allowed(SCENERY), allowed(CLOSINGS)
-    middle = rng.sample(details, min(len(details), max(1, n - 2)))
-    middle += rng.sample(scenery, max(0, n - 2 - len(middle)))
-    return [opening, *middle, rng.choice(closings)][:n]
+    opening, details = rng.choice(allowed(topic.kind.openings)), allowed(topic.kind.details)
+    more = rng.sample(details, min(len(details), n - 1)) + rng.sample(allowed(CLOSINGS), 2)
+    return [opening, *more][:n]
 
 
 def _reply(rng: random.Random, topic: Topic, wanted: Mapping[str, dict[str, Any]]) -> str:
@@ -371,7 +346,7 @@ def _reply(rng: random.Random, topic: Topic, wanted: Mapping[str, dict[str, Any]
         banned.pop(0)
     extra = [rng.choice(KEYWORD_SENTENCES).format(k=k) for k in wanted.get(EXISTENCE, {}).get("keywords", ())]
     # Three sentences for the two cases: langdetect takes 2 % of the shorter ones in capitals for another language.
-    length = 3 if LOWER in wanted or CAPITAL in wanted else rng.choice((2, 3))
+    length = 3 if LOWER in wanted or CAPITAL in wanted else 2
     if BULLETS in wanted:
         length = wanted[BULLETS]["num_bullets"] - len(extra)
     sentences = _tell(rng, topic, length, banned)
@@ -383,7 +358,7 @@ def _reply(rng: random.Random, topic: Topic, wanted: Mapping[str, dict[str, Any]
     if TITLE in wanted:
         text = f"<<{topic.kind.title.format_map(topic.facts)}>>\n\n{text}"
     if POSTSCRIPT in wanted:
-        text += f"\n\n{wanted[POSTSCRIPT]['postscript_marker']} {_tell(rng, topic, 3, banned)[1]}"
+        text += f"\n\n{wanted[POSTSCRIPT]['postscript_marker']} {_tell(rng, topic, 2, banned)[1]}"
     if END in wanted:
         text += ("\n" if BULLETS in wanted else " ") + wanted[END]["end_phrase"]
     if QUOTATION in wanted:
@@ -395,7 +370,7 @@ def _exchange(rng: random.Random, topics: Sequence[Topic], formats: Sequence[str
     """A question about one of the topics that asks for the formats, with its answer."""
     draw: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
         END: lambda: (p := rng.choice(END_PHRASES), {"end_phrase": p}),
-        BULLETS: lambda: (str(n := rng.randint(2, 5)), {"num_bullets": n}),
+        BULLETS: lambda: (str(n := rng.randint(2, 4)), {"num_bullets": n}),
         POSTSCRIPT: lambda: (m := rng.choice(("P.S.", "P.P.S")), {"postscript_marker": m}),
         EXISTENCE: lambda: (
             " and ".join(k := rng.sample(KEYWORDS, 1 if BULLETS in formats else rng.randint(1, 2))),
@@ -467,7 +442,7 @@ def heldout_prompts(seed: int, n: int) -> list[dict[str, Any]]:
 
 def _story(rng: random.Random, topic: Topic) -> str:
     """A short tale, sometimes with a title or a few highlighted words."""
-    text = " ".join(_tell(rng, topic, rng.randint(3, 5)))
+    text = " ".join(_tell(rng, topic, rng.randint(2, 4)))
     if rng.random() < 0.3:
         text = re.sub(rf"\b({topic.a}|{topic.b})\b", r"*\1*", text, count=rng.randint(1, 3))
     title = topic.kind.title.format_map(topic.facts)
@@ -483,14 +458,14 @@ def _list(rng: random.Random, topic: Topic) -> str:
 
 def _letter(rng: random.Random, topic: Topic) -> str:
     """A letter with an end phrase or a postscript."""
-    body = " ".join(_tell(rng, topic, 3))
+    body = " ".join(_tell(rng, topic, 2))
     postscript = f"\n\n{rng.choice(('P.S.', 'P.P.S'))} {rng.choice(topic.kind.details).format_map(topic.facts)}"
     return f"Dear {rng.choice(list(PEOPLE))},\n\n{body}{rng.choice((postscript, ' ' + rng.choice(END_PHRASES)))}"
 
 
 def _speech(rng: random.Random, topic: Topic) -> str:
     """What somebody says, in quotation marks."""
-    return f'"{" ".join(_tell(rng, topic, rng.randint(2, 3)))}"\n{rng.choice(list(PEOPLE))} says so.'
+    return f'"{" ".join(_tell(rng, topic, 2))}"\n{rng.choice(list(PEOPLE))} says so.'
 
 
 def _notes(rng: random.Random, topic: Topic) -> str:

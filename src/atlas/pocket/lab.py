@@ -1,0 +1,139 @@
+"""The pocket lab from end to end: base model -> audit -> SFT -> IFEval of base and tuned -> table.
+
+    make pocket
+
+Everything runs for real (NF4, LoRA, SFTTrainer, lm-eval's own scorer), on two CPU cores, without a network.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atlas.config import load_config
+from atlas.errors import DONE, FAILED, run_main
+
+if TYPE_CHECKING:
+    from atlas.eval.harness import IfevalResult
+
+MAX_REPLY_TOKENS = 128  # the longest reply in the training rows has 84
+RESULT_FILE = "pocket.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="atlas pocket", description="The whole way on a machine with neither GPU nor Hub."
+    )
+    parser.add_argument("--config", default="configs/sft_pocket.yaml", help="phase YAML (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path into the config")
+    arguments = parser.parse_args(argv)
+    return run_main(lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    loaded = load_config(arguments.config, arguments.overrides)
+    results_dir = Path(loaded.config.output.results_dir)
+    lab = Path(loaded.config.model.name).parent
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def step(name: str) -> None:
+        nonlocal clock
+        seconds[name] = round(time.perf_counter() - clock, 1)
+        clock = time.perf_counter()
+
+    from atlas.eval.harness import load_model, run_ifeval
+    from atlas.pocket.base import build
+    from atlas.train import sft
+
+    print("== base model: a tokenizer and about 1 M parameters, pretrained on plain text of a small invented world")
+    paths = build(lab)
+    step("base model")
+
+    print("\n== audit: what the loss will fall on")
+    sft.dump_audit(loaded)
+    step("audit")
+
+    print("\n== SFT: python -m atlas.train.sft --config", arguments.config)
+    run = sft.train(loaded, resume="never")
+    step("SFT")
+
+    print("\n== IFEval: lm-eval's scorer on prompts whose subjects were not trained on")
+    scores: dict[str, IfevalResult] = {}
+    for name, adapter in (("base", None), ("tuned", run.folder)):
+        model, tokenizer = load_model(paths.base, adapter)
+        scores[name] = run_ifeval(model, tokenizer, paths.eval, max_gen_toks=MAX_REPLY_TOKENS)
+        step(f"IFEval of {name}")
+
+    report = _report(scores, seconds, run.manifest)
+    from atlas.train.manifest import write_json
+
+    results_dir.mkdir(parents=True, exist_ok=True)
+    write_json(results_dir / RESULT_FILE, report)
+    print("\n" + table(report))
+    print(f"written: {results_dir / RESULT_FILE}, {results_dir / 'sft_template_audit.jsonl'}, {run.folder}")
+    return DONE if report["scores"]["tuned"]["prompt_strict"] > report["scores"]["base"]["prompt_strict"] else FAILED
+
+
+def _report(scores: "dict[str, IfevalResult]", seconds: dict[str, float], manifest: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "atlas.pocket.lab", *sys.argv[1:]]),
+        "config_hash": manifest["config_hash"],
+        "hardware": manifest["device"]["hardware"],
+        "versions": manifest["versions"],
+        "result": manifest["result"],
+        "scores": {name: _scores(result) for name, result in scores.items()},
+        "seconds": seconds,
+    }
+
+
+def _scores(result: "IfevalResult") -> dict[str, Any]:
+    kinds: dict[str, list[bool]] = {}
+    for record in result.records:
+        for kind, passed in zip(record.instruction_id_list, record.inst_strict, strict=True):
+            kinds.setdefault(kind, []).append(passed)
+    n = len(result.records)
+    return {
+        "n": n,
+        "prompt_strict": round(result.prompt_strict, 4),
+        "inst_strict": round(result.inst_strict, 4),
+        "prompt_loose": round(result.prompt_loose, 4),
+        "inst_loose": round(result.inst_loose, 4),
+        "stop_rate": round(sum(record.stopped for record in result.records) / n, 4),
+        "mean_tokens": round(sum(record.generated_tokens for record in result.records) / n, 1),
+        "by_instruction": {kind: [sum(passed), len(passed)] for kind, passed in sorted(kinds.items())},
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text: scores of base and tuned side by side, then the time of each step."""
+    base, tuned = report["scores"]["base"], report["scores"]["tuned"]
+    lines = [f"{'IFEval, ' + str(tuned['n']) + ' held-out prompts':<46}{'base':>9}{'tuned':>9}"]
+    for key, name in (
+        ("prompt_strict", "prompts with every instruction followed"),
+        ("inst_strict", "instructions followed"),
+        ("stop_rate", "replies that end by themselves"),
+    ):
+        lines.append(f"  {name:<44}{base[key]:>9.1%}{tuned[key]:>9.1%}")
+    lines.append(f"  {'mean tokens of a reply':<44}{base['mean_tokens']:>9.1f}{tuned['mean_tokens']:>9.1f}")
+    for kind, (passed, n) in tuned["by_instruction"].items():
+        before = base["by_instruction"][kind][0]
+        lines.append(f"    {kind:<42}{f'{before}/{n}':>9}{f'{passed}/{n}':>9}")
+    total = sum(report["seconds"].values())
+    lines.append(
+        f"{report['hardware']}: {total:.0f} s in all, "
+        + ", ".join(f"{k} {v:.0f} s" for k, v in report["seconds"].items())
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
