@@ -14,7 +14,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: setup pocket test test-slow lint sft sft-smoke audit config clean
+.PHONY: setup pocket test test-slow lint sft sft-smoke audit config results docs clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,13 @@ audit: setup            ## what would be trained, token by token, without loadin
 
 config: setup           ## the resolved config, each value with its source
 	@$(RUN) -m atlas.train.sft --config $(CONFIG) --print-config $(ARGS)
+
+results: setup          ## the tables of README and docs, from results/
+	$(RUN) -m atlas.results $(ARGS)
+
+docs: setup             ## the site, in site/
+	$(RUN) -m pip install --quiet --disable-pip-version-check mkdocs-material
+	$(RUN) -m mkdocs build
 
 # One thread a worker: with two workers on two cores, more threads only wait for each other.
 test: setup             ## lint and the whole suite, offline, CPU

@@ -9,7 +9,7 @@ import pytest
 
 from atlas.audit.tokens import token_bytes
 from atlas.config import Config, load_config
-from atlas.data.tokenize import Labeled, labeler_for, prepare
+from atlas.data.prepare import Labeled, gate, labeler_for, prepare
 from atlas.errors import UserError
 from atlas.models.base import load_tokenizer
 from conftest import ROOT, chat, write_rows
@@ -123,9 +123,15 @@ def test_cut_rows_are_used_and_counted(base_folder: Path, tmp_path: Path):
 def test_template_that_marks_nothing_stops_the_run(base_folder: Path, tmp_path: Path):
     settings = config(base_folder, write_rows(tmp_path / "r.jsonl", [chat("Hi", "Hello"), chat("a", "b", "c", "d")]))
     tokenizer = load_tokenizer(settings)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + m.content }}{% generation %}{% endgeneration %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    with pytest.raises(UserError, match="empty: 2 rows"):
+        gate(settings, prepare(settings, tokenizer))
+    unaudited = config(base_folder, settings.data.train[0].name, "audit.gate=off")
     with pytest.raises(UserError, match="the loss mask is empty"):
-        prepare(settings, tokenizer)
+        prepare(unaudited, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,8 @@ class DataConfig(_Section):
     """Draws the rows of a source that is not taken whole."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """A larger share of unusable rows stops the run: the data are not what the config takes them for."""
+    mask: Literal["auto", "markers", "rendered"] = "auto"
+    """Where the labels come from: the template's generation markers, or rendering each turn; auto: markers where there are any."""
     num_proc: int | None = Field(default=None, ge=1)
 
     @field_validator("train", mode="before")
@@ -146,9 +148,12 @@ def _source(item: Any) -> Any:
 
 
 class AuditConfig(_Section):
-    """What --dump-template-audit writes."""
+    """The proof of the labels, made for every row before a model is loaded."""
 
+    gate: Literal["error", "warn", "off"] = "error"
+    """What a finding does: stop the run, print it and go on, or nothing is audited."""
     rows: int = Field(default=8, ge=1)
+    """How many rows the record shows token by token."""
 
 
 class OutputConfig(_Section):

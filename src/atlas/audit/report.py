@@ -1,42 +1,77 @@
-"""The record of what is trained: the first rows token by token, as JSON lines."""
+"""The record of the audit: JSON lines for programs, a page for people, a few coloured lines for the terminal."""
 
+import hashlib
+import html
 import json
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from atlas.audit.spans import IGNORED, KINDS
 from atlas.audit.tokens import token_bytes
-from atlas.data.tokenize import IGNORED, Labeled
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from atlas.data.prepare import Labeled, row_digests
+from atlas.models.base import render_all
 
 AUDIT_FILE = "sft_template_audit.jsonl"
+AUDIT_PAGE = "sft_template_audit.html"
+_DIGESTS = 4096  # rows, or blocks of rows, whose digests the summary holds, so that a difference can be placed
 
 
-def write_audit(labeled: Labeled, tokenizer: "PreTrainedTokenizerBase", folder: Path, rows: int) -> Path:
-    """Write the first `rows` rows to `folder`/sft_template_audit.jsonl; returns that path.
+def write_audit(labeled: Labeled, folder: Path) -> Path:
+    """Write `sft_template_audit.jsonl` and `.html` to `folder` and print the short form; returns the first's path.
 
-    Per row: `text` (what the ids stand for), `ids`, `tokens`, `bytes` (hex, one string per token), `mask` (1: supervised) and
-    `trained_text`, where `…` stands for context between supervised stretches.
+    One line per recorded row, then one with `summary` for all rows; see docs/audit.md for the fields.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    records = list(_records(labeled))
+    summary = summarize(labeled)
     path = folder / AUDIT_FILE
-    table = token_bytes(tokenizer)
-    with path.open("w", encoding="utf-8") as file:
-        for index, row in enumerate(labeled.dataset.select(range(min(rows, len(labeled.dataset))))):
-            ids, mask = row["input_ids"], [int(label != IGNORED) for label in row["labels"]]
-            pieces = [table[token] for token in ids]
-            record = {
-                "row": index,
-                "text": b"".join(pieces).decode(errors="replace"),
-                "ids": ids,
-                "tokens": tokenizer.convert_ids_to_tokens(ids),
-                "bytes": [piece.hex() for piece in pieces],
-                "mask": mask,
-                "trained_text": trained_text(pieces, mask),
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    lines = [*records, {"summary": summary}]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    (folder / AUDIT_PAGE).write_text(page(records, summary), encoding="utf-8")
+    show(records, summary)
+    print(f"audit: {path}, to look at: {folder / AUDIT_PAGE}")
     return path
+
+
+def _records(labeled: Labeled) -> Iterator[dict[str, Any]]:
+    tokenizer = labeled.labeler.tokenizer
+    table = token_bytes(tokenizer)
+    rows = labeled.labeler.label([row for _, row in labeled.first])
+    for index, (row, (place, _)) in enumerate(zip(rows, labeled.first, strict=True)):
+        trained = labeled.dataset[index]  # what the trainer gets, not what was just computed
+        ids, mask = trained["input_ids"], [int(label != IGNORED) for label in trained["labels"]]
+        pieces = [table[token] for token in ids]
+        assert row.parsed is not None  # rows of the dataset are good rows
+        yield {
+            "row": index,
+            "place": place,
+            "text": b"".join(pieces).decode(errors="replace"),
+            "roles": _role_spans(labeled, row.parsed.messages, row.parsed.tools),
+            "ids": ids,
+            "tokens": tokenizer.convert_ids_to_tokens(ids),
+            "bytes": [piece.hex() for piece in pieces],
+            "mask": mask,
+            "oracle": row.audit.spans if row.audit else None,
+            "findings": [finding.as_json() for finding in row.audit.findings] if row.audit else None,
+            "trained_text": trained_text(pieces, mask),
+        }
+
+
+def _role_spans(labeled: Labeled, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[dict[str, Any]]:
+    """Bytes of the text that each message adds to the rendering of those before it."""
+    labeler = labeled.labeler
+    try:
+        texts = render_all(labeler.tokenizer, [(messages[: end + 1], tools, False) for end in range(len(messages))])
+    except (
+        Exception
+    ):  # a template that refuses the beginning of a conversation (a lone system turn, say) has no such spans
+        return []
+    normalize = labeler.oracle.normalize if labeler.oracle else str
+    ends = [len(normalize(text).encode()) for text in texts]
+    starts = [0, *ends[:-1]]
+    return [{"role": m["role"], "start": s, "end": e} for m, s, e in zip(messages, starts, ends, strict=True)]
 
 
 def trained_text(pieces: list[bytes], mask: list[int]) -> str:
@@ -50,3 +85,242 @@ def trained_text(pieces: list[bytes], mask: list[int]) -> str:
             stretches[-1] += piece
         previous = supervised
     return "…".join(stretch.decode(errors="replace") for stretch in stretches)
+
+
+def summarize(labeled: Labeled) -> dict[str, Any]:
+    """One object about all rows: counts per finding, share of supervised tokens, lengths, what `max_length` took, hashes."""
+    tokenizer = labeled.labeler.tokenizer
+    ledgers = labeled.ledgers
+    findings = {kind: sum(ledger.findings.get(kind, 0) for ledger in ledgers) for kind in KINDS}
+    findings["stop"] += len(labeled.tokenizer_findings)
+    findings["injected"] += sum(ledger.dropped.get("injected", 0) for ledger in ledgers)
+    rows = sum(ledger.used for ledger in ledgers)
+    block = -(-rows // _DIGESTS)
+    digests = list(row_digests(labeled.dataset))
+    return {
+        "rows": rows,
+        "audited": labeled.audited,
+        "mask": labeled.mask,
+        "findings": findings,
+        "tokenizer_findings": [finding.text for finding in labeled.tokenizer_findings],
+        "tokens": labeled.tokens,
+        "supervised_tokens": labeled.supervised_tokens,
+        "supervised_share": round(labeled.supervised_tokens / max(labeled.tokens, 1), 4),
+        "lengths": labeled.lengths,
+        "max_length": labeled.labeler.max_length,
+        "rows_cut": sum(ledger.cut for ledger in ledgers),
+        "supervised_tokens_cut": sum(ledger.lost_supervised_tokens for ledger in ledgers),
+        "answers_without_stop": sum(ledger.cut_stops for ledger in ledgers),
+        "answers_lost": sum(ledger.cut_answers for ledger in ledgers),
+        "sources": [asdict(ledger) for ledger in ledgers],
+        "stop_token": labeled.labeler.oracle.stop if labeled.labeler.oracle else None,
+        "eos_token": tokenizer.eos_token,
+        "pad_token": tokenizer.pad_token,
+        "template_sha256": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest(),
+        "stream_sha256": labeled.fingerprint,
+        "digest_rows": block,
+        "digests": "".join(
+            hashlib.sha256(b"".join(digests[at : at + block])).hexdigest()[:8] for at in range(0, rows, max(block, 1))
+        ),
+    }
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """The summary in one phrase."""
+    if not summary["audited"]:
+        return "not audited"
+    found = {kind: count for kind, count in summary["findings"].items() if count and kind != "injected"}
+    if not found:
+        return "clean: the loss falls on exactly what the model must generate"
+    return ", ".join(
+        f"{kind} in {count} rows" if kind != "stop" else f"stop ({count})" for kind, count in found.items()
+    )
+
+
+def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The summary as (name, value) lines, for terminal and page."""
+    lengths = summary["lengths"]
+    dropped: dict[str, int] = {}
+    for source in summary["sources"]:
+        for reason, count in source["dropped"].items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    lost = (
+        f"{summary['rows_cut']:,} rows cut at {summary['max_length']}: {summary['supervised_tokens_cut']:,} supervised tokens, "
+        f"{summary['answers_without_stop']:,} stop tokens, {summary['answers_lost']:,} whole answers lost"
+    )
+    return [
+        (
+            "rows",
+            f"{summary['rows']:,}" + "".join(f", {count:,} dropped ({reason})" for reason, count in dropped.items()),
+        ),
+        (
+            "labels from",
+            {"markers": "the template's markers", "rendered": "rendering each turn"}.get(
+                summary["mask"], summary["mask"]
+            ),
+        ),
+        (
+            "supervised",
+            f"{summary['supervised_tokens']:,} of {summary['tokens']:,} tokens ({summary['supervised_share']:.1%})",
+        ),
+        ("tokens a row", ", ".join(f"{name} {value:,}" for name, value in lengths.items())),
+        ("truncation", lost if summary["rows_cut"] else "none"),
+        ("stop / eos / pad", f"{summary['stop_token']} / {summary['eos_token']} / {summary['pad_token']}"),
+        ("template sha256", summary["template_sha256"][:16]),
+        ("stream sha256", summary["stream_sha256"][:16]),
+    ]
+
+
+def show(records: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """Print the verdict, the facts and the beginning of the first row, trained text in green (colours on a terminal only)."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    good = verdict(summary).startswith("clean")
+    console.print(Text(f"audit {verdict(summary)}", style="bold green" if good else "bold red"))
+    for name, value in facts(summary):
+        console.print(Text(f"  {name:<17}{value}"))
+    if records:
+        text = Text("  row 0: ")
+        for piece, trained in list(zip(records[0]["bytes"], records[0]["mask"], strict=True))[:120]:
+            shown = bytes.fromhex(piece).decode(errors="replace").replace("\n", "↵")
+            text.append(shown, style="green" if trained else "dim")
+        console.print(text.append("…" if len(records[0]["mask"]) > 120 else ""))
+
+
+# Whitespace is made visible by CSS, so that the text of the page is the text of the row.
+_STYLE = """
+:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#667080;--line:#dfe3e8;--card:#f6f7f9;
+--sup-bg:#cdeed6;--sup:#0b5a28;--bad-bg:#ffd3d0;--bad:#9c1111;--sp:#8a93a0}
+@media(prefers-color-scheme:dark){:root{--bg:#14171b;--fg:#e4e7eb;--dim:#97a1ae;--line:#2c323a;--card:#1b1f25;
+--sup-bg:#12452a;--sup:#a9ecc0;--bad-bg:#5c1a1a;--bad:#ffc2bc;--sp:#6d7784}}
+*{box-sizing:border-box}body{margin:0 auto;max-width:70rem;padding:1rem;background:var(--bg);color:var(--fg);
+font:16px/1.5 system-ui,sans-serif}
+h1{font-size:1.3rem;margin:.2rem 0}h2{font-size:1rem;margin:1.6rem 0 .4rem;overflow-wrap:anywhere}
+.verdict{font-weight:600;padding:.5rem .8rem;border-radius:.4rem;margin:.6rem 0}
+.good{background:var(--sup-bg);color:var(--sup)}.bad{background:var(--bad-bg);color:var(--bad)}
+dl{display:grid;grid-template-columns:minmax(7rem,auto) 1fr;gap:.15rem 1rem;margin:.8rem 0}
+dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
+.row{background:var(--card);border:1px solid var(--line);border-radius:.4rem;padding:.7rem;
+font:14px/1.75 ui-monospace,SFMono-Regular,Menlo,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
+.t{color:var(--dim);border-radius:.15rem;cursor:default}.t:hover{outline:1px solid currentColor}
+.s{background:var(--sup-bg);color:var(--sup)}.f{background:var(--bad-bg);color:var(--bad);text-decoration:underline wavy}
+.x{font-weight:700}.w{position:relative}.w::before{position:absolute;left:0;color:var(--sp);pointer-events:none}
+.sp::before{content:"·"}.nl::before{content:"↵"}.tb::before{content:"→"}
+.nl{display:inline-block;width:1ch;height:1em}.b{font-size:.8em;font-style:normal}
+.legend span{padding:.05rem .4rem;margin-right:.4rem;border-radius:.2rem;white-space:nowrap}
+ul{padding-left:1.2rem;margin:.3rem 0}code{overflow-wrap:anywhere}small{color:var(--dim)}
+"""
+
+
+def page(records: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+    """A self-contained HTML page: summary, legend, and each recorded row with its trained tokens in colour."""
+    state = verdict(summary)
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>",
+        f"<title>atlas: what is trained</title><style>{_STYLE}</style>",
+        "<h1>What is trained</h1>",
+        f"<p class='verdict {'good' if state.startswith('clean') else 'bad'}'>{html.escape(state)}</p>",
+        "<dl>" + "".join(f"<dt>{html.escape(k)}<dd>{html.escape(v)}" for k, v in facts(summary)) + "</dl>",
+    ]
+    parts += [f"<p class='verdict bad'>stop: {html.escape(text)}</p>" for text in summary["tokenizer_findings"]]
+    parts.append(
+        "<p class=legend><span class='t s'>trained</span><span class=t>context</span><span class='t f'>finding</span>"
+        "<small>· space, ↵ newline, → tab; <b>special tokens</b> are bold; point at a token for its id and bytes</small></p>"
+    )
+    parts += [_row(record) for record in records]
+    return "\n".join(parts) + "\n"
+
+
+def _row(record: dict[str, Any]) -> str:
+    findings = record["findings"] or []
+    described = "".join(
+        f"<li><b>{html.escape(f['kind'])}</b> ({html.escape(KINDS[f['kind']])}): message {f['turn']}, bytes "
+        f"{f['start']}-{f['end']}: <code>{html.escape(repr(f['text']))}</code>"
+        for f in findings
+    )
+    tokens, at = [], 0
+    for token, name, hexed, trained in zip(
+        record["ids"], record["tokens"], record["bytes"], record["mask"], strict=True
+    ):
+        piece = bytes.fromhex(hexed)
+        end = at + len(piece)
+        bad = any(f["start"] < end and at < f["end"] for f in findings if f["kind"] not in ("empty", "text"))
+        special = name.encode() == piece and name.startswith("<") and name.endswith(">")
+        classes = "t" + (" s" if trained else "") + (" f" if bad else "") + (" x" if special else "")
+        tokens.append(f"<span class='{classes}' title='id {token} &middot; {piece.hex(' ')}'>{_visible(piece)}</span>")
+        at = end
+    roles = ", ".join(span["role"] for span in record["roles"])
+    return (
+        f"<h2>row {record['row']} <small>{html.escape(record['place'])}; {html.escape(roles)}; "
+        f"{sum(record['mask'])} of {len(record['mask'])} tokens trained</small></h2>"
+        f"{'<ul>' + described + '</ul>' if described else ''}<div class=row>{''.join(tokens)}</div>"
+    )
+
+
+def _visible(piece: bytes) -> str:
+    try:
+        text = piece.decode()
+    except UnicodeDecodeError:  # a part of a character, whose other bytes are in the next tokens
+        return f"<i class=b>‹{piece.hex()}›</i>"
+    shown = {
+        " ": "<span class='w sp'> </span>",
+        "\n": "<span class='w nl'></span>\n",
+        "\t": "<span class='w tb'>\t</span>",
+    }
+    return "".join(shown.get(char) or html.escape(char) for char in text)
+
+
+def diff(first: Path, second: Path) -> tuple[bool, str]:
+    """Do two audits have the same stream of ids and labels? (answer, what a person wants to know of it).
+
+    Raises `ValueError` where a file is no audit.
+    """
+    (rows_a, a), (rows_b, b) = _read(first), _read(second)
+    if a["stream_sha256"] == b["stream_sha256"]:
+        return (
+            True,
+            f"the same {a['rows']:,} rows, token by token with the same mask (stream sha256 {a['stream_sha256'][:16]})",
+        )
+    lines = [f"different streams: {a['stream_sha256'][:16]} and {b['stream_sha256'][:16]}"]
+    if a["rows"] != b["rows"]:
+        lines.append(f"  rows: {a['rows']:,} and {b['rows']:,}")
+    for name in ("mask", "max_length", "template_sha256", "eos_token"):
+        if a[name] != b[name]:
+            lines.append(f"  {name}: {a[name]} and {b[name]}")
+    for row_a, row_b in zip(rows_a, rows_b, strict=False):
+        if (row_a["ids"], row_a["mask"]) != (row_b["ids"], row_b["mask"]):
+            return False, "\n".join([*lines, _first_difference(row_a, row_b)])
+    if a["digest_rows"] == b["digest_rows"]:
+        blocks = [[s["digests"][i : i + 8] for i in range(0, len(s["digests"]), 8)] for s in (a, b)]
+        block = next((i for i, (x, y) in enumerate(zip(*blocks, strict=False)) if x != y), min(map(len, blocks)))
+        size = a["digest_rows"]
+        where = f"row {block}" if size == 1 else f"one of the rows {block * size}-{(block + 1) * size - 1}"
+        lines.append(
+            f"  first difference: {where}, which these files do not record (audit.rows={block * size + size} would)"
+        )
+    return False, "\n".join(lines)
+
+
+def _first_difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+    pairs_a, pairs_b = list(zip(a["ids"], a["mask"], strict=True)), list(zip(b["ids"], b["mask"], strict=True))
+    at = next(
+        (i for i, (x, y) in enumerate(zip(pairs_a, pairs_b, strict=False)) if x != y), min(len(pairs_a), len(pairs_b))
+    )
+
+    def token(row: dict[str, Any]) -> str:
+        if at >= len(row["ids"]):
+            return "the row ends"
+        return f"{row['tokens'][at]!r} (id {row['ids'][at]}, {'trained' if row['mask'][at] else 'context'})"
+
+    before = bytes.fromhex("".join(a["bytes"][max(0, at - 8) : at])).decode(errors="replace")
+    return f"  first difference: row {a['row']}, token {at}, after {before!r}: {token(a)} and {token(b)}"
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in lines if "ids" in line], next(line["summary"] for line in lines if "summary" in line)
+    except (OSError, ValueError, StopIteration, TypeError) as error:
+        raise ValueError(f"{path} is no template audit: {error or 'it has no summary line'}") from None

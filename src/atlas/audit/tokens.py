@@ -1,6 +1,5 @@
 """Token ids to the exact bytes they stand for."""
 
-import json
 from typing import TYPE_CHECKING
 
 from atlas.errors import UserError
@@ -24,17 +23,16 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
     Knows byte-level BPE (GPT-2, Qwen, Llama 3, ...) and SentencePiece-like vocabularies with byte fallback (Llama 2, Gemma).
     Raises `UserError` for other kinds.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    added = {token["id"]: token["content"].encode() for token in backend.get("added_tokens", [])}
-    decoder = json.dumps(backend.get("decoder"))
+    added = {index: str(token).encode() for index, token in tokenizer.added_tokens_decoder.items()}
+    decoder = repr(tokenizer.backend_tokenizer.decoder)  # its JSON form would be that of the whole vocabulary
     vocabulary = tokenizer.get_vocab()
-    if '"ByteLevel"' in decoder:
+    if "ByteLevel(" in decoder:
         alphabet = _byte_level_alphabet()
         return {
             index: added[index] if index in added else bytes(alphabet[char] for char in token)
             for token, index in vocabulary.items()
         }
-    if '"ByteFallback"' in decoder or "▁" in decoder:
+    if "ByteFallback(" in decoder or "▁" in decoder:
         return {
             index: added[index]
             if index in added

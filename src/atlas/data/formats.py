@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,23 @@ def _check(message: Mapping[str, Any], index: int) -> None:
             raise BadRowError(
                 "not text", f"messages[{index}].content holds a lone surrogate, which is no character"
             ) from None
+
+
+def refuse_special_tokens(parsed: Conversation, special: Sequence[str]) -> None:
+    """Raise `BadRowError` where a message or a tool holds the text of a special token: it would be encoded as that token, so
+    that data could forge a turn or a stop."""
+    texts = [message["content"] for message in parsed.messages if message.get("content")]
+    if parsed.tools or any("tool_calls" in message for message in parsed.messages):
+        texts.append(
+            json.dumps([parsed.tools, [message.get("tool_calls") for message in parsed.messages]], ensure_ascii=False)
+        )
+    whole = "\n".join(texts)
+    for token in special:
+        if token in whole:
+            at = whole.index(token)
+            raise BadRowError(
+                "injected", f"the text of the special token {token!r}: {_short(whole[max(0, at - 30) : at + 50])}"
+            )
 
 
 def _tools(tools: Any) -> list[Any] | None:

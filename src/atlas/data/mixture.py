@@ -65,6 +65,11 @@ def _json_lines(path: str, sha256: str) -> Iterator[dict[str, Any]]:
                 yield {"json": text.rstrip("\r\n"), "line": number}
 
 
+def is_json_lines(rows: "Dataset") -> bool:
+    """Are the rows JSON texts with line numbers (`_json_lines`), rather than columns?"""
+    return rows.column_names == ["json", "line"]
+
+
 def _is_utf8(line: str) -> bool:
     try:
         line.encode()

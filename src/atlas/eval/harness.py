@@ -114,8 +114,8 @@ def run_ifeval(
         LookupError: an instruction in the data needs NLTK's punkt_tab, which is not installed; nothing has been generated.
     """
     rows = _read(data, limit)
-    stops = _stop_ids(tokenizer)
     _prepare_scorer(rows)
+    stops = _stop_ids(tokenizer)
 
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -153,9 +153,11 @@ def run_ifeval(
         )
     scores = out["results"][TASK]
     return IfevalResult(
-        *(scores[f"{level}_acc,none"] for level in ("prompt_level_strict", "inst_level_strict")),
-        *(scores[f"{level}_acc,none"] for level in ("prompt_level_loose", "inst_level_loose")),
-        tuple(records),
+        prompt_strict=scores["prompt_level_strict_acc,none"],
+        inst_strict=scores["inst_level_strict_acc,none"],
+        prompt_loose=scores["prompt_level_loose_acc,none"],
+        inst_loose=scores["inst_level_loose_acc,none"],
+        records=tuple(records),
     )
 
 
@@ -225,7 +227,6 @@ def _write_task(folder: Path, data: Path, max_gen_toks: int) -> None:
 
 def _recording_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, stops: list[int]) -> Any:
     """lm-eval's HFLM that also keeps, per prompt, how many tokens it generated and whether a stop token was among them."""
-    import torch
     from lm_eval.models.huggingface import HFLM
 
     class RecordingLM(HFLM):

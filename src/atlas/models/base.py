@@ -1,5 +1,7 @@
 """Base model, tokenizer and chat template: loaded together, so that the three agree on where a turn ends."""
 
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from atlas.config import Config
@@ -72,6 +74,14 @@ _PAD_CANDIDATES = (
 )
 
 
+class NoStopTokenError(UserError):
+    """A chat template that ends an assistant turn without a special token."""
+
+
+class UnknownTemplateError(UserError):
+    """A chat template without generation markers that neither atlas nor TRL knows how to mark."""
+
+
 def patch_chat_template_for_assistant_mask(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     """Put `{% generation %}` markers into the tokenizer's chat template, around what the model has to generate.
 
@@ -79,8 +89,8 @@ def patch_chat_template_for_assistant_mask(tokenizer: "PreTrainedTokenizerBase")
     text stays the same byte for byte. For other families TRL's training template is taken where TRL has one. A template
     that has markers is left alone, so a second call changes nothing. Changes and returns `tokenizer`.
 
-    Raises `UserError` for a tokenizer without a chat template and for one that neither atlas nor TRL knows: without
-    markers the mask would be empty.
+    Raises `UserError` for a tokenizer without a chat template, and `UnknownTemplateError` for a template that neither atlas
+    nor TRL knows: without markers the mask would be empty.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):  # named variants; transformers renders "default"
@@ -102,10 +112,10 @@ def patch_chat_template_for_assistant_mask(tokenizer: "PreTrainedTokenizerBase")
     except (
         Exception
     ) as error:  # TRL raises ValueError for an unknown template, jinja its own errors while TRL probes it
-        raise UserError(
+        raise UnknownTemplateError(
             f"the chat template of {tokenizer.name_or_path!r} is unknown and has no {{% generation %}} markers, so the loss mask "
-            f"would be empty ({type(error).__name__}). Add the markers around the assistant's content and its stop token in "
-            "the template, or choose another model.tokenizer_name"
+            f"would be empty ({type(error).__name__}). Set data.mask=rendered to take the labels from rendering each turn, add the "
+            "markers around the assistant's content and its stop token in the template, or choose another model.tokenizer_name"
         ) from None
     if training_template is not None:
         tokenizer.chat_template = training_template
@@ -130,8 +140,13 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
         raise UserError(
             f"{key}: {name!r} has no fast tokenizer (tokenizer.json), which atlas needs to tokenize in batches"
         )
-    patch_chat_template_for_assistant_mask(tokenizer)
-    tokenizer.eos_token = _stop_token(tokenizer)
+    if not tokenizer.chat_template or config.data.mask != "rendered":
+        try:
+            patch_chat_template_for_assistant_mask(tokenizer)
+        except UnknownTemplateError:
+            if config.data.mask == "markers":
+                raise
+    tokenizer.eos_token = stop_token(tokenizer)
     if config.model.pad_token is not None:
         if config.model.pad_token not in tokenizer.get_vocab() or config.model.pad_token == tokenizer.eos_token:
             raise UserError(
@@ -151,18 +166,30 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _stop_token(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The special token that ends an assistant turn: the last one inside the markers of a rendered probe."""
-    text, spans = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    start, end = spans[-1] if spans else (0, 0)
-    ids = tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
-    special = [token for token in tokenizer.convert_ids_to_tokens(ids) if token in tokenizer.get_added_vocab()]
-    if not special:
+def stop_token(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The special token that ends an assistant turn, seen in a rendered probe: eos where it stands right after the content,
+    else the last of the special tokens that stand there.
+
+    Raises `NoStopTokenError` where there is none (a model trained with such a template would never learn to stop), and
+    `UserError` for a template that does not render the content at all.
+    """
+    probe = "xyzzy"
+    text = render_all(tokenizer, [([{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}], None, False)])[0]
+    if probe not in text:
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path!r} marks {text[start:end]!r} as the answer, without a stop token: the "
-            "model would never learn to stop. Put the end-of-turn token inside the {% generation %} markers"
+            f"the chat template of {tokenizer.name_or_path!r} does not render the text of an assistant turn (a template for images "
+            "wants lists of parts): choose the tokenizer of a text model"
         )
-    return str(special[-1])
+    tail = text[text.rfind(probe) + len(probe) :]
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(tail, add_special_tokens=False)["input_ids"])
+    added = tokenizer.get_added_vocab()
+    ending = [str(token) for token in itertools.takewhile(added.__contains__, tokens)]
+    if not ending:
+        raise NoStopTokenError(
+            f"the chat template of {tokenizer.name_or_path!r} writes {tail!r} after an answer, without a special token that ends "
+            "the turn: the model would never learn to stop. Put the end-of-turn token into the template"
+        )
+    return tokenizer.eos_token if tokenizer.eos_token in ending else ending[-1]
 
 
 def render(
@@ -172,14 +199,11 @@ def render(
     *,
     add_generation_prompt: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the character spans inside the template's generation markers.
-
-    Keys whose value is null are dropped, as `apply_chat_template` does, so that `content: null` is a missing key.
-    """
+    """The conversation as text, and the character spans inside the template's generation markers."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     rendered, spans = render_jinja_template(
-        conversations=[[{k: v for k, v in message.items() if v is not None} for message in messages]],
+        conversations=[_without_nulls(messages)],
         tools=tools,
         chat_template=tokenizer.get_chat_template(tools=tools),
         return_assistant_tokens_mask=True,
@@ -187,6 +211,41 @@ def render(
         **tokenizer.special_tokens_map,
     )
     return rendered[0], spans[0]
+
+
+def render_all(
+    tokenizer: "PreTrainedTokenizerBase", requests: Sequence[tuple[Sequence[dict[str, Any]], list[Any] | None, bool]]
+) -> list[str]:
+    """The texts of many (messages, tools, add_generation_prompt); generation markers are not looked at.
+
+    Requests with the same tools and flag are rendered in one call, half as costly per text as one by one.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for index, (_, tools, prompt) in enumerate(requests):
+        groups.setdefault((id(tools) if tools else 0, prompt), []).append(index)
+    texts = [""] * len(requests)
+    for (_, prompt), indices in groups.items():
+        tools = requests[indices[0]][1] or None
+        rendered, _ = render_jinja_template(
+            conversations=[_without_nulls(requests[index][0]) for index in indices],
+            tools=tools,
+            chat_template=tokenizer.get_chat_template(tools=tools),
+            add_generation_prompt=prompt,
+            **tokenizer.special_tokens_map,
+        )
+        for index, text in zip(indices, rendered, strict=True):
+            texts[index] = text
+    return texts
+
+
+def _without_nulls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As `apply_chat_template` does, so that `content: null` is a missing key."""
+    return [
+        {k: v for k, v in message.items() if v is not None} if None in message.values() else message
+        for message in messages
+    ]
 
 
 def load_base_model_and_tokenizer(

@@ -1,4 +1,4 @@
-"""Build the pocket lab: a base model of about one million parameters with its tokenizer, training rows and held-out prompts.
+"""Build the pocket lab: a base model of about 0.6 million parameters with its tokenizer, training rows and held-out prompts.
 
 The base model stands in for Qwen2.5-0.5B on a machine with neither GPU nor Hub: same architecture and chat template, and the same
 traps (``pad == eos == <|endoftext|>``, a template without generation markers, embeddings of the chat tokens never trained).
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -31,19 +30,20 @@ QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assista
 BASE_SYSTEM = "You are a helpful assistant."  # what Qwen2.5's base models publish in the same template
 
 VOCABULARY = 1536
-DOCUMENTS = 8000
+DOCUMENTS = 10000
 TRAINING_ROWS = 4000
 HELD_OUT_PROMPTS = 150
 # Widths are multiples of 64, the block of bitsandbytes' NF4.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,  # at equal time, two layers learn more than three or four
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},  # Qwen2.5's
     "initializer_range": 0.05,  # 0.02 is for wider models: after 300 steps the loss is 1.33, with 0.05 it is 1.16
 }
-STEPS, BATCH, SEQUENCE, PEAK_LR, WARMUP = 600, 4, 256, 4e-3, 40
+STEPS, BATCH, SEQUENCE, PEAK_LR, WARMUP = 2000, 4, 128, 4e-3, 60
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class PocketPaths:
 
 
 def fingerprint(seed: int) -> str:
-    """A sha256 over the package's source files, the seed and the versions of the libraries that decide the result."""
-    parts = [f"{f.name}\n{f.read_text()}" for f in sorted(Path(__file__).parent.glob("*.py"))]
+    """A sha256 over the source files that decide the lab, the seed and the versions of the libraries."""
+    parts = [Path(file).read_text(encoding="utf-8") for file in (__file__, world.__file__)]
     parts += [f"{name}=={version(name)}" for name in ("torch", "transformers", "tokenizers", "trl")]
     return hashlib.sha256("\n".join([*parts, str(seed)]).encode()).hexdigest()
 
@@ -99,7 +99,7 @@ def build(out: Path, seed: int = 0) -> PocketPaths:
         folder.chmod(0o755)  # mkdtemp makes it private
         if out.exists():
             shutil.rmtree(out)
-        os.replace(folder, out)
+        folder.replace(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return paths
@@ -152,7 +152,7 @@ def pretrain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int
         optimizer, lambda s: min((s + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * s / STEPS)))
     )
     print(
-        f"pocket: {model.num_parameters():,} parameters, {rows.numel():,} tokens, {STEPS} steps of {BATCH * SEQUENCE}"
+        f"pocket: {model.num_parameters():,} parameters, {rows.numel():,} tokens, {STEPS} steps of {BATCH * SEQUENCE} tokens"
     )
     began = time.monotonic()
     model.train()
@@ -167,7 +167,7 @@ def pretrain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 100 == 0 or step == STEPS:
+        if step % 500 == 0 or step == STEPS:
             print(f"pocket: step {step}/{STEPS}, loss {loss.item():.3f}, {time.monotonic() - began:.0f} s", flush=True)
     return model.eval()
 

@@ -27,7 +27,7 @@ PEOPLE: dict[str, tuple[str, str]] = {  # name: (job, home)
     "George": ("farmer", "Highgate"),
     "Alice": ("doctor", "Coldwater"),
     "Frank": ("carpenter", "Thornwood"),
-    "Helen": ("singer", "Highgate"),
+    "Susan": ("singer", "Highgate"),
     "Nora": ("gardener", "Greenford"),
 }
 PLACES: dict[str, tuple[str, str]] = {  # name: (landmark, what is sold there)
@@ -56,7 +56,7 @@ FOODS: dict[str, tuple[str, str]] = {  # name: (first ingredient, second ingredi
     "cake": ("butter", "eggs"),
     "stew": ("beans", "onions"),
     "pie": ("apples", "sugar"),
-    "porridge": ("oats", "milk"),
+    "pudding": ("oats", "milk"),
     "jam": ("plums", "honey"),
     "tea": ("mint", "lemon"),
 }
@@ -126,14 +126,14 @@ KINDS: tuple[Kind, ...] = (
         (
             "Then {a} adds the {b2}, and the {b} is very good.",
             "With the {b2}, the {b} of {a} is ready.",
-            "The people love the {b} of {a}.",
+            "All the friends of {a} like to eat the {b}.",
             "The {b} of {a} tastes of {b1}.",
         ),
     ),
     Kind(
         PEOPLE,
         TOOLS,
-        "{a} and the {b}",
+        "The {b} of {a}",
         ("How does {a} use the {b}?", "Tell me about {a} and the {b}.", "What does {a} do with the {b}?"),
         (
             "In the workshop, {a} takes the {b} and starts to work.",
@@ -151,7 +151,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         PEOPLE,
         ANIMALS,
-        "{a} and the {b}",
+        "The {b} of {a}",
         ("Where does {a} meet the {b}?", "Tell me about {a} and the {b}.", "How does {a} help the {b}?"),
         (
             "One day, {a} meets a {b1} {b} and smiles.",
@@ -209,15 +209,11 @@ CLOSINGS: tuple[str, ...] = (
     "It is a good day with a good end.",
     "Then the bells ring in the tower.",
 )
-KEYWORDS: tuple[str, ...] = (
-    *("lantern", "basket", "window", "letter", "bridge", "blanket"),
-    *("button", "mirror", "bottle", "candle", "feather", "kettle"),
-)
-KEYWORD_SENTENCES: tuple[str, ...] = (
-    "There is a {k} on the table.",
-    "The {k} is near the door.",
-    "Somebody has lost the {k} in the grass.",
-)
+# Keywords that a prompt may ask for, each with sentences about it.
+KEYWORDS: dict[str, tuple[str, ...]] = {
+    **{k: (f"There is a {a} {k} in the garden.", f"The {k} sleeps in the {b}.") for k, (a, b) in ANIMALS.items()},
+    **{k: (f"There is a {k} of {a} on the table.", f"The {k} helps to {b}.") for k, (a, b) in TOOLS.items()},
+}
 # Frequent in the texts above, so that leaving one of them out is something to learn.
 FORBIDDEN: tuple[str, ...] = ("and", "with", "very", "then")
 END_PHRASES: tuple[str, ...] = (
@@ -225,8 +221,6 @@ END_PHRASES: tuple[str, ...] = (
     "I hope this helps.",
     "Ask me again tomorrow.",
     "Have a good day.",
-    "Any other questions?",
-    "This is the end.",
 )
 SYSTEMS: tuple[str, ...] = (
     "You are a guide to the valley.",
@@ -274,6 +268,8 @@ FORMAT_PAIRS: tuple[tuple[str, str], ...] = tuple(
     (x, y) for x, y in combinations(REQUESTS, 2) if frozenset((x, y)) not in CONFLICTS
 )
 TRAINING_PAIRS: tuple[tuple[str, str], ...] = tuple(p for p in FORMAT_PAIRS if frozenset(p) not in HELD_OUT_FORMATS)
+# What a small model learns last is asked for more often.
+TRAINING_SINGLES: tuple[str, ...] = (*REQUESTS, EXISTENCE, EXISTENCE, END, POSTSCRIPT, BULLETS)
 
 
 @dataclass(frozen=True)
@@ -344,7 +340,7 @@ def _reply(rng: random.Random, topic: Topic, wanted: Mapping[str, dict[str, Any]
     banned = [",", *wanted.get(FORBID, {}).get("forbidden_words", ())]
     if NO_COMMA not in wanted:
         banned.pop(0)
-    extra = [rng.choice(KEYWORD_SENTENCES).format(k=k) for k in wanted.get(EXISTENCE, {}).get("keywords", ())]
+    extra = [rng.choice(KEYWORDS[k]) for k in wanted.get(EXISTENCE, {}).get("keywords", ())]
     # Three sentences for the two cases: langdetect takes 2 % of the shorter ones in capitals for another language.
     length = 3 if LOWER in wanted or CAPITAL in wanted else 2
     if BULLETS in wanted:
@@ -373,13 +369,14 @@ def _exchange(rng: random.Random, topics: Sequence[Topic], formats: Sequence[str
         BULLETS: lambda: (str(n := rng.randint(2, 4)), {"num_bullets": n}),
         POSTSCRIPT: lambda: (m := rng.choice(("P.S.", "P.P.S")), {"postscript_marker": m}),
         EXISTENCE: lambda: (
-            " and ".join(k := rng.sample(KEYWORDS, 1 if BULLETS in formats else rng.randint(1, 2))),
+            " and ".join(k := rng.sample(keywords, 1 if BULLETS in formats else rng.randint(1, 2))),
             {"keywords": k},
         ),
         FORBID: lambda: (w := rng.choice(FORBIDDEN), {"forbidden_words": [w]}),
         HIGHLIGHT: lambda: (str(n := rng.randint(1, 2)), {"num_highlights": n}),
     }
     topic = rng.choice(topics)
+    keywords = [k for k in KEYWORDS if k not in (topic.a, topic.b)]
     wanted: dict[str, dict[str, Any]] = {}
     parts = [rng.choice(topic.kind.questions).format_map(topic.facts)]
     for name in formats:
@@ -390,10 +387,10 @@ def _exchange(rng: random.Random, topics: Sequence[Topic], formats: Sequence[str
     return Exchange(" ".join(parts), _reply(rng, topic, wanted), tuple(wanted), tuple(wanted.values()))
 
 
-def _formats(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    """One format, or one of the pairs in either order, each with even odds."""
+def _formats(rng: random.Random, pairs: Sequence[tuple[str, str]], singles: Sequence[str]) -> tuple[str, ...]:
+    """One format, or one of the pairs in either order, with even odds."""
     pair = rng.choice(pairs)
-    return (rng.choice(list(REQUESTS)),) if rng.random() < 0.5 else pair if rng.random() < 0.5 else pair[::-1]
+    return (rng.choice(singles),) if rng.random() < 0.5 else pair if rng.random() < 0.5 else pair[::-1]
 
 
 def dialogues(seed: int, n: int) -> list[Dialogue]:
@@ -406,7 +403,7 @@ def dialogues(seed: int, n: int) -> list[Dialogue]:
     for _ in range(n):
         system = rng.choice(SYSTEMS) if rng.random() < 0.25 else None
         formats = [
-            _formats(rng, TRAINING_PAIRS) if rng.random() < 5 / 6 else ()
+            _formats(rng, TRAINING_PAIRS, TRAINING_SINGLES) if rng.random() < 5 / 6 else ()
             for _ in range(2 if rng.random() < 1 / 6 else 1)
         ]
         rows.append(Dialogue(system, tuple(_exchange(rng, TRAINING_TOPICS, f) for f in formats)))
@@ -427,7 +424,7 @@ def heldout_prompts(seed: int, n: int) -> list[dict[str, Any]]:
     rng = random.Random(f"heldout-{seed}")
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < n:
-        x = _exchange(rng, HELD_OUT_TOPICS, _formats(rng, FORMAT_PAIRS))
+        x = _exchange(rng, HELD_OUT_TOPICS, _formats(rng, FORMAT_PAIRS, list(REQUESTS)))
         rows.setdefault(
             x.prompt,
             {
@@ -457,10 +454,12 @@ def _list(rng: random.Random, topic: Topic) -> str:
 
 
 def _letter(rng: random.Random, topic: Topic) -> str:
-    """A letter with an end phrase or a postscript."""
-    body = " ".join(_tell(rng, topic, 2))
-    postscript = f"\n\n{rng.choice(('P.S.', 'P.P.S'))} {rng.choice(topic.kind.details).format_map(topic.facts)}"
-    return f"Dear {rng.choice(list(PEOPLE))},\n\n{body}{rng.choice((postscript, ' ' + rng.choice(END_PHRASES)))}"
+    """A letter with an end phrase or a postscript, and a note before it that says which."""
+    body, extra = _tell(rng, topic, 2), rng.choice(topic.kind.details).format_map(topic.facts)
+    mark, phrase = rng.choice(("P.S.", "P.P.S")), rng.choice(END_PHRASES)
+    if rng.random() < 0.3:
+        return f"Letter with {mark}\n{' '.join(body)}\n\n{mark} {extra}"
+    return f"Letter with the last words: {phrase}\n{' '.join(body)} {phrase}"
 
 
 def _speech(rng: random.Random, topic: Topic) -> str:
@@ -468,16 +467,16 @@ def _speech(rng: random.Random, topic: Topic) -> str:
     return f'"{" ".join(_tell(rng, topic, 2))}"\n{rng.choice(list(PEOPLE))} says so.'
 
 
-def _notes(rng: random.Random, topic: Topic) -> str:
-    """Words with sentences about them: the reader learns to carry a word from one line to another."""
-    words = rng.sample(KEYWORDS, rng.randint(1, 2))
-    told = [rng.choice(KEYWORD_SENTENCES).format(k=k) for k in words]
-    return f"Words: {' and '.join(words)}.\n{' '.join(_tell(rng, topic, 2) + told)}"
+def _notes(rng: random.Random, _: Topic) -> str:
+    """Words, then sentences that come back to them: a reader learns to copy a word only where that pays in every sentence."""
+    words = rng.sample(list(KEYWORDS), rng.randint(1, 2))
+    told = [s for word in words for s in rng.sample(KEYWORDS[word], 2)]
+    return f"Use these words: {' and '.join(words)}.\n{' '.join(told)}"
 
 
 def _questions(rng: random.Random, topic: Topic) -> str:
     """A page of questions without answers."""
-    return "\n".join(_exchange(rng, (topic,), _formats(rng, TRAINING_PAIRS)).prompt for _ in range(3))
+    return "\n".join(_exchange(rng, (topic,), _formats(rng, TRAINING_PAIRS, TRAINING_SINGLES)).prompt for _ in range(3))
 
 
 def _exercise(rng: random.Random, topic: Topic) -> str:
@@ -485,7 +484,7 @@ def _exercise(rng: random.Random, topic: Topic) -> str:
 
     LoRA cannot teach a frozen embedding a new word, nor a model of this size in a minute to copy a word from a question.
     """
-    exercise = _exchange(rng, (topic,), _formats(rng, TRAINING_PAIRS))
+    exercise = _exchange(rng, (topic,), _formats(rng, TRAINING_PAIRS, TRAINING_SINGLES))
     return f"Exercise: {exercise.prompt}\nSolution:\n{exercise.reply}"
 
 
@@ -495,27 +494,19 @@ def _spelling(rng: random.Random, topic: Topic) -> str:
     return "\n".join(x for s in lines for x in rng.sample((s, s.lower(), s.upper()), 2))
 
 
-def _copybook(rng: random.Random, topic: Topic) -> str:
-    """Rows of words written twice, sometimes in another letter case: the densest practice in copying there is."""
-    words = [topic.a, topic.b, *rng.sample(KEYWORDS, 3), *rng.sample(list(PEOPLE), 2), *rng.sample(list(PLACES), 2)]
-    rng.shuffle(words)
-    row = " ".join(words)
-    return f"{row}\n{rng.choice((row, row.upper(), row.lower()))}"
-
-
 def pretraining_texts(seed: int, n: int) -> list[str]:
     """``n`` plain documents of two to four pages on one topic (stories, lists, letters, exercises, ...), no chat format.
 
     One page in three, exercises apart, is all lower case or all capitals.
     """
     rng = random.Random(f"pretraining-{seed}")
-    pages = (_story, _list, _letter, _speech, _notes, _questions, _spelling, _copybook, _copybook)
+    pages = (_story, _list, _list, _letter, _letter, _speech, _notes, _notes, _notes, _questions, _spelling)
     cases: tuple[Callable[[str], str], ...] = (str, str, str, str, str.lower, str.upper)
     documents = []
     for _ in range(n):
         topic = rng.choice(TRAINING_TOPICS)
         drawn = [
-            _exercise(rng, topic) if rng.random() < 0.4 else rng.choice(cases)(rng.choice(pages)(rng, topic))
+            _exercise(rng, topic) if rng.random() < 0.6 else rng.choice(cases)(rng.choice(pages)(rng, topic))
             for _ in range(rng.randint(2, 4))
         ]
         documents.append("\n\n".join(drawn))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas.config import LoadedConfig
-from atlas.data.tokenize import Labeled
+from atlas.data.prepare import Labeled
 from atlas.device import DevicePlan
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface_hub")

@@ -95,7 +95,7 @@ def _main(arguments: argparse.Namespace) -> int:
 def dump_audit(loaded: LoadedConfig) -> Path:
     """Write the template audit of the data as configured; no model is loaded."""
     from atlas.audit.report import write_audit
-    from atlas.data.tokenize import prepare
+    from atlas.data.prepare import gate, prepare
     from atlas.models.base import load_tokenizer
 
     config = loaded.config
@@ -104,8 +104,8 @@ def dump_audit(loaded: LoadedConfig) -> Path:
     labeled = prepare(config, tokenizer)
     for ledger in labeled.ledgers:
         print(ledger.table())
-    path = write_audit(labeled, tokenizer, Path(config.output.results_dir), config.audit.rows)
-    print(f"audit of the first {min(config.audit.rows, len(labeled.dataset))} rows: {path}")
+    path = write_audit(labeled, Path(config.output.results_dir))
+    gate(config, labeled)
     return path
 
 
@@ -117,7 +117,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
 
     from transformers import set_seed
 
-    from atlas.data.tokenize import prepare
+    from atlas.data.prepare import gate, prepare
     from atlas.device import Machine, choose_device
     from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm, lora_config
     from atlas.models.base import load_base_model_and_tokenizer, load_tokenizer
@@ -138,6 +138,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     labeled = prepare(config, tokenizer)
     for ledger in labeled.ledgers:
         print(ledger.table())
+    gate(config, labeled)
     checkpoint = checkpoint_to_resume(folder, resume, loaded.config_hash)
 
     model, tokenizer = load_base_model_and_tokenizer(config, plan, tokenizer)

@@ -1,0 +1,168 @@
+"""The evaluation harness on a tiny real model: what ends a reply, what is scored, what is refused before generating."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atlas.eval import harness
+from atlas.pocket import base, world
+
+LETTER = "keywords:letter_frequency"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> base.PocketPaths:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"DOCUMENTS": 400, "STEPS": 60, "TRAINING_ROWS": 8, "HELD_OUT_PROMPTS": 24}.items():
+            patch.setattr(base, name, value)
+        return base.build(tmp_path_factory.mktemp("lab") / "pocket")
+
+
+@pytest.fixture
+def loaded(lab: base.PocketPaths) -> tuple[Any, Any]:
+    return harness.load_model(lab.base)
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def prompt(key: int, *names: str, kwargs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    return {"key": key, "prompt": "Hi", "instruction_id_list": names, "kwargs": kwargs or [{} for _ in names]}
+
+
+def test_batch_size_changes_nothing(lab: base.PocketPaths, loaded: tuple[Any, Any]) -> None:
+    one = harness.run_ifeval(*loaded, lab.eval, batch_size=1, max_gen_toks=24)
+    many = harness.run_ifeval(*loaded, lab.eval, batch_size=16, max_gen_toks=24)
+    assert one == many
+    assert [r.key for r in one.records] == list(range(24))
+    assert all(0 < r.generated_tokens <= 24 for r in one.records)
+    assert one.prompt_strict == sum(all(r.inst_strict) for r in one.records) / 24
+    verdicts = [v for r in one.records for v in r.inst_strict]
+    assert one.inst_strict == pytest.approx(sum(verdicts) / len(verdicts))
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_nothing_after_the_stop_token_is_scored(
+    lab: base.PocketPaths, loaded: tuple[Any, Any], batch_size: int
+) -> None:
+    """A model that writes `<|im_end|>` at once and then goes on: the reply is empty, and no instruction is followed."""
+    import torch
+
+    model, tokenizer = loaded
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.generation_config.max_new_tokens, model.generation_config.repetition_penalty = 3, 5.0
+    newline = tokenizer("assistant\n")["input_ids"][-1]
+
+    def stop_first(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        """After the prompt's last newline only the stop token; anything afterwards."""
+        ends = kwargs["input_ids"][:, -1] == newline
+        output.logits[ends, -1, stop] = torch.finfo(output.logits.dtype).max
+        return output
+
+    handle = model.register_forward_hook(stop_first, with_kwargs=True)
+    result = harness.run_ifeval(model, tokenizer, lab.eval, batch_size=batch_size, max_gen_toks=8)
+    handle.remove()
+    assert {(r.reply, r.generated_tokens, r.stopped) for r in result.records} == {("", 1, True)}
+    assert result.prompt_strict == result.inst_loose == 0.0
+
+
+def test_own_limits_of_the_model_do_not_apply(lab: base.PocketPaths, loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    free = harness.run_ifeval(model, tokenizer, lab.eval, max_gen_toks=24, limit=8)
+    model.generation_config.max_new_tokens = 2
+    model.generation_config.repetition_penalty = 9.0
+    assert harness.run_ifeval(model, tokenizer, lab.eval, max_gen_toks=24, limit=8) == free
+    assert len(free.records) == 8 and max(r.generated_tokens for r in free.records) > 2
+
+
+def test_null_padded_kwargs_and_random_checkers_are_repeatable(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
+    """The json reader pads kwargs with nulls; a letter that is not given is drawn at random."""
+    data = write(
+        tmp_path / "eval.jsonl",
+        prompt(7, world.NO_COMMA, world.EXISTENCE, kwargs=[{}, {"keywords": ["fox"]}]),
+        prompt(9, LETTER, kwargs=[{"let_relation": "at least", "let_frequency": 2}]),
+        prompt(8, world.BULLETS, kwargs=[{"num_bullets": 2}]),
+    )
+    results = []
+    for seed in range(4):
+        random.seed(seed)
+        results.append(harness.run_ifeval(*loaded, data, max_gen_toks=24))
+    assert all(result == results[0] for result in results)
+    assert [r.key for r in results[0].records] == [7, 9, 8]
+
+
+def test_kwargs_may_all_be_empty(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
+    data = write(tmp_path / "eval.jsonl", prompt(1, world.NO_COMMA), prompt(2, world.LOWER))
+    assert len(harness.run_ifeval(*loaded, data, max_gen_toks=4).records) == 2
+
+
+def test_adapter_and_its_tokenizer_are_used(lab: base.PocketPaths, tmp_path: Path) -> None:
+    """The Instruct template comes with the adapter; a strong adapter changes the replies."""
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = harness.load_model(lab.base)
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "adapter")
+    _, same = harness.load_model(lab.base, tmp_path / "adapter")
+    assert same.chat_template == tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(base.BASE_SYSTEM, base.QWEN_SYSTEM)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    model, instruct = harness.load_model(lab.base, tmp_path / "adapter")
+    assert "Alibaba" in instruct.chat_template and instruct.eos_token == "<|im_end|>"
+    one = harness.run_ifeval(model, instruct, lab.eval, batch_size=1, max_gen_toks=16, limit=12)
+    many = harness.run_ifeval(model, instruct, lab.eval, batch_size=12, max_gen_toks=16, limit=12)
+    plain = harness.run_ifeval(*harness.load_model(lab.base), lab.eval, max_gen_toks=16, limit=12)
+    assert one == many
+    assert [r.reply for r in one.records] != [r.reply for r in plain.records]
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        ([], "no prompts"),
+        ([prompt(1, "no:such")], "no checker for no:such"),
+        ([prompt(1, world.TITLE), prompt(1, world.TITLE)], "not unique"),
+        ([{"key": 1, "prompt": "Hi"}], "row 1: no instruction_id_list, kwargs"),
+        ([prompt(1, world.TITLE, kwargs=[{}, {}])], "one kwargs per instruction"),
+    ],
+)
+def test_bad_data_is_refused_before_generating(tmp_path: Path, rows: list[dict[str, Any]], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        harness.run_ifeval(None, None, write(tmp_path / "eval.jsonl", *rows), max_gen_toks=8)  # type: ignore[arg-type]
+
+
+def test_missing_punkt_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    data = write(tmp_path / "eval.jsonl", prompt(1, "length_constraints:number_sentences"))
+    with pytest.raises(LookupError, match=r"nltk\.downloader punkt_tab"):
+        harness.run_ifeval(None, None, data, max_gen_toks=8)  # type: ignore[arg-type]
+
+
+def test_scorer_is_imported_without_a_download(tmp_path: Path) -> None:
+    code = (
+        "import nltk, socket\n"
+        "def no(*a, **k): raise SystemExit('tried the network')\n"
+        "socket.socket.connect = socket.getaddrinfo = no\n"
+        "from atlas.eval import harness\n"
+        "harness._prepare_scorer([{'instruction_id_list': ['punctuation:no_comma']}])\n"
+        "assert nltk.download.__name__ == 'download'\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"NLTK_DATA": str(tmp_path), "HOME": str(tmp_path)},
+    )
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr

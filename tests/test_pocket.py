@@ -1,0 +1,107 @@
+"""The pocket lab: its texts are true to their own instructions, held-out prompts are held out, and a build is whole or absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from atlas.pocket import base, world
+
+
+def test_every_training_reply_passes_its_own_checkers() -> None:
+    from atlas.eval import harness
+
+    exchanges = [x for dialogue in world.dialogues(0, base.TRAINING_ROWS) for x in dialogue.exchanges]
+    harness._prepare_scorer([{"instruction_id_list": world.REQUESTS}])
+    from lm_eval.tasks.ifeval import utils
+
+    failed = []
+    for x in exchanges:
+        example = utils.InputExample(0, list(x.instruction_id_list), x.prompt, list(x.kwargs))
+        if not all(utils.test_instruction_following_strict(example, x.reply).follow_instruction_list):
+            failed.append(x.reply)
+    # langdetect takes a few replies in capitals for another language; nothing else may fail.
+    assert len(failed) <= 0.002 * len(exchanges)
+    assert all(reply.isupper() for reply in failed)
+    used = {name for x in exchanges for name in x.instruction_id_list}
+    assert used == set(world.REQUESTS) and len(used) == 11
+
+
+def test_held_out_prompts_need_new_combinations() -> None:
+    turns = [m["content"] for row in world.conversations(0, base.TRAINING_ROWS) for m in row["messages"]]
+    rows = world.heldout_prompts(0, base.HELD_OUT_PROMPTS)
+    plain = "\n".join(world.pretraining_texts(0, 1000)).lower()
+    assert len({row["prompt"] for row in rows}) == len({row["key"] for row in rows}) == base.HELD_OUT_PROMPTS
+    assert not {row["prompt"] for row in rows} & set(turns)
+    for topic in world.HELD_OUT_TOPICS:  # neither the questions about the pair nor their first statement
+        for template in (*topic.kind.questions, *topic.kind.openings):
+            text = template.format_map(topic.facts)
+            assert text not in turns and text.lower() not in plain
+    trained = {frozenset(x.instruction_id_list) for d in world.dialogues(0, base.TRAINING_ROWS) for x in d.exchanges}
+    assert not trained & world.HELD_OUT_FORMATS
+    assert any(frozenset(row["instruction_id_list"]) in world.HELD_OUT_FORMATS for row in rows)
+    assert all(len(row["kwargs"]) == len(row["instruction_id_list"]) for row in rows)
+
+
+def test_texts_depend_on_the_seed_alone() -> None:
+    for tell in (world.pretraining_texts, world.conversations, world.heldout_prompts):
+        assert tell(3, 20) == tell(3, 20) != tell(4, 20)
+    assert not any("<|" in text for text in world.pretraining_texts(0, 500))
+    rows = world.conversations(0, 300)
+    shapes = {tuple(m["role"] for m in row["messages"]) for row in rows}
+    assert {("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant") * 2} <= shapes
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same build with a few steps on a few texts."""
+    for name, value in {"DOCUMENTS": 300, "STEPS": 12, "TRAINING_ROWS": 20, "HELD_OUT_PROMPTS": 8}.items():
+        monkeypatch.setattr(base, name, value)
+
+
+def test_build_is_deterministic_cached_and_whole(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    first, second = base.build(tmp_path / "a"), base.build(tmp_path / "b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    assert (first.base / "tokenizer.json").read_bytes() == (second.base / "tokenizer.json").read_bytes()
+    weights = [load_file(p.base / "model.safetensors") for p in (first, second)]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    assert len(first.train.read_text().splitlines()) == 20
+    assert json.loads(first.eval.read_text().splitlines()[0])["key"] == 0
+
+    stamp = (first.base / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    assert base.build(tmp_path / "a") == first
+    assert (first.base / "model.safetensors").stat().st_mtime_ns == stamp and "using" in capsys.readouterr().out
+
+    tokenizer = AutoTokenizer.from_pretrained(first.base)
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|endoftext|>"
+    assert len(tokenizer("<|im_start|><|im_end|><|endoftext|>")["input_ids"]) == 3
+    assert tokenizer.decode(tokenizer("Añb\t\x07 ☃")["input_ids"]) == "Añb\t\x07 ☃"  # any byte survives
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    )
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(base, "pretrain", killed)
+    with pytest.raises(KeyboardInterrupt):
+        base.build(tmp_path / "a", seed=1)
+    assert base.build(tmp_path / "a", seed=0) == first  # the old lab is untouched
+    with pytest.raises(KeyboardInterrupt):
+        base.build(tmp_path / "c")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_build_leaves_a_strange_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not a pocket lab"):
+        base.build(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
