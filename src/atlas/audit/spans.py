@@ -39,7 +39,7 @@ REMEDIES = {
     "missing": "move the template's {% generation %} markers to exactly content and stop token, or set data.mask=rendered",
     "straddle": "move the template's {% generation %} markers to where the generation prompt ends, or set data.mask=rendered",
     "history": "use a template that keeps earlier turns as they were (prefix-preserving), or train on single-turn rows",
-    """One defect. `turn` is the index of the message (-1: row or tokenizer), `start` and `end` are bytes of the row's text."""
+    "stop": "make the template end every assistant turn with the tokenizer's eos, and choose another token as pad (model.pad_token)",
     "injected": "remove the special token's text from the row",
     "text": "choose a tokenizer whose tokens keep the text",
 }
@@ -103,6 +103,7 @@ class Oracle:
         self.tokenizer = tokenizer
         self.stop = stop_token(tokenizer)
         self.header = _generation_prompt(tokenizer)
+        self._special = special_token_texts(tokenizer)
         table = token_bytes(tokenizer)
         pieces = [table.get(index, b"") for index in range(max(table) + 1)]
         self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
@@ -150,9 +151,9 @@ class Oracle:
             return Turn(index, start, max(start, _common_prefix(text, with_turn)), problem or "stop")
         end = at + len(self.stop)
         if with_turn is not text and not text.startswith(with_turn[:end]):
-            # The best guess: up to this turn's own stop token, or as far as both renderings agree.
-            problem, at, following = "history", text.find(self.stop, start), text.find(self.header, start)
-            own = at >= 0 and (following < 0 or at < following or not self.header)
+            # The best guess: up to this turn's own stop token (no other special token before it), or as far as both agree.
+            problem, at = "history", text.find(self.stop, start)
+            own = at >= 0 and not any(token in text[start:at] for token in self._special)
             end = at + len(self.stop) if own else _common_prefix(text, with_turn)
         return Turn(index, start, max(start, end), problem)
 

@@ -30,7 +30,7 @@ QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assista
 BASE_SYSTEM = "You are a helpful assistant."  # what Qwen2.5's base models publish in the same template
 
 VOCABULARY = 1536
-DOCUMENTS = 10000
+DOCUMENTS = 12000
 TRAINING_ROWS = 4000
 HELD_OUT_PROMPTS = 150
 # Widths are multiples of 64, the block of bitsandbytes' NF4.
@@ -43,7 +43,7 @@ SHAPE: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},  # Qwen2.5's
     "initializer_range": 0.05,  # 0.02 is for wider models: after 300 steps the loss is 1.33, with 0.05 it is 1.16
 }
-STEPS, BATCH, SEQUENCE, PEAK_LR, WARMUP = 2000, 4, 128, 4e-3, 60
+STEPS, BATCH, SEQUENCE, PEAK_LR, WARMUP = 2600, 4, 128, 4e-3, 60
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,7 @@ FORMAT_PAIRS: tuple[tuple[str, str], ...] = tuple(
 )
 TRAINING_PAIRS: tuple[tuple[str, str], ...] = tuple(p for p in FORMAT_PAIRS if frozenset(p) not in HELD_OUT_FORMATS)
 # What a small model learns last is asked for more often.
-TRAINING_SINGLES: tuple[str, ...] = (*REQUESTS, EXISTENCE, EXISTENCE, END, POSTSCRIPT, BULLETS)
+TRAINING_SINGLES: tuple[str, ...] = (*REQUESTS, EXISTENCE, EXISTENCE, END, END, HIGHLIGHT)
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ def _exchange(rng: random.Random, topics: Sequence[Topic], formats: Sequence[str
     draw: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
         END: lambda: (p := rng.choice(END_PHRASES), {"end_phrase": p}),
         BULLETS: lambda: (str(n := rng.randint(2, 4)), {"num_bullets": n}),
-        POSTSCRIPT: lambda: (m := rng.choice(("P.S.", "P.P.S")), {"postscript_marker": m}),
+        POSTSCRIPT: lambda: ("P.S.", {"postscript_marker": "P.S."}),
         EXISTENCE: lambda: (
             " and ".join(k := rng.sample(keywords, 1 if BULLETS in formats else rng.randint(1, 2))),
             {"keywords": k},
@@ -376,7 +376,7 @@ def _exchange(rng: random.Random, topics: Sequence[Topic], formats: Sequence[str
         HIGHLIGHT: lambda: (str(n := rng.randint(1, 2)), {"num_highlights": n}),
     }
     topic = rng.choice(topics)
-    keywords = [k for k in KEYWORDS if k not in (topic.a, topic.b)]
+    keywords = [k for k in KEYWORDS if k not in topic.kind.first and k not in topic.kind.second]
     wanted: dict[str, dict[str, Any]] = {}
     parts = [rng.choice(topic.kind.questions).format_map(topic.facts)]
     for name in formats:
@@ -454,12 +454,12 @@ def _list(rng: random.Random, topic: Topic) -> str:
 
 
 def _letter(rng: random.Random, topic: Topic) -> str:
-    """A letter with an end phrase or a postscript, and a note before it that says which."""
-    body, extra = _tell(rng, topic, 2), rng.choice(topic.kind.details).format_map(topic.facts)
-    mark, phrase = rng.choice(("P.S.", "P.P.S")), rng.choice(END_PHRASES)
-    if rng.random() < 0.3:
-        return f"Letter with {mark}\n{' '.join(body)}\n\n{mark} {extra}"
-    return f"Letter with the last words: {phrase}\n{' '.join(body)} {phrase}"
+    """A letter with a postscript, or two with the same last words, and a note before each that says which."""
+    if rng.random() < 0.2:
+        body, postscript = " ".join(_tell(rng, topic, 2)), rng.choice(topic.kind.details).format_map(topic.facts)
+        return f"Letter with P.S.\n{body}\n\nP.S. {postscript}"
+    phrase = rng.choice(END_PHRASES)
+    return "\n".join(f"The last words should be: {phrase}\n{_tell(rng, topic, 1)[0]} {phrase}" for _ in range(2))
 
 
 def _speech(rng: random.Random, topic: Topic) -> str:

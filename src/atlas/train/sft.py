@@ -117,6 +117,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
 
     from transformers import set_seed
 
+    from atlas.data.pack import arrange
     from atlas.data.prepare import gate, prepare
     from atlas.device import Machine, choose_device
     from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm, lora_config
@@ -139,6 +140,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     for ledger in labeled.ledgers:
         print(ledger.table())
     gate(config, labeled)
+    rows = arrange(labeled.dataset, arguments)
     checkpoint = checkpoint_to_resume(folder, resume, loaded.config_hash)
 
     model, tokenizer = load_base_model_and_tokenizer(config, plan, tokenizer)
@@ -147,7 +149,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     trainer = LabeledSFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=labeled.dataset,
+        train_dataset=rows,
         processing_class=tokenizer,
         peft_config=adapter,
         callbacks=[log, StampCheckpoints(loaded.config_hash)],
@@ -191,8 +193,7 @@ def sft_arguments(loaded: LoadedConfig, plan: "DevicePlan") -> "SFTConfig":
     given = dict(config.train)
     # The labels are made already: what TRL would do to the rows (mask, truncate, filter one by one) is done.
     given["assistant_only_loss"] = False
-    if not given.get("packing"):
-        given["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    given["dataset_kwargs"] = {"skip_prepare_dataset": True}
     given |= {
         "output_dir": config.output.dir,
         "bf16": plan.bf16,
