@@ -79,9 +79,7 @@ def test_all_real_conversations_are_clean(shared: Path):
             rows += [{"messages": row["prompt"] + row[side]} for side in ("chosen", "rejected")]
     assert len(rows) == 349 + 2000 + 1000 + 2 * (299 + 207) and all(conversation(row) for row in rows)
     for kind in ("base", "instruct"):
-        found = kinds(right(shared / f"qwen2.5-tokenizer-{kind}"), rows)
-        # "injected": rows of the preference data that show the text of a special token; they are dropped, not trained.
-        assert set(found) <= {"injected"} and found["injected"] < 10, found
+        assert not kinds(right(shared / f"qwen2.5-tokenizer-{kind}"), rows)
 
 
 def test_trls_own_training_template_leaks_both_newlines_and_nothing_else(base_folder: Path):

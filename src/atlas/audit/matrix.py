@@ -32,7 +32,14 @@ _TOOL = {
 _CALL = {"type": "function", "function": {"name": "distance", "arguments": {"place": "mill"}}}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"messages": [_USER, _ANSWER]},
-    "multi-turn": {"messages": [_USER, _ANSWER, {"role": "user", "content": "And back?"}, {"role": "assistant", "content": "The same."}]},
+    "multi-turn": {
+        "messages": [
+            _USER,
+            _ANSWER,
+            {"role": "user", "content": "And back?"},
+            {"role": "assistant", "content": "The same."},
+        ]
+    },
     "system": {"messages": [{"role": "system", "content": "Be brief."}, _USER, _ANSWER]},
     "tool call": {
         "messages": [
@@ -47,7 +54,9 @@ CASES: dict[str, dict[str, Any]] = {
     "empty": {"messages": [_USER, {"role": "assistant", "content": ""}]},
 }
 # What stands for one token in the families' real vocabularies.
-_SPECIAL = re.compile(r"<[|｜][^<>|｜{}'\"\s]+[|｜]>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn|turn\||\|turn|end_of_utterance|sop)>|\[gMASK\]")
+_SPECIAL = re.compile(
+    r"<[|｜][^<>|｜{}'\"\s]+[|｜]>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn|turn\||\|turn|end_of_utterance|sop)>|\[gMASK\]"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +96,10 @@ def judge_all() -> list[dict[str, Any]]:
         train_tokenizer(world.pretraining_texts(0, 300)).save_pretrained(home)
         for name in names:
             tokenizer = AutoTokenizer.from_pretrained(home)
-            entries.append({"template": name.removesuffix(".jinja")} | judge((folder / name).read_text(encoding="utf-8"), tokenizer))
+            entries.append(
+                {"template": name.removesuffix(".jinja")}
+                | judge((folder / name).read_text(encoding="utf-8"), tokenizer)
+            )
     return entries
 
 

@@ -133,7 +133,8 @@ def verdict(summary: dict[str, Any]) -> str:
     if not found:
         return "clean: the loss falls on exactly what the model must generate"
     return ", ".join(
-        f"{kind} in {count} rows" if kind != "stop" else f"stop ({count})" for kind, count in found.items()
+        f"{kind} in {count:,} row{'s' * (count > 1)}" if kind != "stop" else f"stop ({count:,})"
+        for kind, count in found.items()
     )
 
 
@@ -209,6 +210,7 @@ font:14px/1.75 ui-monospace,SFMono-Regular,Menlo,monospace;white-space:pre-wrap;
 .x{font-weight:700}.w{position:relative}.w::before{position:absolute;left:0;color:var(--sp);pointer-events:none}
 .sp::before{content:"·"}.nl::before{content:"↵"}.tb::before{content:"→"}
 .nl{display:inline-block;width:1ch;height:1em}.b{font-size:.8em;font-style:normal}
+.k::before{content:"▏";font-style:normal;opacity:.6}
 .legend span{padding:.05rem .4rem;margin-right:.4rem;border-radius:.2rem;white-space:nowrap}
 ul{padding-left:1.2rem;margin:.3rem 0}code{overflow-wrap:anywhere}small{color:var(--dim)}
 """
@@ -241,15 +243,16 @@ def _row(record: dict[str, Any]) -> str:
         for f in findings
     )
     tokens, at = [], 0
-    for token, name, hexed, trained in zip(
-        record["ids"], record["tokens"], record["bytes"], record["mask"], strict=True
+    pieces = [bytes.fromhex(hexed) for hexed in record["bytes"]]
+    displays = _displays(pieces, record["mask"])
+    for token, name, piece, trained, shown in zip(
+        record["ids"], record["tokens"], pieces, record["mask"], displays, strict=True
     ):
-        piece = bytes.fromhex(hexed)
         end = at + len(piece)
         bad = any(f["start"] < end and at < f["end"] for f in findings if f["kind"] not in ("empty", "text"))
         special = name.encode() == piece and name.startswith("<") and name.endswith(">")
         classes = "t" + (" s" if trained else "") + (" f" if bad else "") + (" x" if special else "")
-        tokens.append(f"<span class='{classes}' title='id {token} &middot; {piece.hex(' ')}'>{_visible(piece)}</span>")
+        tokens.append(f"<span class='{classes}' title='id {token} &middot; {piece.hex(' ')}'>{shown}</span>")
         at = end
     roles = ", ".join(span["role"] for span in record["roles"])
     return (
@@ -259,11 +262,26 @@ def _row(record: dict[str, Any]) -> str:
     )
 
 
-def _visible(piece: bytes) -> str:
-    try:
-        text = piece.decode()
-    except UnicodeDecodeError:  # a part of a character, whose other bytes are in the next tokens
-        return f"<i class=b>‹{piece.hex()}›</i>"
+def _displays(pieces: list[bytes], mask: list[int]) -> list[str]:
+    """HTML for each token. Tokens that share a character show it at the first of them; a mark stands for the others."""
+    displays: list[str] = []
+    while len(displays) < len(pieces):
+        first = len(displays)
+        for end in range(first + 1, min(first + 5, len(pieces) + 1)):  # a character has at most four bytes
+            if mask[end - 1] != mask[first]:
+                break
+            try:
+                text = b"".join(pieces[first:end]).decode()
+            except UnicodeDecodeError:
+                continue
+            displays += [_visible(text), *["<i class=k></i>"] * (end - first - 1)]
+            break
+        if len(displays) == first:  # no character: cut off, or one that is trained only in part
+            displays.append(f"<i class=b>‹{pieces[first].hex()}›</i>")
+    return displays
+
+
+def _visible(text: str) -> str:
     shown = {
         " ": "<span class='w sp'> </span>",
         "\n": "<span class='w nl'></span>\n",

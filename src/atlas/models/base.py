@@ -174,7 +174,9 @@ def stop_token(tokenizer: "PreTrainedTokenizerBase") -> str:
     `UserError` for a template that does not render the content at all.
     """
     probe = "xyzzy"
-    text = render_all(tokenizer, [([{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}], None, False)])[0]
+    text = render_all(
+        tokenizer, [([{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}], None, False)]
+    )[0]
     if probe not in text:
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} does not render the text of an assistant turn (a template for images "
