@@ -1,0 +1,78 @@
+"""What auditing every row costs, as a share of tokenizing the same rows: `make bench`.
+
+Both are timed in one process, alternating, on the same 2,000 rows: conversations of the pocket lab, or, where a file of real ones
+is given, those (repeated to 2,000). The result goes into results/benchmarks.json under the name `audit`.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from atlas.data.tokenize import Labeler
+from atlas.device import Machine
+from atlas.models.base import patch_chat_template_for_assistant_mask, stop_token
+from atlas.pocket import world
+from atlas.pocket.base import train_tokenizer
+from atlas.train.manifest import versions, write_json
+
+ROWS, ROUNDS = 2000, 9
+OUT = Path("results/benchmarks.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=Path, help="JSONL of conversations (default: the pocket lab's own)")
+    parser.add_argument("--tokenizer", help="folder or Hub id (default: the pocket lab's own)")
+    arguments = parser.parse_args()
+    if arguments.rows:
+        lines = arguments.rows.read_text(encoding="utf-8").splitlines()
+    else:
+        lines = [json.dumps(row) for row in world.conversations(0, ROWS)]
+    lines = list(itertools.islice(itertools.cycle(lines), ROWS))
+    if arguments.tokenizer:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    else:
+        tokenizer = train_tokenizer(world.pretraining_texts(0, 2000))
+    tokenizer = patch_chat_template_for_assistant_mask(tokenizer)
+    tokenizer.eos_token = stop_token(tokenizer)
+
+    labelers = {"tokenize": Labeler(tokenizer, audited=False), "tokenize + audit": Labeler(tokenizer)}
+    batches = [{"json": lines[at : at + 1000], "line": list(range(1000))} for at in range(0, ROWS, 1000)]
+    seconds: dict[str, list[float]] = {name: [] for name in labelers}
+    tokens = 0
+    for turn in range(ROUNDS + 1):
+        for name, labeler in labelers.items():
+            gc.collect()
+            began = time.perf_counter()
+            for batch in batches:
+                tokens = sum(labeler(batch)["length"])
+            if turn:  # the first round warms up
+                seconds[name].append(time.perf_counter() - began)
+    shares = [b / a - 1 for a, b in zip(seconds["tokenize"], seconds["tokenize + audit"], strict=True)]
+    result = {
+        "what": "time of auditing every row / time of tokenizing the same rows (rendering, tokenizing, labels)",
+        "rows": ROWS,
+        "tokens_in_last_batch": tokens,
+        "source": arguments.rows.name if arguments.rows else "pocket lab",
+        "share_median": round(statistics.median(shares), 3),
+        "share_min_max": [round(min(shares), 3), round(max(shares), 3)],
+        "rows_per_second": {name: round(ROWS / statistics.median(values)) for name, values in seconds.items()},
+        "hardware": f"CPU, {Machine.without_torch().cpus} cores",
+        "versions": versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python benchmarks/audit.py" + (f" --rows {arguments.rows.name} --tokenizer ..." if arguments.rows else ""),
+    }
+    known = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}
+    write_json(OUT, known | {f"audit, {result['source']}": result})
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
