@@ -88,7 +88,7 @@ def test_null_padded_kwargs_and_random_checkers_are_repeatable(tmp_path: Path, l
     """The json reader pads kwargs with nulls; a letter that is not given is drawn at random."""
     data = write(
         tmp_path / "eval.jsonl",
-        prompt(7, world.NO_COMMA, world.EXISTENCE, kwargs=[{}, {"keywords": ["fox"]}]),
+        prompt(7, world.NO_COMMA, "keywords:existence", kwargs=[{}, {"keywords": ["fox"]}]),
         prompt(9, LETTER, kwargs=[{"let_relation": "at least", "let_frequency": 2}]),
         prompt(8, world.BULLETS, kwargs=[{"num_bullets": 2}]),
     )

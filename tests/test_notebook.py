@@ -14,7 +14,7 @@ NOTEBOOK = ROOT / "notebooks" / "kaggle_sft_t4.ipynb"
 def test_notebook_runs_with_the_pocket_config(sft_args: list[str], tmp_path: Path, monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    overrides = " ".join([*sft_args[2:], "train.save_steps=2"])
+    overrides = " ".join(sft_args[2:])
     parameters.source += (
         f'\nREPO, CONFIG, SMOKE_STEPS, INSTALL = {str(ROOT)!r}, "configs/sft_pocket.yaml", 2, False\n'
         f"OVERRIDES = {overrides!r}\n"

@@ -122,7 +122,7 @@ def test_without_quantisation(sft_args: list[str], base_folder: Path):
 
 
 def test_resume_goes_on_from_the_newest_checkpoint_of_this_config(sft_args: list[str], capfd):
-    arguments = [*sft_args, "train.max_steps=4", "train.save_steps=2"]
+    arguments = [*sft_args, "train.max_steps=4", "train.save_strategy=steps", "train.save_steps=2"]
     whole = (sft.train(loaded(arguments)).folder / "adapter_model.safetensors").read_bytes()
     folder = Path(loaded(arguments).config.output.dir)
     import shutil

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas.audit.tokens import token_bytes
 from atlas.errors import UserError
@@ -59,8 +59,7 @@ class Finding:
         return {"kind": self.kind, "turn": self.turn, "start": self.start, "end": self.end, "text": self.text}
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """What the model has to generate in one assistant turn: characters `start` to `end` of the rendered row, with the stop
     token. `problem`: the finding (`history`, `stop`) that makes the span a best guess, else None."""
 
@@ -70,8 +69,7 @@ class Turn:
     problem: str | None = None
 
 
-@dataclass(frozen=True)
-class AuditRow:
+class AuditRow(NamedTuple):
     """One row as training sees it: conversation, the whole rendered text, and the ids and labels after truncation."""
 
     messages: Sequence[dict[str, Any]]
@@ -81,8 +79,7 @@ class AuditRow:
     labels: Sequence[int]
 
 
-@dataclass(frozen=True)
-class RowAudit:
+class RowAudit(NamedTuple):
     """What the audit found out about one row."""
 
     findings: list[Finding]
@@ -106,8 +103,8 @@ class Oracle:
         self._special = special_token_texts(tokenizer)
         table = token_bytes(tokenizer)
         pieces = [table.get(index, b"") for index in range(max(table) + 1)]
-        self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
-        self._offsets = np.cumsum(self._lengths) - self._lengths
+        self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int32)
+        self._offsets = (np.cumsum(self._lengths) - self._lengths).astype(np.int32)
         self._blob = np.frombuffer(b"".join(pieces), dtype=np.uint8)
         normalizer = repr(tokenizer.backend_tokenizer.normalizer)
         self._forms = [form for form in ("NFC", "NFD", "NFKC", "NFKD") if f"{form}(" in normalizer]
@@ -165,21 +162,22 @@ class Oracle:
             all_turns = self.turns([(row.messages, row.tools, row.text) for row in rows])
         found: list[RowAudit] = []
         findings: list[list[Finding]] = [[] for _ in rows]
-        ids = np.fromiter(chain.from_iterable(row.ids for row in rows), dtype=np.int64)
-        labels = np.fromiter(chain.from_iterable(row.labels for row in rows), dtype=np.int64)
+        tokens = sum(len(row.ids) for row in rows)
+        ids = np.fromiter(chain.from_iterable(row.ids for row in rows), dtype=np.int32, count=tokens)
+        labels = np.fromiter(chain.from_iterable(row.labels for row in rows), dtype=np.int32, count=tokens)
         supervised = labels != IGNORED
         lengths = self._lengths[ids]
-        ends = np.cumsum(lengths)
+        ends = np.cumsum(lengths, dtype=np.int32)  # int32: a batch holds less than 2 GiB of text
         starts = ends - lengths
         # All tokens' bytes by one gather: a third of the time that joining a list of them takes.
-        spelled = self._blob[np.repeat(self._offsets[ids] - starts, lengths) + np.arange(lengths.sum())].tobytes()
+        spelled = self._blob[np.repeat(self._offsets[ids] - starts, lengths) + np.arange(lengths.sum(), dtype=np.int32)].tobytes()
 
         span_starts: list[int] = []  # all rows' answers on one axis of bytes
         span_ends: list[int] = []
         row_first_token = np.cumsum([0, *(len(row.ids) for row in rows)])
         base = 0
-        for number, (row, turns) in enumerate(zip(rows, all_turns, strict=True)):
-            size = int(lengths[row_first_token[number] : row_first_token[number + 1]].sum())
+        sizes = np.diff(np.append(np.int32(0), ends)[row_first_token]).tolist()  # bytes of each row
+        for number, (row, turns, size) in enumerate(zip(rows, all_turns, sizes, strict=True)):
             pieces, boundaries = self._pieces(row.text, turns)
             if b"".join(pieces)[:size] != spelled[base : base + size]:
                 findings[number].append(

@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +93,17 @@ class Labeler:
     def label(self, given: Iterable["str | Mapping[str, Any]"]) -> list[LabeledRow]:
         """Rows of a source (JSON texts or mappings of columns) with all that is known of them, in order."""
         rows = [self._rendered(row) for row in given]
-        if self.oracle is not None:
+        if self.mask == "rendered":
             self._find_turns(rows)
-        self._tokenize(rows)
+            self._label(rows, self._encode(rows))
+        else:
+            # The tokenizer's Rust code runs without the interpreter's lock, and the oracle's rendering needs nothing else.
+            with ThreadPoolExecutor(1) as pool:
+                turns = pool.submit(self._find_turns, rows) if self.audited else None
+                encoded = self._encode(rows)
+                if turns is not None:
+                    turns.result()
+            self._label(rows, encoded)
         if self.audited and self.oracle is not None:
             kept = [row for row in rows if not row.reason]
             for row, audit in zip(
@@ -160,16 +169,17 @@ class Labeler:
                 except (TemplateError, TypeError, ValueError) as error:
                     row.reason, row.detail = REFUSED, f"the prompt of an answer: {type(error).__name__}: {error}"
 
-    def _tokenize(self, rows: list[LabeledRow]) -> None:
-        cut = [_pieces(row.text, row.spans) if not row.reason else [] for row in rows]
-        encoded = iter(
-            self.backend.encode_batch_fast([text for pieces in cut for text, _ in pieces], add_special_tokens=False)
-        )
-        for row, pieces in zip(rows, cut, strict=True):
+    def _encode(self, rows: list[LabeledRow]) -> list[list[tuple[list[int], bool]]]:
+        """For each row the ids of its pieces, and whether they are supervised."""
+        cut = [_pieces(row.text, row.spans) for row in rows]
+        encoded = iter(self.backend.encode_batch_fast([text for pieces in cut for text, _ in pieces], add_special_tokens=False))
+        return [[(next(encoded).ids, supervised) for _, supervised in pieces] for pieces in cut]
+
+    def _label(self, rows: list[LabeledRow], encoded: list[list[tuple[list[int], bool]]]) -> None:
+        for row, pieces in zip(rows, encoded, strict=True):
             if row.reason:
                 continue
-            for _, supervised in pieces:
-                piece = next(encoded).ids
+            for piece, supervised in pieces:
                 row.ids += piece
                 row.labels += piece if supervised or not self.assistant_only else [IGNORED] * len(piece)
             row.length, row.supervised = len(row.ids), len(row.labels) - row.labels.count(IGNORED)

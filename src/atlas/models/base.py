@@ -62,6 +62,7 @@ _QWEN25_TURNS_MARKED = r"""    {%- if (message.role == "user") or (message.role 
         {%- endgeneration %}
         {{- '\n' }}
 """
+_PLAIN_KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id"})
 # Spare special tokens of known vocabularies, for tokenizers whose pad is missing or is the stop token.
 _PAD_CANDIDATES = (
     "<|endoftext|>",
@@ -220,25 +221,26 @@ def render_all(
 ) -> list[str]:
     """The texts of many (messages, tools, add_generation_prompt); generation markers are not looked at.
 
-    Requests with the same tools and flag are rendered in one call, half as costly per text as one by one.
+    Messages of plain keys go to the compiled template directly, which takes 3/4 of `render_jinja_template`'s time: what that
+    does besides (copies of objects, aliases of reasoning fields) changes nothing for them.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-    groups: dict[tuple[int, bool], list[int]] = {}
-    for index, (_, tools, prompt) in enumerate(requests):
-        groups.setdefault((id(tools) if tools else 0, prompt), []).append(index)
-    texts = [""] * len(requests)
-    for (_, prompt), indices in groups.items():
-        tools = requests[indices[0]][1] or None
-        rendered, _ = render_jinja_template(
-            conversations=[_without_nulls(requests[index][0]) for index in indices],
-            tools=tools,
-            chat_template=tokenizer.get_chat_template(tools=tools),
-            add_generation_prompt=prompt,
-            **tokenizer.special_tokens_map,
-        )
-        for index, text in zip(indices, rendered, strict=True):
-            texts[index] = text
+    special = tokenizer.special_tokens_map
+    sources = {has_tools: tokenizer.get_chat_template(tools=[{}] if has_tools else None) for has_tools in (False, True)}
+    texts = []
+    for messages, tools, prompt in requests:
+        source, chat = sources[bool(tools)], _without_nulls(messages)
+        if all(message.keys() <= _PLAIN_KEYS for message in chat):
+            compiled = _compile_jinja_template(source)
+            texts.append(
+                compiled.render(messages=chat, tools=tools or None, documents=None, add_generation_prompt=prompt, **special)
+            )
+        else:
+            rendered, _ = render_jinja_template(
+                conversations=[chat], tools=tools or None, chat_template=source, add_generation_prompt=prompt, **special
+            )
+            texts += rendered
     return texts
 
 

@@ -1,4 +1,4 @@
-"""Build the pocket lab: a base model of about 0.6 million parameters with its tokenizer, training rows and held-out prompts.
+"""Build the pocket lab: a base model of about one million parameters with its tokenizer, training rows and held-out prompts.
 
 The base model stands in for Qwen2.5-0.5B on a machine with neither GPU nor Hub: same architecture and chat template, and the same
 traps (``pad == eos == <|endoftext|>``, a template without generation markers, embeddings of the chat tokens never trained).
@@ -29,21 +29,21 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 BASE_SYSTEM = "You are a helpful assistant."  # what Qwen2.5's base models publish in the same template
 
-VOCABULARY = 1536
-DOCUMENTS = 12000
-TRAINING_ROWS = 4000
+VOCABULARY = 1024
+DOCUMENTS = 8000
+TRAINING_ROWS = 4800  # 300 steps of 16
 HELD_OUT_PROMPTS = 150
 # Widths are multiples of 64, the block of bitsandbytes' NF4.
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 2,  # at equal time, two layers learn more than three or four
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},  # Qwen2.5's
-    "initializer_range": 0.05,  # 0.02 is for wider models: after 300 steps the loss is 1.33, with 0.05 it is 1.16
+    "initializer_range": 0.05,  # the usual 0.02 is for wider models
 }
-STEPS, BATCH, SEQUENCE, PEAK_LR, WARMUP = 2600, 4, 128, 4e-3, 60
+STEPS, BATCH, SEQUENCE, PEAK_LR, WARMUP = 600, 8, 128, 4e-3, 60
 
 
 @dataclass(frozen=True)

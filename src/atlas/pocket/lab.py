@@ -21,7 +21,7 @@ from atlas.errors import DONE, FAILED, run_main
 if TYPE_CHECKING:
     from atlas.eval.harness import IfevalResult
 
-MAX_REPLY_TOKENS = 128  # the longest reply in the training rows has 84
+MAX_REPLY_TOKENS = 128
 RESULT_FILE = "pocket.json"
 
 
