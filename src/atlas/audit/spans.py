@@ -170,7 +170,9 @@ class Oracle:
         ends = np.cumsum(lengths, dtype=np.int32)  # int32: a batch holds less than 2 GiB of text
         starts = ends - lengths
         # All tokens' bytes by one gather: a third of the time that joining a list of them takes.
-        spelled = self._blob[np.repeat(self._offsets[ids] - starts, lengths) + np.arange(lengths.sum(), dtype=np.int32)].tobytes()
+        spelled = self._blob[
+            np.repeat(self._offsets[ids] - starts, lengths) + np.arange(lengths.sum(), dtype=np.int32)
+        ].tobytes()
 
         span_starts: list[int] = []  # all rows' answers on one axis of bytes
         span_ends: list[int] = []

@@ -124,16 +124,7 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
     for source in config.data.train:
         rows = mixture.load_source(source, config.data.seed)
         fingerprint = hashlib.sha256(f"{rows._fingerprint} {labeler.fingerprint}".encode()).hexdigest()[:32]
-        labeled = rows.map(
-            labeler,
-            batched=True,
-            batch_size=BATCH_ROWS,
-            remove_columns=rows.column_names,
-            new_fingerprint=fingerprint,
-            num_proc=config.data.num_proc,
-            features=_features(),
-            desc="labels",
-        )
+        labeled = label_rows(rows, labeler, fingerprint, config.data.num_proc)
         kept, kept_lengths, ledger = _account(source.name, rows, labeled, labeler.max_length)
         _refuse_if_bad(ledger, config.data.max_bad_fraction)
         parts.append(labeled if len(kept) == len(labeled) else labeled.select(kept))
@@ -153,6 +144,20 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
         tokenizer_findings=tuple(tokenizer_findings(tokenizer)) if labeler.audited else (),
         labeler=labeler,
         first=tuple(first),
+    )
+
+
+def label_rows(rows: "Dataset", labeler: Labeler, fingerprint: str, num_proc: int | None = None) -> "Dataset":
+    """A source's rows with the columns of `_features`, one for one; cached on disk under `fingerprint`."""
+    return rows.map(
+        labeler,
+        batched=True,
+        batch_size=BATCH_ROWS,
+        remove_columns=rows.column_names,
+        new_fingerprint=fingerprint,
+        num_proc=num_proc,
+        features=_features(),
+        desc="labels",
     )
 
 

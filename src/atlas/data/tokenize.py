@@ -172,7 +172,9 @@ class Labeler:
     def _encode(self, rows: list[LabeledRow]) -> list[list[tuple[list[int], bool]]]:
         """For each row the ids of its pieces, and whether they are supervised."""
         cut = [_pieces(row.text, row.spans) for row in rows]
-        encoded = iter(self.backend.encode_batch_fast([text for pieces in cut for text, _ in pieces], add_special_tokens=False))
+        encoded = iter(
+            self.backend.encode_batch_fast([text for pieces in cut for text, _ in pieces], add_special_tokens=False)
+        )
         return [[(next(encoded).ids, supervised) for _, supervised in pieces] for pieces in cut]
 
     def _label(self, rows: list[LabeledRow], encoded: list[list[tuple[list[int], bool]]]) -> None:

@@ -234,7 +234,9 @@ def render_all(
         if all(message.keys() <= _PLAIN_KEYS for message in chat):
             compiled = _compile_jinja_template(source)
             texts.append(
-                compiled.render(messages=chat, tools=tools or None, documents=None, add_generation_prompt=prompt, **special)
+                compiled.render(
+                    messages=chat, tools=tools or None, documents=None, add_generation_prompt=prompt, **special
+                )
             )
         else:
             rendered, _ = render_jinja_template(
