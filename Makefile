@@ -14,7 +14,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: setup pocket test test-slow lint sft sft-smoke audit config results docs clean
+.PHONY: setup pocket test test-slow lint sft sft-smoke audit config bench matrix results docs clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,13 @@ audit: setup            ## what would be trained, token by token, without loadin
 
 config: setup           ## the resolved config, each value with its source
 	@$(RUN) -m atlas.train.sft --config $(CONFIG) --print-config $(ARGS)
+
+bench: setup            ## the benchmarks, into results/benchmarks.json (ROWS, TOKENIZER: real ones as well)
+	$(RUN) benchmarks/audit.py
+	$(if $(ROWS),$(RUN) benchmarks/audit.py --rows $(ROWS) --tokenizer $(TOKENIZER))
+
+matrix: setup           ## the audit's verdict on every template that TRL ships
+	$(RUN) -m atlas.audit.matrix
 
 results: setup          ## the tables of README and docs, from results/
 	$(RUN) -m atlas.results $(ARGS)

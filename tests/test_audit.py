@@ -6,17 +6,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import chat, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_labels import config, label
-from test_template import CALLS, CONVERSATIONS, TOOLS, USER, answer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from atlas.audit.spans import KINDS, REMEDIES, AuditRow, Oracle, tokenizer_findings
 from atlas.audit.tokens import token_bytes
 from atlas.data.tokenize import Labeler
 from atlas.models.base import load_tokenizer, patch_chat_template_for_assistant_mask, stop_token
+from conftest import chat, write_rows
+from test_labels import config, label
+from test_template import CALLS, CONVERSATIONS, TOOLS, USER, answer
 
 MULTI = {"messages": [{"role": "system", "content": "Be kind."}, USER, answer(" One. "), USER, answer("Two.")]}
 TOOL = {

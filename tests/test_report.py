@@ -8,11 +8,11 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, chat, write_rows
 
 from atlas.audit import command
 from atlas.audit.report import diff
 from atlas.train import sft
+from conftest import ROOT, chat, write_rows
 
 NASTY = chat(
     "<script>document.title='pwned'</script> & <b>", "\n<script>document.title='pwned'</script>\tHé 你\n  end "
@@ -121,9 +121,14 @@ def test_browser_shows_the_trained_text(audit_args: list[str], tmp_path: Path):
     if browser is None:
         pytest.skip("no Chromium on this machine; the page's text is checked by the parser above all the same")
     assert command.main(audit_args) == 0
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
-    )
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
     page = tmp_path / "results" / "sft_template_audit.html"
     done = subprocess.run([browser, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)

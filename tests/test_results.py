@@ -3,9 +3,8 @@
 import subprocess
 import sys
 
-from conftest import ROOT
-
 from atlas.results import TABLES, filled
+from conftest import ROOT
 
 
 def test_tables_of_readme_and_docs_are_those_of_results():

@@ -42,7 +42,52 @@ def pocket_table(results: Path) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"pocket-table": pocket_table}
+def audit_cost_table(results: Path) -> str:
+    """The benchmark of the audit."""
+    lines = [
+        "| rows | audit / tokenizing (min-max of 9) | rows/s tokenized | rows/s tokenized and audited |",
+        "|---|---|---|---|",
+    ]
+    known = _read(results / "benchmarks.json")
+    measured = [entry for name, entry in sorted(known.items()) if name.startswith("audit, ")]
+    for entry in measured:
+        low, high = entry["share_min_max"]
+        speed = entry["rows_per_second"]
+        lines.append(
+            f"| {entry['source']}, {entry['tokens'] / entry['rows']:.0f} tokens a row | {entry['share_median']:.0%} "
+            f"({low:.0%}-{high:.0%}) | {speed['tokenize']:,} | {speed['tokenize + audit']:,} |"
+        )
+    last = measured[-1]
+    return "\n".join([*lines, "", f"{last['hardware']}, {last['date'][:10]}, `make bench`."])
+
+
+def template_matrix(results: Path) -> str:
+    """The audit's verdict on each of TRL's templates."""
+    report = _read(results / "template_matrix.json")
+    cases = report["cases"]
+    lines = [f"| template | labels from | stop token | {' | '.join(cases)} |", "|---" * (3 + len(cases)) + "|"]
+    for entry in report["templates"]:
+        stop = f"`{entry['stop']}`".replace("|", "\\|") if entry["stop"] else "none"
+        cells = [_cell(entry["verdicts"][case]) for case in cases]
+        lines.append(f"| {entry['template']} | {entry['mask']} | {stop} | {' | '.join(cells)} |")
+    versions = report["versions"]
+    lines += [
+        "",
+        f"trl {versions['trl']}, transformers {versions['transformers']}; {report['date'][:10]}, `{report['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(verdict: str) -> str:
+    kind, _, detail = verdict.partition(": ")
+    return f"{'refused' if kind.startswith('refused') else kind} ({detail})".replace("|", "\\|") if detail else verdict
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "pocket-table": pocket_table,
+    "audit-cost": audit_cost_table,
+    "template-matrix": template_matrix,
+}
 
 
 def _read(path: Path) -> Any:

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out: Path = parser.parse_args(argv).out
     from atlas.train.manifest import versions, write_json
 
-    report = {
+    report: dict[str, Any] = {
         "format": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python -m atlas.audit.matrix",

@@ -39,7 +39,7 @@ REMEDIES = {
     "missing": "move the template's {% generation %} markers to exactly content and stop token, or set data.mask=rendered",
     "straddle": "move the template's {% generation %} markers to where the generation prompt ends, or set data.mask=rendered",
     "history": "use a template that keeps earlier turns as they were (prefix-preserving), or train on single-turn rows",
-    "stop": "make the template end every assistant turn with the tokenizer's eos, and choose another token as pad (model.pad_token)",
+    "stop": "let the template end every assistant turn with the tokenizer's eos, and choose another token as pad (model.pad_token)",
     "injected": "remove the special token's text from the row",
     "text": "choose a tokenizer whose tokens keep the text",
 }
@@ -47,7 +47,7 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One defect. `turn` is the message's index in its row (-1: row or tokenizer), `start`/`end` bytes of the row's text."""
+    """One defect. `turn` is the message's index in its row (-1: row or tokenizer), `start`, `end` are bytes of its text."""
 
     kind: str
     turn: int
@@ -63,7 +63,7 @@ class Turn(NamedTuple):
     """What the model has to generate in one assistant turn: characters `start` to `end` of the rendered row, with the stop
     token. `problem`: the finding (`history`, `stop`) that makes the span a best guess, else None."""
 
-    index: int
+    message: int
     start: int
     end: int
     problem: str | None = None
@@ -189,7 +189,7 @@ class Oracle:
             for turn, start, end in boundaries:
                 if turn.problem:
                     findings[number].append(
-                        Finding(turn.problem, turn.index, start, end, _excerpt(row.text[turn.start :]))
+                        Finding(turn.problem, turn.message, start, end, _excerpt(row.text[turn.start :]))
                     )
                 spans.append((start, end))
                 if start < size:
@@ -211,7 +211,7 @@ class Oracle:
         for number in flagged:
             first, last = int(row_first_token[number]), int(row_first_token[number + 1])
             offset = int(starts[first])
-            turn_spans = [(t.index, s, e) for t, s, e in self._pieces(rows[number].text, all_turns[number])[1]]
+            turn_spans = [(t.message, s, e) for t, s, e in self._pieces(rows[number].text, all_turns[number])[1]]
             for kind, token_from, token_to in _runs(kinds[first:last]):
                 start, end = int(starts[first + token_from]) - offset, int(ends[first + token_to - 1]) - offset
                 text = spelled[offset + start : offset + end].decode(errors="replace")
@@ -244,7 +244,7 @@ class Oracle:
 
 
 def _common_prefix(a: str, b: str) -> int:
-    return len(os.path.commonprefix([a, b]))
+    return len(os.path.commonprefix([a, b]))  # noqa: RUF071 (character by character is what is wanted)
 
 
 def _generation_prompt(tokenizer: "PreTrainedTokenizerBase") -> str:

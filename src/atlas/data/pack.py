@@ -28,11 +28,8 @@ def arrange(rows: "Dataset", arguments: "SFTConfig") -> "Dataset":
     if arguments.shuffle_dataset:
         rows = rows.shuffle(seed=arguments.seed)
     packed = pack_dataset(rows, arguments.max_length, arguments.packing_strategy, {"desc": "packs"})
-    if arguments.packing_strategy == "wrapped":
-        same = _tokens(rows) == _tokens(packed)
-    else:
-        same = _documents(rows) == _documents(packed)
-    if not same:
+    view = _tokens if arguments.packing_strategy == "wrapped" else _documents  # "wrapped" keeps no boundaries
+    if view(rows) != view(packed):
         raise UserError(
             f"train.packing_strategy={arguments.packing_strategy}: the packs do not hold the labelled rows as they were audited "
             f"({len(rows):,} rows, {len(packed):,} packs): choose train.packing_strategy=bfd, or train.packing=false"
@@ -42,7 +39,7 @@ def arrange(rows: "Dataset", arguments: "SFTConfig") -> "Dataset":
     return packed
 
 
-def _documents(dataset: "Dataset") -> "Counter[bytes]":
+def _documents(dataset: "Dataset") -> object:
     """How often each document (ids and labels) stands in the dataset, packed or not."""
     counts: Counter[bytes] = Counter()
     for batch in dataset.with_format("numpy").iter(BATCH_ROWS):
@@ -56,7 +53,7 @@ def _documents(dataset: "Dataset") -> "Counter[bytes]":
     return counts
 
 
-def _tokens(dataset: "Dataset") -> bytes:
+def _tokens(dataset: "Dataset") -> object:
     """sha256 over the stream of (id, label) pairs, without boundaries."""
     import numpy as np
 
