@@ -47,7 +47,8 @@ def test_held_out_prompts_are_of_combinations_that_no_training_text_has() -> Non
 def test_texts_depend_on_the_seed_alone() -> None:
     for tell in (world.pretraining_texts, world.conversations, world.heldout_prompts):
         assert tell(3, 20) == tell(3, 20) != tell(4, 20)
-    assert not any("<|" in text for text in world.pretraining_texts(0, 500))
+    plain = world.pretraining_texts(0, 500)  # the special tokens stand around some pages, but there is no chat format
+    assert not any("<|im_start|>" + role in text for text in plain for role in ("user", "assistant", "system"))
     rows = world.conversations(0, 300)
     shapes = {tuple(m["role"] for m in row["messages"]) for row in rows}
     assert {("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant") * 2} <= shapes

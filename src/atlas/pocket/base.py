@@ -43,7 +43,7 @@ SHAPE: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},  # Qwen2.5's
     "initializer_range": 0.05,  # the usual 0.02 is for wider models
 }
-STEPS, BATCH, SEQUENCE, PEAK_LR, WARMUP = 600, 8, 128, 4e-3, 60
+STEPS, BATCH, SEQUENCE, PEAK_LR, WARMUP = 700, 4, 256, 4e-3, 60
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,11 @@ REQUESTS: dict[str, tuple[str, str]] = {
     TWO: ("Give two answers separated by ******.", "Write two answers with ****** between them."),
 }
 END_PHRASES = ("That is all I know.", "Come and see it yourself.", "Is there anything else?")
-SCHOOLBOOK = 0.5  # share of pages that are requests with their answers
+SCHOOLBOOK = 0.6  # share of pages that are requests with their answers
 SYSTEMS = ("You are a friendly guide.", "Answer in a few words.", "You know the valley well.")
 _FORMATS = (*((name,) for name in REQUESTS), *(p for p in combinations(REQUESTS, 2) if set(p) != {LOWER, CAPITAL}))
-# The number of bullet points is the hardest to learn: it decides a single token of the reply.
-_WEIGHTS = {len(f): [1 + (BULLETS in g) for g in _FORMATS if len(g) == len(f)] for f in _FORMATS}
+# The formats with an argument are the hardest to learn (it decides a single token of the reply) and so the most frequent.
+_WEIGHTS = {len(f): [3 if {BULLETS, END} & set(g) else 1 for g in _FORMATS if len(g) == len(f)] for f in _FORMATS}
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,16 @@ def pretraining_texts(seed: int, n: int) -> list[str]:
     """`n` plain documents of two to four pages: tales, lists, letters, speeches, and pages of a schoolbook.
 
     A schoolbook page is a request with its answer, never a held-out one, as plain text without any chat format: like a real base
-    model, this one has met instructions, and has to learn in SFT that it is spoken to, and to stop.
+    model, this one has met instructions, and has to learn in SFT that it is spoken to, and to stop. One page in twenty stands
+    between the chat's special tokens, without roles: a token that never occurs keeps an embedding so small that, tied and
+    frozen as it is, no adapter can make it likely (2.0 nats at each stop, against 0.0 for a token that does occur).
     """
     rng = random.Random(f"pretraining-{seed}")
-    return ["\n\n".join(_page(rng) for _ in range(rng.randint(2, 4))) for _ in range(n)]
+
+    def page() -> str:
+        return f"<|im_start|>{_page(rng)}<|im_end|>" if rng.random() < 0.05 else _page(rng)
+
+    return ["\n\n".join(page() for _ in range(rng.randint(2, 4))) for _ in range(n)]
 
 
 def _page(rng: random.Random) -> str:
