@@ -330,3 +330,71 @@ def test_as_a_command(sft_args: list[str], tmp_path: Path):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert "step 2/2" in done.stdout
     assert "Traceback" not in done.stderr and "\r" not in done.stderr  # no progress bars where nobody watches
+
+
+GOOD = [chat(f"Question {i}", "Answer") for i in range(10)]
+WRONG_ROWS = {
+    "not JSON in line 7": ([*GOOD[:6], '{"messages": [', *GOOD[6:]], ["line 7", "not JSON", "1 of 11 rows"]),
+    "no messages": ([*GOOD, {"text": "x"}], ["line 11", "no column 'messages'"]),
+    "assistent": (
+        [*GOOD, {"messages": [{"role": "user", "content": "a"}, {"role": "assistent", "content": "b"}]}],
+        ["line 11", "'assistent'", "did you mean 'assistant'?"],
+    ),
+    "null": (
+        [*GOOD, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}],
+        ["line 11", "messages[1].content", "null, not text"],
+    ),
+    "empty file": ([], ["is empty"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ROWS)
+def test_wrong_data_is_one_message_and_exit_status_2(name: str, sft_args: list[str], tmp_path: Path, capfd):
+    rows, parts = WRONG_ROWS[name]
+    path = write_rows(tmp_path / "wrong.jsonl", rows)
+    assert (
+        sft.main(
+            [*sft_args, f"data.train={path}", "model.tokenizer_name=" + sft_args[2].split("=")[1], "model.name=./no"]
+        )
+        == 2
+    )
+    err = capfd.readouterr().err
+    assert "Traceback" not in err and "model.name" not in err  # said before a model is looked for
+    for part in [str(path), *parts]:
+        assert part in err[err.index("error: ") :]
+
+
+@pytest.mark.parametrize(
+    ("template", "part"),
+    [
+        (None, "has no chat template"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "special token that ends the turn"),
+        ("{{ raise_exception('no') }}", "cannot render a user and an assistant turn"),
+    ],
+)
+def test_unusable_templates_are_exit_status_2(
+    template: str | None, part: str, sft_args: list[str], tmp_path: Path, capfd
+):
+    import shutil
+
+    shutil.copytree(sft_args[2].split("=")[1], tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "chat_template.jinja").unlink()
+    if template:
+        (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
+    assert sft.main([*sft_args, f"model.tokenizer_name={tmp_path / 'tokenizer'}"]) == 2
+    err = capfd.readouterr().err
+    assert part in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("missing", "part"), [("model.safetensors", "the weights of"), ("tokenizer.json", "vocabulary files")]
+)
+def test_base_model_without_weights_or_tokenizer(missing: str, part: str, sft_args: list[str], tmp_path: Path, capfd):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(sft_args[2].split("=")[1], folder)
+    (folder / missing).unlink()
+    assert sft.main([*sft_args, f"model.name={folder}"]) == 2
+    err = capfd.readouterr().err
+    assert part in err and "Traceback" not in err

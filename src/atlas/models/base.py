@@ -128,6 +128,7 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
 
     Raises `UserError` where it cannot be loaded or repaired.
     """
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     key = "model.tokenizer_name" if config.model.tokenizer_name else "model.name"
@@ -141,13 +142,24 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
         raise UserError(
             f"{key}: {name!r} has no fast tokenizer (tokenizer.json), which atlas needs to tokenize in batches"
         )
+    probe = "One probe.\nTwo"
+    if tokenizer.decode(tokenizer(probe, add_special_tokens=False)["input_ids"]).strip() != probe:
+        # transformers makes an empty tokenizer from a config without vocabulary files, and does not say so
+        raise UserError(
+            f"{key}: the tokenizer of {name!r} does not give back plain text: are its vocabulary files there?"
+        )
     if not tokenizer.chat_template or config.data.mask != "rendered":
         try:
             patch_chat_template_for_assistant_mask(tokenizer)
         except UnknownTemplateError:
             if config.data.mask == "markers":
                 raise
-    tokenizer.eos_token = stop_token(tokenizer)
+    try:
+        tokenizer.eos_token = stop_token(tokenizer)
+    except TemplateError as error:
+        raise UserError(
+            f"{key}: the chat template of {name!r} cannot render a user and an assistant turn: {error}"
+        ) from None
     if config.model.pad_token is not None:
         if config.model.pad_token not in tokenizer.get_vocab() or config.model.pad_token == tokenizer.eos_token:
             raise UserError(
