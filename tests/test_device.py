@@ -54,6 +54,7 @@ def test_precision_follows_the_compute_capability(gpu: Gpu | None, dtype: str, c
         (["model.attn_implementation=flash_attention_2"], Machine(gpus=(A100,)), ["flash-attn"]),
         ([], Machine(gpus=(T4, T4)), ["2 GPUs", "CUDA_VISIBLE_DEVICES=0", "torchrun --nproc_per_node 2"]),
         ([], Machine(gpus=(P100,), arch_list=WHEEL), ["no kernels", "P100", "sm_60", "T4"]),
+        ([], Machine(unusable_gpus=(T4,)), ["Tesla T4", "CUDA build of torch", "train.use_cpu=true"]),
         ([], Machine(has_bitsandbytes=False), ["bitsandbytes", "load_in_4bit=false"]),
     ],
 )
@@ -91,3 +92,13 @@ def test_machine_without_torch_reads_nvidia_smi(tmp_path: Path, monkeypatch: pyt
     assert Machine.without_torch().gpus == (Gpu("NVIDIA A100", (8, 0), 80.0),)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert Machine.without_torch().gpus == ()
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="this machine's torch can use its GPU")
+def test_gpu_that_torch_cannot_use_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'Tesla T4, 7.5, 15360'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert Machine.from_torch().unusable_gpus == (Gpu("Tesla T4", (7, 5), 15.0),)

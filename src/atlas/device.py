@@ -38,6 +38,8 @@ class Machine:
     gpus: tuple[Gpu, ...] = ()
     arch_list: tuple[str, ...] | None = None
     """Architectures that the torch wheel holds kernels for (torch.cuda.get_arch_list()); None: torch was not asked."""
+    unusable_gpus: tuple[Gpu, ...] = ()
+    """GPUs that nvidia-smi shows, but torch does not."""
     processes: int = 1
     """Processes of this launch (torchrun, accelerate launch)."""
     has_bitsandbytes: bool = True
@@ -53,7 +55,9 @@ class Machine:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             gpus.append(Gpu(properties.name, (properties.major, properties.minor), properties.total_memory / 2**30))
-        return Machine(gpus=tuple(gpus), arch_list=tuple(torch.cuda.get_arch_list()) if gpus else None, **_rest())
+        if not gpus:
+            return Machine(unusable_gpus=Machine.without_torch().gpus, **_rest())
+        return Machine(gpus=tuple(gpus), arch_list=tuple(torch.cuda.get_arch_list()), **_rest())
 
     @staticmethod
     def without_torch() -> "Machine":
@@ -132,6 +136,11 @@ def _show(value: Any) -> str:
 
 def choose_device(config: Config, machine: Machine) -> DevicePlan:
     """The plan for `machine`. Raises `UserError` with the remedy where the config asks for what it cannot do well."""
+    if machine.unusable_gpus and not config.train.get("use_cpu"):
+        raise UserError(
+            f"nvidia-smi shows {machine.unusable_gpus[0].name}, but the installed torch cannot use it (a CPU build, or one for a "
+            "newer driver): install a CUDA build of torch that fits the driver, or train on the CPU with train.use_cpu=true"
+        )
     use_cpu = bool(config.train.get("use_cpu")) or not machine.gpus
     gpu = None if use_cpu else _the_gpu(machine)
     if config.quantization.load_in_4bit and not machine.has_bitsandbytes:

@@ -13,12 +13,14 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from atlas.audit import spans
 from atlas.audit.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, special_token_texts
 from atlas.data import formats, mixture
 from atlas.data.formats import BadRowError, Conversation, conversation, refuse_special_tokens
+from atlas.models import base
 from atlas.models.base import render, render_all
 
 if TYPE_CHECKING:
@@ -85,7 +87,8 @@ class Labeler:
             str(self.tokenizer.chat_template),
             str(self.tokenizer.special_tokens_map),
             f"{self.max_length} {self.mask} {self.assistant_only} {self.audited}",
-            *(inspect.getsource(module) for module in (formats, mixture, spans, sys.modules[__name__])),
+            *(inspect.getsource(module) for module in (formats, mixture, spans, base, sys.modules[__name__])),
+            *(version(package) for package in ("transformers", "tokenizers", "jinja2")),
         ):
             digest.update(hashlib.sha256(part.encode()).digest())
         return digest.hexdigest()
