@@ -14,7 +14,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: setup pocket test test-slow lint sft sft-smoke audit config bench matrix results docs clean
+.PHONY: setup pocket test test-slow lint sft sft-smoke audit config bench matrix results picture docs clean
 
 setup: $(STAMP)
 
@@ -56,6 +56,10 @@ matrix: setup           ## the audit's verdict on every template that TRL ships
 
 results: setup          ## the tables of README and docs, from results/
 	$(RUN) -m atlas.results $(ARGS)
+
+picture: results/sft_template_audit.html   ## the README's picture, with Chromium
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir="$$(mktemp -d)" \
+	  --window-size=1000,700 --screenshot=docs/img/audit.png "file://$(CURDIR)/$<"
 
 docs: setup             ## the site, in site/
 	$(RUN) -m pip install --quiet --disable-pip-version-check mkdocs-material

@@ -42,6 +42,25 @@ def pocket_table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def pocket_seeds(results: Path) -> str:
+    """Strict scores of the pocket lab with other seeds."""
+    lines = ["| lab seed | n | base | tuned | 95 % interval of tuned |", "|---|---|---|---|---|"]
+    for path in sorted(results.glob("pocket_seed_*.json")):
+        report = _read(path)
+        base, tuned = report["scores"]["base"], report["scores"]["tuned"]
+        low, high = wilson(tuned["prompt_strict"], tuned["n"])
+        scores = f"{base['prompt_strict']:.1%} | {tuned['prompt_strict']:.1%} | {low:.1%}-{high:.1%}"
+        lines.append(f"| {report['seed']} | {tuned['n']} | {scores} |")
+    return "\n".join(lines)
+
+
+def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % score interval of a share (Wilson 1927), which stays within 0 and 1."""
+    middle = share + z * z / (2 * n)
+    spread = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+
+
 def audit_cost_table(results: Path) -> str:
     """The benchmark of the audit."""
     lines = [
@@ -85,6 +104,7 @@ def _cell(verdict: str) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "pocket-table": pocket_table,
+    "pocket-seeds": pocket_seeds,
     "audit-cost": audit_cost_table,
     "template-matrix": template_matrix,
 }

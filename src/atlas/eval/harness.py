@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import random
+import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +125,8 @@ def run_ifeval(
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, do_sample=False)
-    lm = _recording_lm(model, tokenizer, batch_size, stops)
+    with _quiet():
+        lm = _recording_lm(model, tokenizer, batch_size, stops)
     with tempfile.TemporaryDirectory() as folder:
         _write_task(Path(folder), data, max_gen_toks)
         manager = TaskManager(include_path=folder, include_defaults=False)
@@ -134,9 +138,10 @@ def run_ifeval(
             return score(doc, results)
 
         task.config.process_results = seeded
-        out = simple_evaluate(
-            lm, tasks=[task], task_manager=manager, limit=limit, apply_chat_template=True, bootstrap_iters=0
-        )
+        with _quiet():
+            out = simple_evaluate(
+                lm, tasks=[task], task_manager=manager, limit=limit, apply_chat_template=True, bootstrap_iters=0
+            )
     records = []
     for sample in sorted(out["samples"][TASK], key=lambda s: s["doc_id"]):
         generated, stopped = lm.generated[tuple(lm.tok_encode(sample["arguments"][0][0]))]
@@ -159,6 +164,19 @@ def run_ifeval(
         inst_loose=scores["inst_level_loose_acc,none"],
         records=tuple(records),
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's notes on what it is given (a model object, on purpose), and without progress bars where nobody watches."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read(data: Path, limit: int | None) -> list[dict[str, Any]]:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from atlas.eval.harness import IfevalResult
 
 MAX_REPLY_TOKENS = 128
-RESULT_FILE = "pocket.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="atlas pocket", description="The whole way on a machine with neither GPU nor Hub."
     )
     parser.add_argument("--config", default="configs/sft_pocket.yaml", help="phase YAML (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of world, base model, SFT and held-out prompts (default: 0)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path into the config")
     arguments = parser.parse_args(argv)
     return run_main(lambda: _main(arguments))
@@ -37,7 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    loaded = load_config(arguments.config, arguments.overrides)
+    overrides = list(arguments.overrides)
+    if arguments.seed:  # beside the default lab, not over it
+        home = f"outputs/pocket/seed_{arguments.seed}"
+        paths_of_seed = (f"model.name={home}/lab/base", f"data.train={home}/lab/train.jsonl", f"output.dir={home}/sft")
+        overrides = [*paths_of_seed, f"output.results_dir={home}", f"train.seed={arguments.seed}", *overrides]
+    result_file = Path("results") / ("pocket.json" if not arguments.seed else f"pocket_seed_{arguments.seed}.json")
+    loaded = load_config(arguments.config, overrides)
     results_dir = Path(loaded.config.output.results_dir)
     lab = Path(loaded.config.model.name).parent
     seconds: dict[str, float] = {}
@@ -53,7 +61,7 @@ def _main(arguments: argparse.Namespace) -> int:
     from atlas.train import sft
 
     print("== base model: a tokenizer and about 1 M parameters, pretrained on plain text of a small invented world")
-    paths = build(lab)
+    paths = build(lab, arguments.seed)
     step("base model")
 
     print("\n== audit: what the loss will fall on")
@@ -64,26 +72,29 @@ def _main(arguments: argparse.Namespace) -> int:
     run = sft.train(loaded, resume="never")
     step("SFT")
 
-    print("\n== IFEval: lm-eval's scorer on prompts whose subjects were not trained on")
+    print("\n== IFEval: lm-eval's scorer on combinations of subject and instructions that were not trained on")
     scores: dict[str, IfevalResult] = {}
     for name, adapter in (("base", None), ("tuned", run.folder)):
         model, tokenizer = load_model(paths.base, adapter)
         scores[name] = run_ifeval(model, tokenizer, paths.eval, max_gen_toks=MAX_REPLY_TOKENS)
         step(f"IFEval of {name}")
 
-    report = _report(scores, seconds, run.manifest)
+    report = _report(scores, seconds, run.manifest, arguments.seed)
     from atlas.train.manifest import write_json
 
-    results_dir.mkdir(parents=True, exist_ok=True)
-    write_json(results_dir / RESULT_FILE, report)
+    result_file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(result_file, report)
     print("\n" + table(report))
-    print(f"written: {results_dir / RESULT_FILE}, {results_dir / 'sft_template_audit.jsonl'}, {run.folder}")
+    print(f"written: {result_file}, {results_dir / 'sft_template_audit.jsonl'}, {run.folder}")
     return DONE if report["scores"]["tuned"]["prompt_strict"] > report["scores"]["base"]["prompt_strict"] else FAILED
 
 
-def _report(scores: "dict[str, IfevalResult]", seconds: dict[str, float], manifest: dict[str, Any]) -> dict[str, Any]:
+def _report(
+    scores: "dict[str, IfevalResult]", seconds: dict[str, float], manifest: dict[str, Any], seed: int
+) -> dict[str, Any]:
     return {
         "format": 1,
+        "seed": seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "atlas.pocket.lab", *sys.argv[1:]]),
         "config_hash": manifest["config_hash"],
@@ -116,17 +127,17 @@ def _scores(result: "IfevalResult") -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """The report as text: scores of base and tuned side by side, then the time of each step."""
     base, tuned = report["scores"]["base"], report["scores"]["tuned"]
-    lines = [f"{'IFEval, ' + str(tuned['n']) + ' held-out prompts':<46}{'base':>9}{'tuned':>9}"]
+    lines = [f"{'IFEval, ' + str(tuned['n']) + ' held-out prompts':<54}{'base':>9}{'tuned':>9}"]
     for key, name in (
         ("prompt_strict", "prompts with every instruction followed"),
         ("inst_strict", "instructions followed"),
         ("stop_rate", "replies that end by themselves"),
     ):
-        lines.append(f"  {name:<44}{base[key]:>9.1%}{tuned[key]:>9.1%}")
-    lines.append(f"  {'mean tokens of a reply':<44}{base['mean_tokens']:>9.1f}{tuned['mean_tokens']:>9.1f}")
+        lines.append(f"  {name:<52}{base[key]:>9.1%}{tuned[key]:>9.1%}")
+    lines.append(f"  {'mean tokens of a reply':<52}{base['mean_tokens']:>9.1f}{tuned['mean_tokens']:>9.1f}")
     for kind, (passed, n) in tuned["by_instruction"].items():
         before = base["by_instruction"][kind][0]
-        lines.append(f"    {kind:<42}{f'{before}/{n}':>9}{f'{passed}/{n}':>9}")
+        lines.append(f"    {kind:<50}{f'{before}/{n}':>9}{f'{passed}/{n}':>9}")
     total = sum(report["seconds"].values())
     lines.append(
         f"{report['hardware']}: {total:.0f} s in all, "
