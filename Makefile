@@ -34,6 +34,7 @@ outputs/.installed: pyproject.toml
 
 pocket: setup           ## base -> audit -> SFT -> IFEval of base and tuned, on two CPU cores
 	$(RUN) -m atlas.pocket.lab $(ARGS)
+	$(RUN) -m atlas.results
 
 sft-smoke: setup        ## 50 steps of the real run, nothing pushed
 	$(RUN) -m atlas.train.sft --config $(CONFIG) --max-steps 50 --no-push-to-hub output.dir=outputs/sft_smoke $(ARGS)
