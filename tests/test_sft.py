@@ -332,6 +332,27 @@ def test_as_a_command(sft_args: list[str], tmp_path: Path):
     assert "Traceback" not in done.stderr and "\r" not in done.stderr  # no progress bars where nobody watches
 
 
+def test_two_processes_train_one_adapter(sft_args: list[str], tmp_path: Path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [*torchrun, "-m", "atlas.train.sft", *sft_args]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trainable parameters") == done.stdout.count("120 rows read") == 1
+    assert [line.split("/")[0] for line in done.stdout.splitlines() if line.startswith("step ")] == [
+        "step 1",
+        "step 2",
+        "step 3",
+    ]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    # Three steps of 2 x 2 rows, against 2 rows a step in one process.
+    one = sft.train(loaded([*sft_args, f"output.dir={tmp_path / 'one'}"])).manifest
+    assert manifest["result"]["supervised_tokens"] > 1.3 * one["result"]["supervised_tokens"]
+    assert manifest["result"]["lora_b_norm"] > 0
+
+    wrong = subprocess.run([*arguments, "train.learning_rte=1"], capture_output=True, text=True, timeout=240)
+    assert wrong.stderr.count("unknown key") == 1
+
+
 GOOD = [chat(f"Question {i}", "Answer") for i in range(10)]
 WRONG_ROWS = {
     "not JSON in line 7": ([*GOOD[:6], '{"messages": [', *GOOD[6:]], ["line 7", "not JSON", "1 of 11 rows"]),

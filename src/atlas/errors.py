@@ -1,5 +1,6 @@
 """The one exception for wrong input, and how an entry point turns it into an exit status."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -16,7 +17,8 @@ def run_main(main: Callable[[], int]) -> int:
         return main()
     except UserError as error:
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every process finds the same error
+            print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -8,6 +8,7 @@ loaded. Exit status: 0 done, 1 the run failed, 2 the input is wrong.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -79,17 +80,23 @@ def _main(arguments: argparse.Namespace) -> int:
     if arguments.dump_template_audit:
         dump_audit(loaded)
         return DONE
-    run = train(loaded, resume=arguments.resume)
+    with contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(None):
+        run = train(loaded, resume=arguments.resume)
     if run.manifest["result"]["lora_b_norm"] == 0.0:
         print(
             "error: no step changed the adapter (LoRA B is zero): its scores would be the base model's", file=sys.stderr
         )
         return FAILED
-    if loaded.config.output.hub_repo is not None:
+    if loaded.config.output.hub_repo is not None and is_main_process():
         from atlas.hub import push
 
         return push(run.folder, loaded.config.output.hub_repo)
     return DONE
+
+
+def is_main_process() -> bool:
+    """The first process of a launch (torchrun sets RANK): the one that speaks, saves and pushes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def dump_audit(loaded: LoadedConfig) -> Path:
@@ -115,6 +122,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     folder = Path(config.output.dir)
     _quiet_libraries()
 
+    from accelerate import PartialState
     from transformers import set_seed
 
     from atlas.data.pack import arrange
@@ -130,17 +138,18 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     plan = choose_device(config, Machine.from_torch())
     print(f"config {loaded.config_hash}\n{plan.table()}")
     arguments = sft_arguments(loaded, plan)
-    if config.output.hub_repo is not None:
+    if config.output.hub_repo is not None and is_main_process():
         from atlas.hub import check_access
 
         check_access(config.output.hub_repo, private=config.output.hub_private)
     tokenizer = load_tokenizer(config)
     adapter = lora_config(config.lora)
-    labeled = prepare(config, tokenizer)
-    for ledger in labeled.ledgers:
-        print(ledger.table())
-    gate(config, labeled)
-    rows = arrange(labeled.dataset, arguments)
+    with PartialState().local_main_process_first():  # one prepares, the others read its cache
+        labeled = prepare(config, tokenizer)
+        for ledger in labeled.ledgers:
+            print(ledger.table())
+        gate(config, labeled)
+        rows = arrange(labeled.dataset, arguments)
     checkpoint = checkpoint_to_resume(folder, resume, loaded.config_hash)
 
     model, tokenizer = load_base_model_and_tokenizer(config, plan, tokenizer)
@@ -160,13 +169,10 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
 
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    trainer.model.save_pretrained(folder, save_embedding_layers=False)
-    tokenizer.save_pretrained(folder)
-    trainer.model.generation_config.save_pretrained(folder)
     result = {
         "steps": trainer.state.global_step,
         "trainable_parameters": trainable,
-        "supervised_tokens": trainer.supervised_tokens,
+        "supervised_tokens": trainer.supervised_tokens_of_all(),
         "lora_b_norm": lora_b_norm(trainer.model),
         "loss_first": log.history[0][1] if log.history else None,
         "loss_last": log.history[-1][1] if log.history else None,
@@ -176,7 +182,12 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
         "peak_memory_gib": round(memory_gib(), 3),
     }
     manifest = build_manifest(loaded, plan, labeled, tokenizer.get_chat_template(), result)
-    write_json(folder / "manifest.json", manifest)
+    if is_main_process():
+        trainer.model.save_pretrained(folder, save_embedding_layers=False)
+        tokenizer.save_pretrained(folder)
+        trainer.model.generation_config.save_pretrained(folder)
+        write_json(folder / "manifest.json", manifest)
+    trainer.accelerator.wait_for_everyone()
     losses = f"loss {log.history[0][1]:.4f} -> {log.history[-1][1]:.4f}, " if log.history else ""
     print(
         f"done: {result['steps']} steps, {result['supervised_tokens']:,} supervised tokens, {losses}"

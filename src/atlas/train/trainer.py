@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from trl import SFTTrainer
 
 
 class LabeledSFTTrainer(SFTTrainer):
-    """Adds `supervised_tokens` (since the start, this process) to what is logged; everything else is TRL's."""
+    """Adds `supervised_tokens` (since the start, all processes) to what is logged; everything else is TRL's."""
 
     supervised_tokens = 0
 
@@ -16,6 +17,11 @@ class LabeledSFTTrainer(SFTTrainer):
             self.supervised_tokens += int((inputs["labels"][:, 1:] != -100).sum())
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def supervised_tokens_of_all(self) -> int:
+        """Supervised tokens trained on since the start; every process has to call it."""
+        own = torch.tensor(self.supervised_tokens, device=self.accelerator.device)
+        return int(self.accelerator.reduce(own, reduction="sum"))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs["supervised_tokens"] = self.supervised_tokens
+        logs["supervised_tokens"] = self.supervised_tokens_of_all()
         super().log(logs, start_time)
