@@ -66,7 +66,7 @@ def test_run_saves_what_it_trained(sft_args: list[str], base_folder: Path, tmp_p
     assert result["supervised_tokens"] > 0 and result["loss_first"] > 5
     assert manifest["data"]["sources"][0]["used"] == 120 and len(manifest["data"]["fingerprint"]) == 64
     assert manifest["versions"]["trl"] and manifest["device"]["model.dtype"] == "float32"
-    assert len(manifest["chat_template_sha256"]) == 64 and "atlas.train.sft" in manifest["command"]
+    assert len(manifest["chat_template_sha256"]) == 64 and manifest["command"]
 
     out = capfd.readouterr().out
     steps = [line for line in out.splitlines() if line.startswith("step ")]
@@ -278,6 +278,8 @@ def test_tokenizer_of_another_family_is_refused(sft_args: list[str], tmp_path: P
         ("model.name=./nowhere", ["model.name", "./nowhere"]),
         ("model.tokenizer_name=someone/nothing", ["model.tokenizer_name", "someone/nothing"]),
         ("model.dtype=float16", ["model.dtype", "needs a GPU"]),
+        ("train.eval_strategy=steps", ["train.eval_strategy", "no held-out data"]),
+        ("--max-steps=0", ["--max-steps 0", "at least 1"]),
         ("data.train=./missing.jsonl", ["missing.jsonl", "does not exist"]),
         ("data.train=someone/nothing", ["someone/nothing", "Hub"]),
     ],
@@ -329,6 +331,8 @@ def test_as_a_command(sft_args: list[str], tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert "step 2/2" in done.stdout
+    command = json.loads((tmp_path / "out" / "manifest.json").read_text())["command"]
+    assert command.startswith("python -m atlas.train.sft --config ") and "--max-steps 2" in command
     assert "Traceback" not in done.stderr and "\r" not in done.stderr  # no progress bars where nobody watches
 
 

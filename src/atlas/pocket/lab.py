@@ -7,7 +7,6 @@ Everything runs for real (NF4, LoRA, SFTTrainer, lm-eval's own scorer), on two C
 
 import argparse
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -96,7 +95,7 @@ def _report(
         "format": 1,
         "seed": seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "atlas.pocket.lab", *sys.argv[1:]]),
+        "command": manifest["command"],
         "config_hash": manifest["config_hash"],
         "hardware": manifest["device"]["hardware"],
         "versions": manifest["versions"],

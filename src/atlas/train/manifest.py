@@ -26,7 +26,7 @@ def build_manifest(
     return {
         "format": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.executable).name, "-m", "atlas.train.sft", *sys.argv[1:]]),
+        "command": command_line(),
         "config_hash": loaded.config_hash,
         "config": loaded.config.model_dump(mode="json"),
         "device": {"hardware": plan.hardware, **{c.key: c.value for c in plan.choices}},
@@ -39,6 +39,13 @@ def build_manifest(
         "chat_template_sha256": hashlib.sha256(chat_template.encode()).hexdigest(),
         "result": result,
     }
+
+
+def command_line() -> str:
+    """What was typed: `python -m MODULE ...` or the script's name, with its arguments."""
+    spec = sys.modules["__main__"].__spec__
+    program = ["python", "-m", spec.name] if spec is not None else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def write_json(path: Path, value: Any) -> None:

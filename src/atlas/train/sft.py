@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.max_steps is not None:
+        if arguments.max_steps < 1:  # transformers takes 0 and below for "not set" and would train whole epochs
+            raise UserError(f"--max-steps {arguments.max_steps}: give at least 1")
         overrides.append(f"train.max_steps={arguments.max_steps}")
     if arguments.no_push_to_hub:
         overrides.append("output.hub_repo=null")
@@ -84,7 +86,9 @@ def _main(arguments: argparse.Namespace) -> int:
         run = train(loaded, resume=arguments.resume)
     if run.manifest["result"]["lora_b_norm"] == 0.0:
         print(
-            "error: no step changed the adapter (LoRA B is zero): its scores would be the base model's", file=sys.stderr
+            "error: no step changed the adapter (LoRA B is zero), so that its scores would be the base model's. Train for more "
+            "steps than the warm-up takes: at the first one the learning rate is 0",
+            file=sys.stderr,
         )
         return FAILED
     if loaded.config.output.hub_repo is not None and is_main_process():
@@ -216,9 +220,14 @@ def sft_arguments(loaded: LoadedConfig, plan: "DevicePlan") -> "SFTConfig":
         "disable_tqdm": True,
     }
     try:
-        return SFTConfig(**given)
+        arguments = SFTConfig(**given)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"train: {' '.join(str(error).split())}") from None
+    if arguments.eval_strategy != "no":
+        raise UserError(
+            f"train.eval_strategy={config.train['eval_strategy']}: there is no held-out data to evaluate on; set it to no"
+        )
+    return arguments
 
 
 def available_trackers(asked: str | list[str] | None) -> list[str]:
