@@ -111,6 +111,10 @@ class Source(_Section):
     revision: str | None = None
     rows: int | None = Field(default=None, ge=1)
     """Take this many rows, drawn with data.seed; null: all."""
+    format: Literal["messages", "sharegpt", "alpaca", "dolly", "openorca", "prompt-completion", "preference"] | None = (
+        None
+    )
+    """How conversations are written; null: told by the columns of the first rows."""
 
     @property
     def is_local(self) -> bool:

@@ -38,8 +38,8 @@ def write_audit(labeled: Labeled, folder: Path) -> Path:
 def _records(labeled: Labeled) -> Iterator[dict[str, Any]]:
     tokenizer = labeled.labeler.tokenizer
     table = token_bytes(tokenizer)
-    rows = labeled.labeler.label([row for _, row in labeled.first])
-    for index, (row, (place, _)) in enumerate(zip(rows, labeled.first, strict=True)):
+    for index, (place, given, format_name) in enumerate(labeled.first):
+        (row,) = labeled.labeler.label([given], format_name)
         trained = labeled.dataset[index]  # what the trainer gets, not what was just computed
         ids, mask = trained["input_ids"], [int(label != IGNORED) for label in trained["labels"]]
         pieces = [table[token] for token in ids]

@@ -2,9 +2,12 @@
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from atlas.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -25,22 +28,132 @@ class BadRowError(Exception):
         self.reason, self.detail = reason, detail
 
 
-def conversation(row: str | Mapping[str, Any]) -> Conversation:
+@dataclass(frozen=True)
+class Format:
+    """How a data set writes conversations: the columns that tell it, and a row as (unchecked) messages."""
+
+    name: str
+    columns: tuple[str, ...]
+    messages: Callable[[Mapping[str, Any]], Any]
+
+
+def _turns(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def _with(text: Any, more: Any) -> Any:
+    """`text` with the optional `more` after an empty line; both as they are where they cannot be joined."""
+    return f"{text}\n\n{more}" if isinstance(text, str) and isinstance(more, str) and more else text
+
+
+def _sharegpt(row: Mapping[str, Any]) -> Any:
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        return turns
+    system = [("system", row["system"])] if row.get("system") else []
+    return _turns(*system) + [_sharegpt_turn(turn) for turn in turns]
+
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+
+
+def _sharegpt_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if role == "function_call":  # the call as JSON text, as LLaMA-Factory and Glaive write it
+        return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": _call(value)}]}
+    return {"role": _SHAREGPT_ROLES.get(str(role), role), "content": value}
+
+
+def _call(value: Any) -> Any:
+    call = _decode(value) if isinstance(value, str) else value
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        raise BadRowError("not text", f"a function_call is not an object with a name: {_short(value)}")
+    return {"name": call["name"], "arguments": call.get("arguments", {})}
+
+
+def _either(prompt: Any, answer: Any) -> Any:
+    """A prompt and its answer, each a text or a list of messages."""
+    prompt = prompt if isinstance(prompt, list) else _turns(("user", prompt))
+    return prompt + (answer if isinstance(answer, list) else _turns(("assistant", answer)))
+
+
+def _openorca(row: Mapping[str, Any]) -> Any:
+    system = [("system", row["system_prompt"])] if row.get("system_prompt") else []
+    return _turns(*system, ("user", row["question"]), ("assistant", row["response"]))
+
+
+FORMATS = {
+    known.name: known
+    for known in (
+        Format("messages", ("messages",), lambda row: row["messages"]),
+        Format("sharegpt", ("conversations",), _sharegpt),
+        Format(
+            "alpaca",
+            ("instruction", "output"),
+            lambda row: _turns(("user", _with(row["instruction"], row.get("input"))), ("assistant", row["output"])),
+        ),
+        Format(
+            "dolly",
+            ("instruction", "response"),
+            lambda row: _turns(("user", _with(row["instruction"], row.get("context"))), ("assistant", row["response"])),
+        ),
+        Format("openorca", ("question", "response"), _openorca),
+        Format("prompt-completion", ("prompt", "completion"), lambda row: _either(row["prompt"], row["completion"])),
+        Format("preference", ("prompt", "chosen", "rejected"), lambda row: _either(row["prompt"], row["chosen"])),
+    )
+}
+
+
+def detect(rows: Iterable[str | Mapping[str, Any]], place: str) -> str:
+    """The name of the format of which most of these (first) rows have the columns.
+
+    Raises `UserError` where there is none or more than one, with what was seen and what is known.
+    """
+    seen: Counter[str] = Counter()
+    fits: Counter[str] = Counter()
+    readable = 0
+    for row in rows:
+        try:
+            columns = {
+                key for key, value in (_decode(row) if isinstance(row, str) else row).items() if value is not None
+            }
+        except BadRowError:
+            continue  # counted when the rows are labelled
+        readable += 1
+        seen.update(columns)
+        fits.update(known.name for known in FORMATS.values() if columns.issuperset(known.columns))
+    if not readable:
+        return "messages"  # no row is readable in any format, which the ledger will say row by row
+    found = [name for name, count in fits.items() if 2 * count > readable]
+    if len(found) == 1:
+        return found[0]
+    formats = "; ".join(f"{known.name} ({', '.join(known.columns)})" for known in FORMATS.values())
+    what = f"fits several formats ({', '.join(sorted(found))})" if found else "fits no known format"
+    raise UserError(
+        f"data.train: {place} {what}. Columns seen: {', '.join(sorted(seen)) or 'none'}. Known: {formats}. Name one with "
+        "`format:` in the source, or rename the columns"
+    )
+
+
+def conversation(row: str | Mapping[str, Any], format_name: str = "messages") -> Conversation:
     """A row (a JSON text or a mapping of columns) as a conversation. The text of a message is never changed.
 
     Raises `BadRowError` under one of: not JSON, no messages, empty, not text, unknown role, no assistant turn.
     """
     if isinstance(row, str):
         row = _decode(row)
-    if row.get("messages") is None:
-        raise BadRowError("no messages", f"no column 'messages' among {', '.join(map(repr, row)) or 'none'}")
-    messages = row["messages"]
+    wanted = FORMATS[format_name]
+    missing = [column for column in wanted.columns if row.get(column) is None]
+    if missing:
+        seen = ", ".join(map(repr, row)) or "none"
+        raise BadRowError("no messages", f"no column {missing[0]!r} (format {wanted.name}) among {seen}")
+    messages = wanted.messages(row)
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise BadRowError(
-            "no messages", f"'messages' is not a list of objects with role and content: {_short(messages)}"
+            "no messages", f"{wanted.columns[-1]!r} is not a list of objects with role and content: {_short(messages)}"
         )
     if not messages:
-        raise BadRowError("empty", "'messages' is an empty list")
+        raise BadRowError("empty", f"{wanted.columns[0]!r} is an empty list")
     for index, message in enumerate(messages):
         _check(message, index)
     if not any(message["role"] == "assistant" for message in messages):

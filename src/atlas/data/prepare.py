@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from atlas.audit.spans import IGNORED, REMEDIES, Finding, tokenizer_findings
 from atlas.config import Config
 from atlas.data import mixture
+from atlas.data.formats import detect
 from atlas.data.tokenize import EMPTY_MASK, FULLY_TRUNCATED, Labeler
 from atlas.errors import UserError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000
+_DETECT_ROWS = 100
 _EXAMPLES = 3  # rows shown per reason and per kind of finding
 
 
@@ -26,6 +28,7 @@ class SourceLedger:
 
     name: str
     rows: int
+    format: str = "messages"
     used: int = 0
     cut: int = 0
     tokens: int = 0
@@ -55,7 +58,7 @@ class SourceLedger:
     def table(self) -> str:
         share = self.supervised_tokens / max(self.tokens, 1)
         lines = [
-            f"data {self.name}: {self.rows:,} rows read, {self.used:,} used, {self.tokens:,} tokens, "
+            f"data {self.name} ({self.format}): {self.rows:,} rows read, {self.used:,} used, {self.tokens:,} tokens, "
             f"{self.supervised_tokens:,} supervised ({share:.0%})"
         ]
         if self.cut:
@@ -83,8 +86,8 @@ class Labeled:
     audited: bool
     tokenizer_findings: tuple[Finding, ...]
     labeler: Labeler
-    first: tuple[tuple[str, Any], ...]
-    """Place and source row of the first `audit.rows` rows of the dataset, for the record."""
+    first: tuple[tuple[str, Any, str], ...]
+    """Place, source row and its format of the first `audit.rows` rows of the dataset, for the record."""
 
     @property
     def supervised_tokens(self) -> int:
@@ -119,20 +122,23 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
 
     labeler = labeler_for(config, tokenizer)
     parts, ledgers = [], []
-    first: list[tuple[str, Any]] = []
+    first: list[tuple[str, Any, str]] = []
     lengths: list[int] = []
     for source in config.data.train:
         rows = mixture.load_source(source, config.data.seed)
-        fingerprint = hashlib.sha256(f"{rows._fingerprint} {labeler.fingerprint}".encode()).hexdigest()[:32]
-        labeled = label_rows(rows, labeler, fingerprint, config.data.num_proc)
+        format_name = source.format or detect(_raw(rows, range(min(len(rows), _DETECT_ROWS))), source.name)
+        known = f"{rows._fingerprint} {labeler.fingerprint} {format_name}"
+        fingerprint = hashlib.sha256(known.encode()).hexdigest()[:32]
+        labeled = label_rows(rows, labeler, fingerprint, format_name, config.data.num_proc)
         kept, kept_lengths, ledger = _account(source.name, rows, labeled, labeler.max_length)
+        ledger.format = format_name
         _refuse_if_bad(ledger, config.data.max_bad_fraction)
         parts.append(labeled if len(kept) == len(labeled) else labeled.select(kept))
         ledgers.append(ledger)
         lengths += kept_lengths
-        for index in kept[: config.audit.rows - len(first)]:
-            row = rows[index]
-            first.append((_place(rows, index, source.name), row["json"] if mixture.is_json_lines(rows) else row))
+        shown = kept[: config.audit.rows - len(first)]
+        places = [_place(rows, index, source.name) for index in shown]
+        first += [(*row, format_name) for row in zip(places, _raw(rows, shown), strict=True)]
     dataset = (concatenate_datasets(parts) if len(parts) > 1 else parts[0]).select_columns(["input_ids", "labels"])
     return Labeled(
         dataset=dataset,
@@ -147,10 +153,18 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
     )
 
 
-def label_rows(rows: "Dataset", labeler: Labeler, fingerprint: str, num_proc: int | None = None) -> "Dataset":
+def _raw(rows: "Dataset", indices: Iterable[int]) -> list[Any]:
+    """Rows as the labeler takes them: JSON texts or mappings of columns."""
+    return [rows[index]["json"] if mixture.is_json_lines(rows) else rows[index] for index in indices]
+
+
+def label_rows(
+    rows: "Dataset", labeler: Labeler, fingerprint: str, format_name: str = "messages", num_proc: int | None = None
+) -> "Dataset":
     """A source's rows with the columns of `_features`, one for one; cached on disk under `fingerprint`."""
     return rows.map(
         labeler,
+        fn_kwargs={"format_name": format_name},
         batched=True,
         batch_size=BATCH_ROWS,
         remove_columns=rows.column_names,

@@ -93,9 +93,9 @@ class Labeler:
             digest.update(hashlib.sha256(part.encode()).digest())
         return digest.hexdigest()
 
-    def label(self, given: Iterable["str | Mapping[str, Any]"]) -> list[LabeledRow]:
+    def label(self, given: Iterable["str | Mapping[str, Any]"], format_name: str = "messages") -> list[LabeledRow]:
         """Rows of a source (JSON texts or mappings of columns) with all that is known of them, in order."""
-        rows = [self._rendered(row) for row in given]
+        rows = [self._rendered(row, format_name) for row in given]
         if self.mask == "rendered":
             self._find_turns(rows)
             self._label(rows, self._encode(rows))
@@ -115,8 +115,8 @@ class Labeler:
                 row.audit = audit
         return rows
 
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = self.label(_rows(batch))
+    def __call__(self, batch: Mapping[str, list[Any]], format_name: str = "messages") -> dict[str, list[Any]]:
+        rows = self.label(_rows(batch), format_name)
         return {
             "input_ids": [row.ids for row in rows],
             "labels": [row.labels for row in rows],
@@ -132,17 +132,17 @@ class Labeler:
             "cut_answers": [row.audit.cut_answers if row.audit else 0 for row in rows],
         }
 
-    def parse(self, given: "str | Mapping[str, Any]") -> Conversation:
+    def parse(self, given: "str | Mapping[str, Any]", format_name: str = "messages") -> Conversation:
         """A source's row as a conversation without forged special tokens; raises `BadRowError`."""
-        parsed = conversation(given)
+        parsed = conversation(given, format_name)
         refuse_special_tokens(parsed, self.special)
         return parsed
 
-    def _rendered(self, given: "str | Mapping[str, Any]") -> LabeledRow:
+    def _rendered(self, given: "str | Mapping[str, Any]", format_name: str) -> LabeledRow:
         from jinja2 import TemplateError
 
         try:
-            parsed = self.parse(given)
+            parsed = self.parse(given, format_name)
         except BadRowError as error:
             return LabeledRow(reason=error.reason, detail=error.detail)
         try:
