@@ -385,6 +385,18 @@ def test_unknown_template_is_trained_from_rendered_turns(base_folder: Path, tmp_
         load_tokenizer(config(folder, rows, "data.mask=markers"))
 
 
+def test_template_that_turns_the_conversation_round_is_caught_and_loses_no_text(base_folder: Path):
+    tokenizer = right(base_folder)
+    tokenizer.chat_template = (
+        "{% for m in messages | reverse %}{{ m.role + ': ' + m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    table = token_bytes(tokenizer)
+    (row,) = Labeler(tokenizer, mask="rendered").label([MULTI])
+    assert "history" in {finding.kind for finding in row.audit.findings}
+    assert b"".join(table[i] for i in row.ids).decode() == row.text
+
+
 def test_stop_token_prefers_eos_and_needs_one(base_folder: Path):
     tokenizer = right(base_folder)
     assert stop_token(tokenizer) == "<|im_end|>"

@@ -202,6 +202,8 @@ def _pieces(text: str, supervised: Sequence[tuple[int, int]]) -> list[tuple[str,
     """The text as (piece, is supervised), in order."""
     pieces, at = [], 0
     for start, end in supervised:
+        if start < at:
+            continue  # a template that renders a later turn inside an earlier one; the audit says so
         pieces += [(text[at:start], False), (text[start:end], True)]
         at = end
     pieces.append((text[at:], False))
