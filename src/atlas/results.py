@@ -7,6 +7,7 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, on lines of their o
 """
 
 import argparse
+import html
 import json
 import re
 import sys
@@ -86,7 +87,7 @@ def template_matrix(results: Path) -> str:
     cases = report["cases"]
     lines = [f"| template | labels from | stop token | {' | '.join(cases)} |", "|---" * (3 + len(cases)) + "|"]
     for entry in report["templates"]:
-        stop = f"`{entry['stop']}`".replace("|", "\\|") if entry["stop"] else "none"
+        stop = f"<code>{_escaped(entry['stop'])}</code>" if entry["stop"] else "none"
         cells = [_cell(entry["verdicts"][case]) for case in cases]
         lines.append(f"| {entry['template']} | {entry['mask']} | {stop} | {' | '.join(cells)} |")
     versions = report["versions"]
@@ -99,7 +100,12 @@ def template_matrix(results: Path) -> str:
 
 def _cell(verdict: str) -> str:
     kind, _, detail = verdict.partition(": ")
-    return f"{'refused' if kind.startswith('refused') else kind} ({detail})".replace("|", "\\|") if detail else verdict
+    return _escaped(f"{'refused' if kind.startswith('refused') else kind} ({detail})" if detail else verdict)
+
+
+def _escaped(text: str) -> str:
+    """For a cell of a Markdown table: a pipe as an entity, since renderers differ in how they escape one inside code."""
+    return html.escape(text, quote=False).replace("|", "&#124;")
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
