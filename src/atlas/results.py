@@ -100,6 +100,7 @@ def template_matrix(results: Path) -> str:
 
 def _cell(verdict: str) -> str:
     kind, _, detail = verdict.partition(": ")
+    detail = detail if len(detail) <= 60 else detail[:59] + "…"
     return _escaped(f"{'refused' if kind.startswith('refused') else kind} ({detail})" if detail else verdict)
 
 
