@@ -48,7 +48,7 @@ def main() -> None:
     tokenizer.eos_token = stop_token(tokenizer)
 
     labelers = {"tokenize": Labeler(tokenizer, audited=False), "tokenize + audit": Labeler(tokenizer)}
-    rows = Dataset.from_dict({"json": lines, "line": list(range(ROWS))})
+    rows = Dataset.from_dict({"json": lines, "line": list(range(ROWS)), "file": [""] * ROWS})
     seconds: dict[str, list[float]] = {name: [] for name in labelers}
     datasets.disable_progress_bars()
     for turn in range(ROUNDS + 1):

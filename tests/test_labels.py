@@ -147,7 +147,7 @@ def test_unusable_files(base_folder: Path, tmp_path: Path, content: str | None, 
 
 
 def test_other_file_kinds_and_bytes(base_folder: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"neither of \.jsonl, \.parquet"):
+    with pytest.raises(UserError, match=r"neither of \.jsonl, \.json, \.csv, \.parquet"):
         label(base_folder, write_rows(tmp_path / "rows.txt", ["x"]))
     path = tmp_path / "bytes.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(chat("a", "b")).encode() + b"\r\n\xff\xfe{}\n")

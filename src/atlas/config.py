@@ -14,7 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -110,11 +110,19 @@ class Source(_Section):
     config: str | None = None
     revision: str | None = None
     rows: int | None = Field(default=None, ge=1)
-    """Take this many rows, drawn with data.seed; null: all."""
+    """Take this many rows, drawn with data.seed; more than there are repeat; null: all."""
+    share: float | None = Field(default=None, gt=0)
+    """Take this share of the rows instead (0.2: every fifth, drawn with data.seed; 2: all of them twice)."""
     format: Literal["messages", "sharegpt", "alpaca", "dolly", "openorca", "prompt-completion", "preference"] | None = (
         None
     )
     """How conversations are written; null: told by the columns of the first rows."""
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> "Source":
+        if self.rows is not None and self.share is not None:
+            raise ValueError("rows and share are two ways to say how much: keep one")
+        return self
 
     @property
     def is_local(self) -> bool:
@@ -126,7 +134,7 @@ class DataConfig(_Section):
     """What is trained on."""
 
     train: tuple[Source, ...] = Field(min_length=1)
-    """Sources; each `name`, `name:rows`, or a mapping with name, split, config, revision, rows."""
+    """Sources; each `name`, `name:rows`, `name:20%`, or a mapping with name, split, config, revision, rows, share, format."""
     seed: int = 42
     """Draws the rows of a source that is not taken whole."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
@@ -145,10 +153,10 @@ class DataConfig(_Section):
 def _source(item: Any) -> Any:
     if not isinstance(item, str):
         return item
-    match = re.fullmatch(r"(.+):(\d+)", item)
-    if match and not Path(item).exists():
-        return {"name": match[1], "rows": int(match[2])}
-    return {"name": item}
+    match = re.fullmatch(r"(.+):(\d+)(%?)", item)
+    if not match or Path(item).exists():
+        return {"name": item}
+    return {"name": match[1]} | ({"share": int(match[2]) / 100} if match[3] else {"rows": int(match[2])})
 
 
 class AuditConfig(_Section):

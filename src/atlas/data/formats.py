@@ -109,22 +109,21 @@ def detect(rows: Iterable[str | Mapping[str, Any]], place: str) -> str:
 
     Raises `UserError` where there is none or more than one, with what was seen and what is known.
     """
-    seen: Counter[str] = Counter()
-    fits: Counter[str] = Counter()
-    readable = 0
+    readable = []
     for row in rows:
         try:
-            columns = {
-                key for key, value in (_decode(row) if isinstance(row, str) else row).items() if value is not None
-            }
+            readable.append(_decode(row) if isinstance(row, str) else row)
         except BadRowError:
             continue  # counted when the rows are labelled
-        readable += 1
-        seen.update(columns)
-        fits.update(known.name for known in FORMATS.values() if columns.issuperset(known.columns))
     if not readable:
         return "messages"  # no row is readable in any format, which the ledger will say row by row
-    found = [name for name, count in fits.items() if 2 * count > readable]
+    # A column that is null everywhere says nothing: tables that were joined have the other's columns so.
+    seen = {key for row in readable for key, value in row.items() if value is not None}
+    fits: Counter[str] = Counter()
+    for row in readable:
+        columns = seen & row.keys()
+        fits.update(known.name for known in FORMATS.values() if columns.issuperset(known.columns))
+    found = [name for name, count in fits.items() if 2 * count > len(readable)]
     if len(found) == 1:
         return found[0]
     formats = "; ".join(f"{known.name} ({', '.join(known.columns)})" for known in FORMATS.values())

@@ -29,6 +29,8 @@ class SourceLedger:
     name: str
     rows: int
     format: str = "messages"
+    repeated: int = 0
+    """Rows that stand there again because more were asked for than there are."""
     used: int = 0
     cut: int = 0
     tokens: int = 0
@@ -57,8 +59,9 @@ class SourceLedger:
 
     def table(self) -> str:
         share = self.supervised_tokens / max(self.tokens, 1)
+        again = f" ({self.repeated:,} of them again)" if self.repeated else ""
         lines = [
-            f"data {self.name} ({self.format}): {self.rows:,} rows read, {self.used:,} used, {self.tokens:,} tokens, "
+            f"data {self.name} ({self.format}): {self.rows:,} rows read{again}, {self.used:,} used, {self.tokens:,} tokens, "
             f"{self.supervised_tokens:,} supervised ({share:.0%})"
         ]
         if self.cut:
@@ -125,13 +128,13 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
     first: list[tuple[str, Any, str]] = []
     lengths: list[int] = []
     for source in config.data.train:
-        rows = mixture.load_source(source, config.data.seed)
+        rows, repeated = mixture.load_source(source, config.data.seed)
         format_name = source.format or detect(_raw(rows, range(min(len(rows), _DETECT_ROWS))), source.name)
         known = f"{rows._fingerprint} {labeler.fingerprint} {format_name}"
         fingerprint = hashlib.sha256(known.encode()).hexdigest()[:32]
         labeled = label_rows(rows, labeler, fingerprint, format_name, config.data.num_proc)
         kept, kept_lengths, ledger = _account(source.name, rows, labeled, labeler.max_length)
-        ledger.format = format_name
+        ledger.format, ledger.repeated = format_name, repeated
         _refuse_if_bad(ledger, config.data.max_bad_fraction)
         parts.append(labeled if len(kept) == len(labeled) else labeled.select(kept))
         ledgers.append(ledger)
@@ -263,7 +266,9 @@ def complaints(labeled: Labeled) -> str | None:
 
 
 def _place(rows: "Dataset", index: int, name: str) -> str:
-    return f"{name} line {rows[index]['line']}" if mixture.is_json_lines(rows) else f"{name} row {index}"
+    if mixture.is_json_lines(rows):
+        return f"{rows[index]['file']} line {rows[index]['line']}"
+    return f"{name} row {index}"
 
 
 def _refuse_if_bad(ledger: SourceLedger, limit: float) -> None:

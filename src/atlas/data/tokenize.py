@@ -216,7 +216,7 @@ def _audit_row(row: LabeledRow) -> AuditRow:
 
 
 def _rows(batch: Mapping[str, list[Any]]) -> Iterator["str | Mapping[str, Any]"]:
-    if list(batch) == ["json", "line"]:  # mixture.is_json_lines
+    if list(batch) == mixture.JSON_COLUMNS:
         yield from batch["json"]
         return
     for index in range(len(next(iter(batch.values())))):

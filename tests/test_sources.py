@@ -1,0 +1,126 @@
+"""Where rows come from: files of each kind, folders, globs; how many of them; and every row's place."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from atlas.config import Source
+from atlas.data.mixture import load_source
+from atlas.errors import UserError
+from conftest import chat, write_rows
+from test_labels import label
+
+ALPACA = [{"instruction": f"Say {i}, é 你.", "input": "", "output": f"\n{i:03d}"} for i in range(6)]
+
+
+def used(folder: Path, data: object, *overrides: str) -> tuple[int, dict, str]:
+    labeled, _ = label(folder, data, *overrides)
+    ledger = labeled.ledgers[0]
+    return ledger.used, ledger.dropped, labeled.fingerprint
+
+
+def test_json_csv_and_jsonl_give_the_same_labels(base_folder: Path, tmp_path: Path):
+    import csv
+
+    jsonl = write_rows(tmp_path / "a.jsonl", ALPACA)
+    (tmp_path / "b.json").write_text(json.dumps(ALPACA, indent=2, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "bom.json").write_text("\ufeff \n" + json.dumps(ALPACA), encoding="utf-8")
+    write_rows(tmp_path / "lines.json", ALPACA)
+    with (tmp_path / "c.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["instruction", "input", "output"])
+        writer.writeheader()
+        writer.writerows(ALPACA)
+    expected = used(base_folder, jsonl)
+    assert expected[:2] == (6, {})
+    for name in ("b.json", "bom.json", "lines.json", "c.csv"):  # "003" stays a text, also in CSV
+        assert used(base_folder, tmp_path / name) == expected, name
+
+
+def test_folder_and_glob_are_their_files_in_order(base_folder: Path, tmp_path: Path):
+    folder = tmp_path / "rows"
+    (folder / "more").mkdir(parents=True)
+    write_rows(folder / "b.jsonl", ALPACA[2:4])
+    write_rows(folder / "a.jsonl", ALPACA[:2])
+    (folder / "more" / "c.json").write_text(json.dumps(ALPACA[4:]))
+    (folder / "README.md").write_text("no data")
+    whole = used(base_folder, write_rows(tmp_path / "whole.jsonl", ALPACA))
+    assert used(base_folder, folder) == whole
+    assert used(base_folder, f"{folder}/[ab].jsonl")[0] == 4
+    with pytest.raises(UserError, match="holds no file that ends in"):
+        used(base_folder, f"{folder}/*.parquet")
+
+
+def test_a_bad_row_is_named_with_its_own_file_and_line(base_folder: Path, tmp_path: Path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", ALPACA)
+    text = json.dumps([*ALPACA, {"instruction": "x", "output": None}], indent=1)
+    (folder / "b.json").write_text(text)
+    labeled, _ = label(base_folder, folder, "data.max_bad_fraction=0.5")
+    line = text[: text.index('"x"')].count("\n")  # the object starts on the line before its first key
+    assert labeled.ledgers[0].examples["no messages"][0][0] == f"{folder / 'b.json'} line {line}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "good", "bad"),
+    [
+        ("trailing_comma.json", '[{"instruction": "a", "output": "b"},]', 1, 0),
+        ("broken_item.json", '[{"instruction": "a", "output": "b"}, {"instruction": "c",]', 1, 1),
+        ("unclosed.json", '[{"instruction": "a", "output": "b"}', 1, 0),
+        ("ragged.csv", "instruction,output\na,b\nc\nd,e,f\n", 1, 2),
+        ("quotes.csv", 'instruction,output\n"a\nb","c ""d"""\n', 1, 0),
+        ("crlf.jsonl", '{"instruction": "a", "output": "b"}\r\n{"instruction": "c", "output": "d"}\r\n', 2, 0),
+        ("comma.jsonl", '{"instruction": "a", "output": "b"},\n{"instruction": "c", "output": "d"}\n', 1, 1),
+        ("nul.jsonl", '{"instruction": "a\\u0000", "output": "b"}\n', 1, 0),
+        (
+            "big.jsonl",
+            json.dumps({"instruction": "x" * 2_000_000, "output": "b"}) + '\n{"instruction": "a", "output": "b"}\n',
+            1,
+            1,
+        ),
+        ("latin1.jsonl", b'{"instruction": "a", "output": "b"}\n{"instruction": "\xe9", "output": "d"}\n', 1, 1),
+        ("gzip.jsonl", gzip.compress(b'{"instruction": "a", "output": "b"}\n', mtime=0), 0, 1),
+    ],
+)
+def test_odd_files(name: str, content: str | bytes, good: int, bad: int, base_folder: Path, tmp_path: Path):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if not good:
+        with pytest.raises(UserError, match="not JSON"):
+            used(base_folder, path, "data.max_bad_fraction=1")
+        return
+    found, dropped, _ = used(base_folder, path, "data.max_bad_fraction=1")
+    assert (found, sum(dropped.values())) == (good, bad)
+
+
+def test_amounts(rows_file: Path, base_folder: Path):
+    def load(**more: object) -> tuple[list, int]:
+        rows, repeated = load_source(Source(name=str(rows_file), **more), 42)
+        return rows["line"], repeated
+
+    everything = list(range(1, 121))
+    assert load() == (everything, 0)
+    some, repeated = load(rows=30)
+    assert len(set(some)) == 30 and repeated == 0 and some == load(rows=30)[0] != everything[:30]
+    assert len(load(share=0.25)[0]) == 30
+    assert load(share=2.0) == (everything * 2, 120)
+    more, repeated = load(rows=150)
+    assert more[:120] == everything and len(set(more[120:])) == 30 and repeated == 30
+    labeled, _ = label(base_folder, f"{rows_file}:125%")
+    assert labeled.ledgers[0].repeated == 30 and "150 rows read (30 of them again)" in labeled.ledgers[0].table()
+    with pytest.raises(UserError, match="rows and share"):
+        label(base_folder, [{"name": str(rows_file), "rows": 3, "share": 0.5}])
+
+
+def test_files_with_different_columns_are_not_mixed(base_folder: Path, tmp_path: Path):
+    from datasets import Dataset
+
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", [chat("a", "b")])
+    Dataset.from_list([chat("c", "d")]).to_parquet(folder / "b.parquet")
+    with pytest.raises(UserError, match="name them one by one"):
+        used(base_folder, folder)
+    assert used(base_folder, [str(folder / "a.jsonl"), str(folder / "b.parquet")])[0] == 1
