@@ -79,6 +79,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_rows(path: Path, rows: list) -> Path:
     """One line per row; a str is written as it stands."""
+    path.parent.mkdir(exist_ok=True)
     path.write_text(
         "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
     )

@@ -123,22 +123,36 @@ def test_without_quantisation(sft_args: list[str], base_folder: Path):
 
 def test_resume_goes_on_from_the_newest_checkpoint_of_this_config(sft_args: list[str], capfd):
     arguments = [*sft_args, "train.max_steps=4", "train.save_strategy=steps", "train.save_steps=2"]
-    whole = (sft.train(loaded(arguments)).folder / "adapter_model.safetensors").read_bytes()
     folder = Path(loaded(arguments).config.output.dir)
-    import shutil
+    sft.train(loaded(arguments))
+    whole = (folder / "adapter_model.safetensors").read_bytes()
 
-    shutil.rmtree(folder / "checkpoint-4")
+    # Killed after the last checkpoint and before the adapter was written: the end is done again, to the same bytes.
+    (folder / "manifest.json").unlink()
+    (folder / "adapter_model.safetensors").unlink()
     capfd.readouterr()
-    run = sft.train(loaded(arguments))
+    sft.train(loaded(arguments))
     out = capfd.readouterr().out
+    assert f"not resumed from {folder / 'checkpoint-4'}: it is of the last step" in out
     assert f"resume from {folder / 'checkpoint-2'}" in out
     assert [line.split("/")[0] for line in out.splitlines() if line.startswith("step ")] == ["step 3", "step 4"]
-    assert (run.folder / "adapter_model.safetensors").read_bytes() == whole
+    assert (folder / "adapter_model.safetensors").read_bytes() == whole
 
-    assert sft.main([*arguments, "train.learning_rate=1e-4", "--resume", str(folder / "checkpoint-2")]) == 2
+    # Finished: started again, nothing is trained and nothing changes.
+    assert sft.main(arguments) == 0
+    out = capfd.readouterr().out
+    assert "this run is finished" in out and "step " not in out
+    assert (folder / "adapter_model.safetensors").read_bytes() == whole
+
+    # Another config, or other data under the same config, are not mixed in.
+    other = [*arguments, "train.learning_rate=1e-4"]
+    assert sft.main([*other, "--resume", str(folder / "checkpoint-2")]) == 2
     assert "it belongs to config" in capfd.readouterr().err
-    sft.train(loaded([*arguments, "train.learning_rate=1e-4"]))
-    assert "not resumed from" in capfd.readouterr().out
+    rows = Path(loaded(arguments).config.data.train[0].name)
+    changed = write_rows(folder.parent / "changed" / rows.name, [chat("a", "b")] * 20)
+    assert sft.main([*arguments, f"data.train={changed}"]) == 0
+    out = capfd.readouterr().out
+    assert "the training data have changed since" in out and "starts from step 0" in out
 
 
 def test_dump_template_audit_shows_every_token_and_loads_no_model(sft_args: list[str], tmp_path: Path, capfd):

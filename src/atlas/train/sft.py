@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SftRun:
-    """A finished run: the folder with adapter, tokenizer and manifest, and the trainer with the model still in memory."""
+    """A finished run: the folder with adapter, tokenizer and manifest, and the trainer with the model still in memory
+    (None where the run had been finished before)."""
 
     folder: Path
-    trainer: "LabeledSFTTrainer"
+    trainer: "LabeledSFTTrainer | None"
     manifest: dict[str, Any]
 
 
@@ -135,7 +136,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm, lora_config
     from atlas.models.base import load_base_model_and_tokenizer, load_tokenizer
     from atlas.train.callbacks import LogLine, duration, memory_gib
-    from atlas.train.checkpoints import StampCheckpoints, checkpoint_to_resume
+    from atlas.train.checkpoints import StampCheckpoints, checkpoint_to_resume, finished_manifest
     from atlas.train.manifest import build_manifest, write_json
     from atlas.train.trainer import LabeledSFTTrainer
 
@@ -154,7 +155,11 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
             print(ledger.table())
         gate(config, labeled)
         rows = arrange(labeled.dataset, arguments)
-    checkpoint = checkpoint_to_resume(folder, resume, loaded.config_hash)
+    finished = finished_manifest(folder, loaded.config_hash, labeled.fingerprint)
+    if finished is not None and resume == "auto":
+        print(f"this run is finished: {folder} (--resume never trains it anew)")
+        return SftRun(folder, None, finished)
+    checkpoint = checkpoint_to_resume(folder, resume, loaded.config_hash, labeled.fingerprint)
 
     model, tokenizer = load_base_model_and_tokenizer(config, plan, tokenizer)
     set_seed(arguments.seed)  # the adapter is initialised in SFTTrainer's constructor, before Trainer seeds anything
@@ -165,7 +170,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=adapter,
-        callbacks=[log, StampCheckpoints(loaded.config_hash)],
+        callbacks=[log, StampCheckpoints(loaded.config_hash, labeled.fingerprint)],
     )
     _remove_default_printing(trainer)
     trainable = cast_trainable_to_fp32(trainer.model)
@@ -175,6 +180,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
 
     result = {
         "steps": trainer.state.global_step,
+        "resumed_from": checkpoint.name if checkpoint else None,  # tokens and losses below count from there
         "trainable_parameters": trainable,
         "supervised_tokens": trainer.supervised_tokens_of_all(),
         "lora_b_norm": lora_b_norm(trainer.model),
