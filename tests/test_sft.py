@@ -245,7 +245,7 @@ def test_fp16_loss_scaling_needs_float32_adapters(sft_args: list[str], monkeypat
 
     monkeypatch.setattr("atlas.models.adapters.cast_trainable_to_fp32", spy)
     run = sft.train(loaded([*sft_args, "train.max_steps=1"]))
-    assert seen == [torch.bfloat16]  # STACK: without the cast this is what GradScaler would meet
+    assert seen == [torch.bfloat16]  # without the cast this is what GradScaler would meet
     assert isinstance(run.trainer, SFTTrainer)
 
     model = run.trainer.model.train()

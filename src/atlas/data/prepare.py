@@ -127,10 +127,11 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
     parts, ledgers = [], []
     first: list[tuple[str, Any, str]] = []
     lengths: list[int] = []
+    labels_of = labeler.fingerprint  # hashes the whole tokenizer: once, not per source
     for source in config.data.train:
         rows, repeated = mixture.load_source(source, config.data.seed)
         format_name = source.format or detect(_raw(rows, range(min(len(rows), _DETECT_ROWS))), source.name)
-        known = f"{rows._fingerprint} {labeler.fingerprint} {format_name}"
+        known = f"{rows._fingerprint} {labels_of} {format_name}"
         fingerprint = hashlib.sha256(known.encode()).hexdigest()[:32]
         labeled = label_rows(rows, labeler, fingerprint, format_name, config.data.num_proc)
         kept, kept_lengths, ledger = _account(source.name, rows, labeled, labeler.max_length)
