@@ -306,6 +306,8 @@ def conversations(draw: st.DrawFn) -> dict:
         messages.append({"role": "assistant", "content": draw(TEXT)})
         if draw(st.booleans()):
             messages[-1]["tool_calls"] = [{"name": "f", "arguments": {"x": draw(TEXT)}}]
+    if not any(m.get("tool_calls") or m["content"].strip() for m in messages if m["role"] == "assistant"):
+        messages[-1]["content"] += "x"  # a row without any answer is not trained on
     return {"messages": messages}
 
 

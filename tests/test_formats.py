@@ -50,6 +50,7 @@ ROWS = {
         },
         [("user", "a"), ("assistant", "good")],
     ),
+    "text": ({"text": "Once.", "url": "x"}, []),
 }
 
 
@@ -70,6 +71,7 @@ def test_a_few_odd_rows_do_not_change_what_is_detected():
         detect(["not json", '"text"', *map(json.dumps, rows), {"text": "x"}, {"instruction": None, "output": "x"}], "f")
         == "alpaca"
     )
+    assert detect([ROWS["alpaca"][0] | {"text": "Below is an instruction"}], "f") == "alpaca"  # as on the Hub
     assert detect(["{", "]"], "f") == "messages"  # nothing readable: every row is counted as a bad one
 
 
@@ -77,8 +79,8 @@ def test_a_few_odd_rows_do_not_change_what_is_detected():
     ("row", "parts"),
     [
         (
-            {"text": "x", "title": "y"},
-            ["rows.jsonl fits no known format", "text, title", "alpaca (instruction, output)", "`format:`"],
+            {"body": "x", "title": "y"},
+            ["rows.jsonl fits no known format", "body, title", "alpaca (instruction, output)", "`format:`"],
         ),
         (ROWS["messages"][0] | ROWS["alpaca"][0], ["several formats (alpaca, messages)", "`format:`"]),
         ({}, ["Columns seen: none"]),

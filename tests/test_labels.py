@@ -50,7 +50,7 @@ def test_supervised_bytes_are_content_and_stop_token(
 
 
 def test_no_token_straddles_prompt_and_answer(base_folder: Path, tmp_path: Path):
-    answers = ["\nHello", "\n\nHello", " \n x", "\tx", "", "-"]
+    answers = ["\nHello", "\n\nHello", " \n x", "\tx", "-"]
     labeled, tokenizer = label(base_folder, write_rows(tmp_path / "r.jsonl", [chat("Hi", a) for a in answers]))
     merged = 0
     for row, text in zip(labeled.dataset, answers, strict=True):
@@ -75,7 +75,7 @@ def test_full_sequence_loss_on_request(base_folder: Path, tmp_path: Path):
 BAD = {
     "not JSON": ['{"messages": [', "{'messages': 1}", "3", '"text"'],
     "no messages": [{"text": "x"}, {"messages": None}, {"messages": "x"}, {"messages": [1]}],
-    "empty": [{"messages": []}],
+    "empty": [{"messages": []}, chat("x", " \n"), chat("x", "", "y", "")],
     "unknown role": [
         {"messages": [{"role": "assistent", "content": "x"}]},
         {"messages": [{"content": "x"}]},

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from atlas.config import Source
-from atlas.data.mixture import load_source
 from atlas.errors import UserError
-from conftest import chat, write_rows
+from conftest import write_rows
 from test_labels import label
 
 ALPACA = [{"instruction": f"Say {i}, é 你.", "input": "", "output": f"\n{i:03d}"} for i in range(6)]
@@ -93,34 +91,3 @@ def test_odd_files(name: str, content: str | bytes, good: int, bad: int, base_fo
         return
     found, dropped, _ = used(base_folder, path, "data.max_bad_fraction=1")
     assert (found, sum(dropped.values())) == (good, bad)
-
-
-def test_amounts(rows_file: Path, base_folder: Path):
-    def load(**more: object) -> tuple[list, int]:
-        rows, repeated = load_source(Source(name=str(rows_file), **more), 42)
-        return rows["line"], repeated
-
-    everything = list(range(1, 121))
-    assert load() == (everything, 0)
-    some, repeated = load(rows=30)
-    assert len(set(some)) == 30 and repeated == 0 and some == load(rows=30)[0] != everything[:30]
-    assert len(load(share=0.25)[0]) == 30
-    assert load(share=2.0) == (everything * 2, 120)
-    more, repeated = load(rows=150)
-    assert more[:120] == everything and len(set(more[120:])) == 30 and repeated == 30
-    labeled, _ = label(base_folder, f"{rows_file}:125%")
-    assert labeled.ledgers[0].repeated == 30 and "150 rows read (30 of them again)" in labeled.ledgers[0].table()
-    with pytest.raises(UserError, match="rows and share"):
-        label(base_folder, [{"name": str(rows_file), "rows": 3, "share": 0.5}])
-
-
-def test_files_with_different_columns_are_not_mixed(base_folder: Path, tmp_path: Path):
-    from datasets import Dataset
-
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    write_rows(folder / "a.jsonl", [chat("a", "b")])
-    Dataset.from_list([chat("c", "d")]).to_parquet(folder / "b.parquet")
-    with pytest.raises(UserError, match="name them one by one"):
-        used(base_folder, folder)
-    assert used(base_folder, [str(folder / "a.jsonl"), str(folder / "b.parquet")])[0] == 1

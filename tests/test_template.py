@@ -32,7 +32,7 @@ CONVERSATIONS = {
     "multi-turn": ([USER, answer("One."), USER, answer("Two.")], ["One.", "Two."]),
     "system": ([{"role": "system", "content": "Be brief."}, USER, answer("ok")], ["ok"]),
     "late system": ([USER, answer("a"), {"role": "system", "content": "New rules."}, USER, answer("b")], ["a", "b"]),
-    "empty": ([USER, answer("")], [""]),
+    "empty": ([USER, answer(""), USER, answer("x")], ["", "x"]),
     "empty system": ([{"role": "system", "content": ""}, USER, answer("x")], ["x"]),
     "newline first": ([USER, answer("\nHello")], ["\nHello"]),
     "newlines around": ([USER, answer("\n\n Hello \n\n"), USER, answer("  ")], ["\n\n Hello \n\n", "  "]),

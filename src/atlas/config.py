@@ -113,10 +113,12 @@ class Source(_Section):
     """Take this many rows, drawn with data.seed; more than there are repeat; null: all."""
     share: float | None = Field(default=None, gt=0)
     """Take this share of the rows instead (0.2: every fifth, drawn with data.seed; 2: all of them twice)."""
-    format: Literal["messages", "sharegpt", "alpaca", "dolly", "openorca", "prompt-completion", "preference"] | None = (
-        None
-    )
-    """How conversations are written; null: told by the columns of the first rows."""
+    weight: float | None = Field(default=None, gt=0)
+    """Its part of the mixture in proportion to the weights of the others. Nothing repeats: the scarcest source is taken whole."""
+    format: (
+        Literal["messages", "sharegpt", "alpaca", "dolly", "openorca", "prompt-completion", "preference", "text"] | None
+    ) = None
+    """How rows are written; null: told by the columns of the first rows."""
 
     @model_validator(mode="after")
     def _one_amount(self) -> "Source":
@@ -134,20 +136,58 @@ class DataConfig(_Section):
     """What is trained on."""
 
     train: tuple[Source, ...] = Field(min_length=1)
-    """Sources; each `name`, `name:rows`, `name:20%`, or a mapping with name, split, config, revision, rows, share, format."""
+    """Sources; each `name`, `name:rows`, `name:20%`, or a mapping with the keys of `Source`."""
+    eval: tuple[Source, ...] = ()
+    """Held-out sources. Rows of `train` with the same prompt as one of these are left out, and counted."""
+    eval_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Hold out this share of `train` instead; rows with the same prompt stay on one side."""
+    eval_rows: int | None = Field(default=None, ge=1)
+    """Or hold out (about) this many rows."""
+    group_by: str | None = None
+    """Column whose rows of equal value stay on one side of that split (a conversation tree, an author, a document)."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """At most this many rows of `train` in all, each source in proportion: for smoke runs."""
+    deduplicate: bool = False
+    """Leave out rows whose tokens and labels have occurred before, in any source."""
+    curriculum: Literal["none", "length"] = "none"
+    """length: train from short rows to long ones, in this order."""
+    streaming: bool = False
+    """Read rows while training, for data that do not fit on the disk; needs train.max_steps."""
     seed: int = 42
-    """Draws the rows of a source that is not taken whole."""
+    """Draws rows, splits off held-out ones and shuffles the mixture."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """A larger share of unusable rows stops the run: the data are not what the config takes them for."""
     mask: Literal["auto", "markers", "rendered"] = "auto"
     """Where the labels come from: the template's generation markers, or rendering each turn; auto: markers where there are any."""
     num_proc: int | None = Field(default=None, ge=1)
 
-    @field_validator("train", mode="before")
+    @field_validator("train", "eval", mode="before")
     @classmethod
     def _sources(cls, value: Any) -> Any:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_source(item) for item in items)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataConfig":
+        split = [name for name in ("eval_fraction", "eval_rows") if getattr(self, name) is not None]
+        ways = (["eval"] if self.eval else []) + split
+        if len(ways) > 1:
+            raise ValueError(f"{' and '.join(ways)} are ways to the same held-out data: keep one")
+        if self.group_by is not None and not split:
+            raise ValueError("group_by says what eval_fraction or eval_rows must not tear apart: set one of them")
+        if len({source.weight is None for source in self.train}) > 1:
+            without = ", ".join(source.name for source in self.train if source.weight is None)
+            raise ValueError(f"either every source of train has a weight or none; {without} has none")
+        if self.streaming:
+            barred = [n for n in ("max_rows", "group_by", *split) if getattr(self, n) is not None]
+            barred += ["deduplicate"] * self.deduplicate + ["curriculum"] * (self.curriculum != "none")
+            barred += [f"share of {source.name}" for source in self.train if source.share is not None]
+            if barred:
+                raise ValueError(
+                    f"streaming sees each row once and never all of them, so it cannot go with {', '.join(barred)}; "
+                    "held-out data come from data.eval, amounts from rows or weight"
+                )
+        return self
 
 
 def _source(item: Any) -> Any:
@@ -307,8 +347,8 @@ def _check_keys(layer: Mapping[str, Any], origin: str) -> None:
             if section != "train":
                 if key not in sections[section].model_fields:
                     raise UserError(_unknown(origin, dotted, _all_keys()))
-                if dotted == "data.train":
-                    _check_source_keys(value, origin)
+                if dotted in ("data.train", "data.eval"):
+                    _check_source_keys(dotted, value, origin)
             elif key in OWNED_TRAIN_FIELDS:
                 raise UserError(f"{origin}: {dotted} is not set here: {OWNED_TRAIN_FIELDS[key]}")
             elif key not in train:
@@ -317,11 +357,11 @@ def _check_keys(layer: Mapping[str, Any], origin: str) -> None:
                 raise UserError(f"{origin}: {dotted} {problem}")
 
 
-def _check_source_keys(value: Any, origin: str) -> None:
+def _check_source_keys(dotted: str, value: Any, origin: str) -> None:
     for index, item in enumerate(value if isinstance(value, list) else [value]):
         for key in item if isinstance(item, Mapping) else ():
             if key not in Source.model_fields:
-                raise UserError(_unknown(origin, f"data.train[{index}].{key}", [*Source.model_fields]))
+                raise UserError(_unknown(origin, f"{dotted}[{index}].{key}", [*Source.model_fields]))
 
 
 def _all_keys() -> list[str]:
@@ -397,7 +437,7 @@ def config_hash(config: Config) -> str:
     for key in ("name", "tokenizer_name"):
         if key in model:
             model[key] = _without_folder(model[key])
-    for source in tree["data"]["train"]:
+    for source in (*tree["data"]["train"], *tree["data"].get("eval", ())):
         source["name"] = _without_folder(source["name"])
     fields = train_fields()
     tree["train"] = {

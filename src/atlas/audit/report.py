@@ -10,7 +10,7 @@ from typing import Any
 
 from atlas.audit.spans import IGNORED, KINDS
 from atlas.audit.tokens import token_bytes
-from atlas.data.prepare import Labeled, row_digests
+from atlas.data.prepare import Labeled
 from atlas.models.base import render_all
 
 AUDIT_FILE = "sft_template_audit.jsonl"
@@ -96,7 +96,7 @@ def summarize(labeled: Labeled) -> dict[str, Any]:
     findings["injected"] += sum(ledger.dropped.get("injected", 0) for ledger in ledgers)
     rows = sum(ledger.used for ledger in ledgers)
     block = -(-rows // _DIGESTS)
-    digests = list(row_digests(labeled.dataset))
+    digests = labeled.digests.astype("<i8")
     return {
         "rows": rows,
         "audited": labeled.audited,
@@ -120,7 +120,7 @@ def summarize(labeled: Labeled) -> dict[str, Any]:
         "stream_sha256": labeled.fingerprint,
         "digest_rows": block,
         "digests": "".join(
-            hashlib.sha256(b"".join(digests[at : at + block])).hexdigest()[:8] for at in range(0, rows, max(block, 1))
+            hashlib.sha256(digests[at : at + block].tobytes()).hexdigest()[:8] for at in range(0, rows, max(block, 1))
         ),
     }
 

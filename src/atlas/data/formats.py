@@ -9,15 +9,26 @@ from typing import Any
 
 from atlas.errors import UserError
 
+TEXT = "text"  # the format of plain documents
 ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages (`role`, `content`, perhaps `tool_calls`) and the JSON schemas of the tools that they may call."""
+    """Messages (`role`, `content`, perhaps `tool_calls`) and the JSON schemas of the tools that they may call; or plain `text`
+    to be continued, as in pretraining, without messages."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
+    text: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        """What the first answer answers, without the system prompt: two rows that share it are not held out from each other."""
+        if self.text is not None:
+            return self.text
+        end = next(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+        return "\0".join(str(m["content"]) for m in self.messages[:end] if m["role"] != "system")
 
 
 class BadRowError(Exception):
@@ -100,6 +111,7 @@ FORMATS = {
         Format("openorca", ("question", "response"), _openorca),
         Format("prompt-completion", ("prompt", "completion"), lambda row: _either(row["prompt"], row["completion"])),
         Format("preference", ("prompt", "chosen", "rejected"), lambda row: _either(row["prompt"], row["chosen"])),
+        Format(TEXT, ("text",), lambda row: row["text"]),
     )
 }
 
@@ -124,6 +136,8 @@ def detect(rows: Iterable[str | Mapping[str, Any]], place: str) -> str:
         columns = seen & row.keys()
         fits.update(known.name for known in FORMATS.values() if columns.issuperset(known.columns))
     found = [name for name, count in fits.items() if 2 * count > len(readable)]
+    if len(found) > 1 and TEXT in found:
+        found.remove(TEXT)  # many data sets keep the rendered conversation in a column `text` beside its parts
     if len(found) == 1:
         return found[0]
     formats = "; ".join(f"{known.name} ({', '.join(known.columns)})" for known in FORMATS.values())
@@ -147,6 +161,8 @@ def conversation(row: str | Mapping[str, Any], format_name: str = "messages") ->
         seen = ", ".join(map(repr, row)) or "none"
         raise BadRowError("no messages", f"no column {missing[0]!r} (format {wanted.name}) among {seen}")
     messages = wanted.messages(row)
+    if format_name == TEXT:
+        return _document(messages)
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise BadRowError(
             "no messages", f"{wanted.columns[-1]!r} is not a list of objects with role and content: {_short(messages)}"
@@ -155,19 +171,49 @@ def conversation(row: str | Mapping[str, Any], format_name: str = "messages") ->
         raise BadRowError("empty", f"{wanted.columns[0]!r} is an empty list")
     for index, message in enumerate(messages):
         _check(message, index)
-    if not any(message["role"] == "assistant" for message in messages):
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
         raise BadRowError("no assistant turn", f"roles: {', '.join(message['role'] for message in messages)}")
+    if not any(answer.get("tool_calls") or answer["content"].strip() for answer in answers):
+        raise BadRowError("empty", "no answer holds a word: it would teach to say nothing")
     return Conversation([dict(message) for message in messages], _tools(row.get("tools")))
+
+
+def _document(text: Any) -> Conversation:
+    if not isinstance(text, str):
+        raise BadRowError("not text", f"'text' is {_short(text)}, not text")
+    if not text.strip():
+        raise BadRowError("empty", "'text' holds no character but white space")
+    _refuse_surrogates(text, "'text'")
+    return Conversation([], text=text)
 
 
 def _decode(line: str) -> Mapping[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_unique_keys)
     except (json.JSONDecodeError, RecursionError) as error:
         raise BadRowError("not JSON", f"{error}: {_short(line)}") from None
     if not isinstance(row, dict):
         raise BadRowError("not JSON", f"expected an object, got {type(row).__name__}: {_short(line)}")
     return row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; json.loads would keep the last of two equal keys and lose the first without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRowError("not JSON", f"the key {twice!r} occurs twice in one object")
+    return found
+
+
+def _refuse_surrogates(text: str, where: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRowError("not text", f"{where} holds a lone surrogate, which is no character") from None
 
 
 def _check(message: Mapping[str, Any], index: int) -> None:
@@ -181,19 +227,14 @@ def _check(message: Mapping[str, Any], index: int) -> None:
         return
     if not isinstance(content, str):
         raise BadRowError("not text", f"messages[{index}].content of the {role} turn is {_short(content)}, not text")
-    if not content.isascii():
-        try:
-            content.encode()
-        except UnicodeEncodeError:
-            raise BadRowError(
-                "not text", f"messages[{index}].content holds a lone surrogate, which is no character"
-            ) from None
+    _refuse_surrogates(content, f"messages[{index}].content")
 
 
 def refuse_special_tokens(parsed: Conversation, special: Sequence[str]) -> None:
     """Raise `BadRowError` where a message or a tool holds the text of a special token: it would be encoded as that token, so
     that data could forge a turn or a stop."""
     texts = [message["content"] for message in parsed.messages if message.get("content")]
+    texts.append(parsed.text or "")
     if parsed.tools or any("tool_calls" in message for message in parsed.messages):
         texts.append(
             json.dumps([parsed.tools, [message.get("tool_calls") for message in parsed.messages]], ensure_ascii=False)

@@ -7,18 +7,22 @@ from typing import TYPE_CHECKING
 from atlas.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from trl import SFTConfig
 
 BATCH_ROWS = 1000
 
 
-def arrange(rows: "Dataset", arguments: "SFTConfig") -> "Dataset":
+def arrange(rows: "Dataset | IterableDataset", arguments: "SFTConfig") -> "Dataset | IterableDataset":
     """The labelled rows as the trainer takes them: shuffled and packed where the arguments say so.
 
     SFTTrainer is given prepared rows (`skip_prepare_dataset`), so these two steps of its preparation are taken here, in its
     order. Raises `UserError` where packing would not give back the audited rows.
     """
+    from datasets import IterableDataset
+
+    if isinstance(rows, IterableDataset):
+        return rows  # a stream is shuffled already, and never packed
     if not arguments.packing:
         return rows.shuffle(seed=arguments.seed) if arguments.shuffle_dataset else rows
     from trl import pack_dataset

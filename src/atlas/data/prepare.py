@@ -1,85 +1,43 @@
-"""All sources of a config to one labelled dataset, with a ledger of every row that fell out or was cut, and the audit's gate."""
+"""All sources of a config to one labelled mixture, with a ledger of every row that fell out or was cut, and the audit's gate."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from atlas.audit.spans import IGNORED, REMEDIES, Finding, tokenizer_findings
-from atlas.config import Config
-from atlas.data import mixture
+import numpy as np
+
+from atlas.audit.spans import REMEDIES, Finding, tokenizer_findings
+from atlas.config import Config, Source
+from atlas.data import mixture, sources
 from atlas.data.formats import detect
+from atlas.data.ledger import (
+    DUPLICATE,
+    EXAMPLES,
+    HELD_OUT,
+    SHARED_PROMPT,
+    UNWEIGHTED,
+    HeldOut,
+    SourceLedger,
+    percentiles,
+)
 from atlas.data.tokenize import EMPTY_MASK, FULLY_TRUNCATED, Labeler
 from atlas.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000
-_DETECT_ROWS = 100
-_EXAMPLES = 3  # rows shown per reason and per kind of finding
-
-
-@dataclass
-class SourceLedger:
-    """What became of the rows of one source. `dropped` and `examples` are keyed by reason; an example is (place, detail)."""
-
-    name: str
-    rows: int
-    format: str = "messages"
-    repeated: int = 0
-    """Rows that stand there again because more were asked for than there are."""
-    used: int = 0
-    cut: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    lost_supervised_tokens: int = 0
-    """Supervised tokens that `max_length` cut off from rows that are used."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    cut_stops: int = 0
-    """Answers whose stop token `max_length` cut off."""
-    cut_answers: int = 0
-    """Answers of which `max_length` left nothing."""
-    lengths: dict[str, int] = field(default_factory=dict)
-    """Percentiles of the used rows' tokens before truncation."""
-    findings: dict[str, int] = field(default_factory=dict)
-    """Rows per kind of audit finding; (place, finding) of the first ones in `finding_examples`."""
-    finding_examples: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-
-    def add_findings(self, findings: Sequence[dict[str, Any]], place: str) -> None:
-        """Count one row's findings, and keep the first few of each kind."""
-        for kind in {finding["kind"] for finding in findings}:
-            self.findings[kind] = self.findings.get(kind, 0) + 1
-        for finding in findings:
-            if sum(example["kind"] == finding["kind"] for _, example in self.finding_examples) < _EXAMPLES:
-                self.finding_examples.append((place, finding))
-
-    def table(self) -> str:
-        share = self.supervised_tokens / max(self.tokens, 1)
-        again = f" ({self.repeated:,} of them again)" if self.repeated else ""
-        lines = [
-            f"data {self.name} ({self.format}): {self.rows:,} rows read{again}, {self.used:,} used, {self.tokens:,} tokens, "
-            f"{self.supervised_tokens:,} supervised ({share:.0%})"
-        ]
-        if self.cut:
-            lines.append(
-                f"  cut at max_length      {self.cut:>6}  ({self.lost_supervised_tokens:,} supervised tokens lost; "
-                f"{self.cut_stops} answers lost their stop token, {self.cut_answers} of them all they had)"
-            )
-        for reason, count in sorted(self.dropped.items()):
-            place, detail = self.examples[reason][0]
-            lines.append(f"  dropped: {reason:<13} {count:>6}  first: {place}: {detail}")
-        return "\n".join(lines)
+DETECT_ROWS = 100
 
 
 @dataclass(frozen=True)
 class Labeled:
     """Rows ready for SFTTrainer (columns `input_ids`, `labels`), their ledgers, and a fingerprint of ids and labels."""
 
-    dataset: "Dataset"
+    dataset: "Dataset | IterableDataset"
     ledgers: tuple[SourceLedger, ...]
     fingerprint: str
     lengths: dict[str, int]
@@ -91,6 +49,12 @@ class Labeled:
     labeler: Labeler
     first: tuple[tuple[str, Any, str], ...]
     """Place, source row and its format of the first `audit.rows` rows of the dataset, for the record."""
+    digests: np.ndarray
+    """A 64-bit hash of each row's ids and labels, in the dataset's order; empty where rows are streamed."""
+    eval_dataset: "Dataset | None" = None
+    eval_ledgers: tuple[SourceLedger, ...] = ()
+    """Of the sources of `data.eval`."""
+    held_out: HeldOut | None = None
 
     @property
     def supervised_tokens(self) -> int:
@@ -99,6 +63,11 @@ class Labeled:
     @property
     def tokens(self) -> int:
         return sum(ledger.tokens for ledger in self.ledgers)
+
+    def table(self) -> str:
+        """The ledgers of all sources as text."""
+        lines = [ledger.table() for ledger in (*self.ledgers, *self.eval_ledgers)]
+        return "\n".join([*lines, self.held_out.line()] if self.held_out else lines)
 
 
 def labeler_for(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeler:
@@ -115,60 +84,235 @@ def labeler_for(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeler
     )
 
 
+class Part:
+    """One source, labelled: per row the numbers that decide what becomes of it; ids and labels stay on the disk."""
+
+    def __init__(self, source: Source, limit: int, rows: "Dataset", labeler: Labeler, config: Config, key: str) -> None:
+        if limit < len(rows):
+            rows = rows.shuffle(seed=config.data.seed).select(range(limit))
+        self.name, self.wanted, self.rows = source.name, limit, rows
+        self.format = source.format or detect(_raw(rows, range(min(len(rows), DETECT_ROWS))), source.name)
+        known = f"{rows._fingerprint} {key} {self.format} {config.data.group_by}"
+        fingerprint = hashlib.sha256(known.encode()).hexdigest()[:32]
+        self.labeled = label_rows(rows, labeler, fingerprint, self.format, config.data.num_proc, config.data.group_by)
+        facts = self.labeled.select_columns([*_NUMBERS, "reason", "detail", "findings"]).with_format("arrow")[:]
+        self.numbers = {name: facts[name].to_numpy() for name in _NUMBERS if name != "group"}
+        grouped = facts["group"].is_valid().to_numpy()
+        # A row without a group is a group of its own, together with those that have the same prompt.
+        self.numbers["unit"] = np.where(grouped, facts["group"].fill_null(0).to_numpy(), self.numbers["prompt"])
+        self.grouped = int(grouped.sum())
+        self.ledger = SourceLedger(source.name, len(rows), self.format)
+        self.good = self._judge(facts)
+
+    def _judge(self, facts: Any) -> np.ndarray:
+        """The numbers of the rows that can be trained on; the others, and the audit's findings, go into the ledger."""
+        import pyarrow.compute as pc
+
+        is_good = pc.equal(facts["reason"], "").to_numpy()
+        bad = np.flatnonzero(~is_good)
+        reasons = facts["reason"].take(bad).to_numpy(zero_copy_only=False) if len(bad) else bad
+        for reason in sorted(set(reasons)):
+            found = bad[reasons == reason]
+            for index in found[:EXAMPLES].tolist():
+                self.ledger.drop(reason, self.place(index), facts["detail"][index].as_py())
+            self.ledger.dropped[reason] = len(found)
+        for index in np.flatnonzero(pc.not_equal(facts["findings"], "").to_numpy()).tolist():
+            self.ledger.add_findings(json.loads(facts["findings"][index].as_py()), self.place(index))
+        return np.flatnonzero(is_good)
+
+    def place(self, index: int) -> str:
+        row = self.rows[index] if sources.is_json_lines(self.rows) else None
+        return f"{row['file']} line {row['line']}" if row else f"{self.name} row {index}"
+
+    def of(self, column: str) -> np.ndarray:
+        """A column's values of the rows in `good`."""
+        return self.numbers[column][self.good]
+
+    def keep(self, mask: np.ndarray, reason: str) -> None:
+        """Set aside the good rows that are not in `mask`."""
+        if aside := int((~mask).sum()):
+            self.ledger.set_aside[reason] = self.ledger.set_aside.get(reason, 0) + aside
+        self.good = self.good[mask]
+
+    def settle(self, max_length: int | None) -> None:
+        """Count what is used."""
+        ledger, lengths = self.ledger, self.of("length")
+        ledger.used = len(self.good)
+        ledger.repeated = ledger.used - len(np.unique(self.good))
+        ledger.tokens, ledger.supervised_tokens = int(self.of("tokens").sum()), int(self.of("supervised").sum())
+        cut = lengths > self.of("tokens")
+        ledger.cut = int(cut.sum())
+        ledger.lost_supervised_tokens = int((self.of("all_supervised") - self.of("supervised"))[cut].sum())
+        ledger.cut_stops = int(self.of("cut_stops")[cut].sum())
+        ledger.cut_answers = int(self.of("cut_answers")[cut].sum())
+        ledger.count_lengths(lengths, self.of("supervised"), max_length)
+
+
 def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
-    """Load, label and audit every source of `data.train`; cached by content, so a second run starts at once.
+    """Load, label and audit every source of `data`; cached by content, so a second run starts at once.
 
     Raises `UserError` for a source that cannot be read and for a share of bad rows above `data.max_bad_fraction`; what the
     audit found is for `gate` to judge.
     """
-    from datasets import concatenate_datasets
+    data, labeler = config.data, labeler_for(config, tokenizer)
+    if data.streaming:
+        from atlas.data.stream import stream
 
-    labeler = labeler_for(config, tokenizer)
-    parts, ledgers = [], []
-    first: list[tuple[str, Any, str]] = []
-    lengths: list[int] = []
-    labels_of = labeler.fingerprint  # hashes the whole tokenizer: once, not per source
-    for source in config.data.train:
-        rows, repeated = mixture.load_source(source, config.data.seed)
-        format_name = source.format or detect(_raw(rows, range(min(len(rows), _DETECT_ROWS))), source.name)
-        known = f"{rows._fingerprint} {labels_of} {format_name}"
-        fingerprint = hashlib.sha256(known.encode()).hexdigest()[:32]
-        labeled = label_rows(rows, labeler, fingerprint, format_name, config.data.num_proc)
-        kept, kept_lengths, ledger = _account(source.name, rows, labeled, labeler.max_length)
-        ledger.format, ledger.repeated = format_name, repeated
-        _refuse_if_bad(ledger, config.data.max_bad_fraction)
-        parts.append(labeled if len(kept) == len(labeled) else labeled.select(kept))
-        ledgers.append(ledger)
-        lengths += kept_lengths
-        shown = kept[: config.audit.rows - len(first)]
-        places = [_place(rows, index, source.name) for index in shown]
-        first += [(*row, format_name) for row in zip(places, _raw(rows, shown), strict=True)]
-    dataset = (concatenate_datasets(parts) if len(parts) > 1 else parts[0]).select_columns(["input_ids", "labels"])
+        return stream(config, labeler)
+    parts = label_all(data.train, labeler, config, data.max_rows)
+    eval_parts = label_all(data.eval, labeler, config, None)
+    if data.deduplicate:
+        first = mixture.first_occurrences(_joined(parts, "digest"))
+        for part, mask in zip(parts, _parted(first, parts), strict=True):
+            part.keep(mask, DUPLICATE)
+    evaluated, held, _ = hold_out(parts, eval_parts, config)
+    for part, source in zip(parts, data.train, strict=True):
+        if source.rows is not None or source.share is not None:
+            part.good = mixture.repeated(part.good, part.wanted, data.seed)
+    weights = [source.weight for source in data.train if source.weight is not None]
+    if weights:
+        masks = mixture.weighted([len(part.good) for part in parts], weights, data.seed)
+        for part, mask in zip(parts, masks, strict=True):
+            part.keep(mask, UNWEIGHTED)
+    for part in parts:
+        part.settle(labeler.max_length)
+        if not len(part.good):
+            raise UserError(f"data.train: nothing is left of {part.name} to train on:\n{part.ledger.table()}")
+    order = mixture.order(_joined(parts, "length"), len(parts), data.curriculum, data.seed)
+    digests = _joined(parts, "digest")[order]
     return Labeled(
-        dataset=dataset,
-        ledgers=tuple(ledgers),
-        fingerprint=stream_sha256(dataset),
-        lengths=percentiles(lengths),
+        dataset=_dataset(parts, order),
+        ledgers=tuple(part.ledger for part in parts),
+        fingerprint=hashlib.sha256(digests.astype("<i8").tobytes()).hexdigest(),
+        lengths=percentiles(_joined(parts, "length")),
         mask=labeler.mask if labeler.assistant_only else "all tokens",
         audited=labeler.audited,
         tokenizer_findings=tuple(tokenizer_findings(tokenizer)) if labeler.audited else (),
         labeler=labeler,
-        first=tuple(first),
+        first=tuple(_first(parts, order[: config.audit.rows])),
+        digests=digests,
+        eval_dataset=evaluated,
+        eval_ledgers=tuple(part.ledger for part in eval_parts),
+        held_out=held,
     )
+
+
+def label_all(given: Sequence[Source], labeler: Labeler, config: Config, max_rows: int | None) -> list[Part]:
+    loaded = [sources.load_source(source) for source in given]
+    wanted = [mixture.wanted_rows(source, len(rows)) for source, rows in zip(given, loaded, strict=True)]
+    weights = [source.weight for source in given if source.weight is not None]
+    limits = mixture.capped(wanted, weights or None, max_rows)
+    key = labeler.fingerprint  # hashes the whole tokenizer: once, not per source
+    parts = [
+        Part(source, limit, rows, labeler, config, key)
+        for source, limit, rows in zip(given, limits, loaded, strict=True)
+    ]
+    for part in parts:
+        refuse_if_bad(part.ledger, config.data.max_bad_fraction)
+    return parts
+
+
+def hold_out(
+    parts: list[Part], eval_parts: list[Part], config: Config
+) -> tuple["Dataset | None", HeldOut | None, np.ndarray]:
+    """Take the evaluation rows out of `parts` (or from `eval_parts`), and every training row that shares a prompt with one.
+
+    Returns the evaluation rows, what was done, and the digests of the held-out prompts.
+    """
+    data = config.data
+    if data.eval_fraction is None and data.eval_rows is None and not eval_parts:
+        return None, None, np.zeros(0, np.int64)
+    if eval_parts:
+        how = ", ".join(part.name for part in eval_parts)
+        for part in eval_parts:
+            part.settle(config.train_value("max_length"))
+        chosen = [(part, part.good) for part in eval_parts]
+    else:
+        if data.group_by is not None and not any(part.grouped for part in parts):
+            raise UserError(f"data.group_by: no row of data.train has a column {data.group_by!r}")
+        total = sum(len(part.good) for part in parts)
+        wanted = data.eval_rows if data.eval_rows is not None else round((data.eval_fraction or 0) * total)
+        amount = f"{data.eval_rows:,} rows" if data.eval_rows is not None else f"{data.eval_fraction:.1%}"
+        how = f"{amount} of data.train by {data.group_by or 'prompt'}"
+        mask = mixture.held_out(_joined(parts, "unit"), wanted, data.seed)
+        if not mask.any() or mask.all():
+            raise UserError(
+                f"data: {how} of {total:,} rows holds out {'all' if mask.all() else 'none'} of them: choose another amount"
+                + (f" (whole values of {data.group_by} stay together)" if data.group_by else "")
+            )
+        chosen = []
+        for part, out in zip(parts, _parted(mask, parts), strict=True):
+            chosen.append((part, part.good[out]))
+            part.keep(~out, HELD_OUT)
+    prompts = np.unique(np.concatenate([part.numbers["prompt"][rows] for part, rows in chosen]))
+    removed = 0
+    for part in parts:
+        clean = ~np.isin(part.of("prompt"), prompts)
+        removed += int((~clean).sum())
+        part.keep(clean, SHARED_PROMPT)
+
+    def total_of(column: str) -> int:
+        return sum(int(part.numbers[column][rows].sum()) for part, rows in chosen)
+
+    held = HeldOut(
+        sum(len(rows) for _, rows in chosen),
+        total_of("tokens"),
+        total_of("supervised"),
+        len(prompts),
+        how,
+        removed if parts else None,
+    )
+    return _concatenated([part.labeled.select(rows) for part, rows in chosen]), held, prompts
+
+
+def _joined(parts: Sequence[Part], column: str) -> np.ndarray:
+    return np.concatenate([part.of(column) for part in parts])
+
+
+def _parted(mask: np.ndarray, parts: Sequence[Part]) -> list[np.ndarray]:
+    return np.split(mask, np.cumsum([len(part.good) for part in parts])[:-1])
+
+
+def _concatenated(datasets: Sequence["Dataset"]) -> "Dataset":
+    from datasets import concatenate_datasets
+
+    rows = concatenate_datasets(list(datasets)) if len(datasets) > 1 else datasets[0]
+    return rows.select_columns(["input_ids", "labels"])
+
+
+def _dataset(parts: Sequence[Part], order: np.ndarray) -> "Dataset":
+    whole = _concatenated([part.labeled for part in parts])
+    starts = np.cumsum([0, *(len(part.labeled) for part in parts[:-1])])
+    rows = np.concatenate([part.good + start for part, start in zip(parts, starts, strict=True)])[order]
+    return whole if np.array_equal(rows, np.arange(len(whole))) else whole.select(rows)
+
+
+def _first(parts: Sequence[Part], order: np.ndarray) -> Iterable[tuple[str, Any, str]]:
+    ends = np.cumsum([len(part.good) for part in parts])
+    for at in order.tolist():
+        number = int(np.searchsorted(ends, at, side="right"))
+        part = parts[number]
+        index = int(part.good[at - (ends[number] - len(part.good))])
+        yield part.place(index), _raw(part.rows, [index])[0], part.format
 
 
 def _raw(rows: "Dataset", indices: Iterable[int]) -> list[Any]:
     """Rows as the labeler takes them: JSON texts or mappings of columns."""
-    return [rows[index]["json"] if mixture.is_json_lines(rows) else rows[index] for index in indices]
+    return [rows[index]["json"] if sources.is_json_lines(rows) else rows[index] for index in indices]
 
 
 def label_rows(
-    rows: "Dataset", labeler: Labeler, fingerprint: str, format_name: str = "messages", num_proc: int | None = None
+    rows: "Dataset",
+    labeler: Labeler,
+    fingerprint: str,
+    format_name: str = "messages",
+    num_proc: int | None = None,
+    group_by: str | None = None,
 ) -> "Dataset":
     """A source's rows with the columns of `_features`, one for one; cached on disk under `fingerprint`."""
     return rows.map(
         labeler,
-        fn_kwargs={"format_name": format_name},
+        fn_kwargs={"format_name": format_name, "group_by": group_by},
         batched=True,
         batch_size=BATCH_ROWS,
         remove_columns=rows.column_names,
@@ -179,9 +323,31 @@ def label_rows(
     )
 
 
+# One number per row: tokens before and after truncation, supervised ones likewise, and what decides where a row goes.
+_NUMBERS = {
+    "length": "int32",
+    "tokens": "int32",
+    "all_supervised": "int32",
+    "supervised": "int32",
+    "cut_stops": "int32",
+    "cut_answers": "int32",
+    "digest": "int64",
+    "prompt": "int64",
+    "group": "int64",
+}
+
+
+def _features() -> Any:
+    from datasets import Features, List, Value
+
+    texts = {name: Value("string") for name in ("reason", "detail", "findings")}
+    numbers = {name: Value(kind) for name, kind in _NUMBERS.items()}
+    return Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))} | numbers | texts)
+
+
 def gate(config: Config, labeled: Labeled) -> None:
     """Stop the run (`UserError`) where the audit found what must not be trained; with `audit.gate=warn` only say so."""
-    complaint = complaints(labeled)
+    complaint = complaints((*labeled.ledgers, *labeled.eval_ledgers), labeled.tokenizer_findings)
     if complaint and config.audit.gate == "error":
         raise UserError(
             f"{complaint}\n  `atlas audit` shows the rows token by token; audit.gate=warn trains all the same"
@@ -190,70 +356,10 @@ def gate(config: Config, labeled: Labeled) -> None:
         print(f"warning (audit.gate={config.audit.gate}): {complaint}")
 
 
-def _features() -> Any:
-    from datasets import Features, List, Value
-
-    return Features(
-        input_ids=List(Value("int32")),
-        labels=List(Value("int32")),
-        length=Value("int32"),
-        supervised=Value("int32"),
-        reason=Value("string"),
-        detail=Value("string"),
-        findings=Value("string"),
-        cut_stops=Value("int32"),
-        cut_answers=Value("int32"),
-    )
-
-
-def _account(
-    name: str, rows: "Dataset", labeled: "Dataset", max_length: int | None
-) -> tuple[list[int], list[int], SourceLedger]:
-    """The rows that are used, by index, their tokens before truncation, and the ledger."""
-    ledger = SourceLedger(name, len(rows))
-    kept: list[int] = []
-    lengths: list[int] = []
-    at = 0
-    for batch in labeled.with_format("numpy").iter(BATCH_ROWS):
-        for offset, reason in enumerate(batch["reason"]):
-            if reason:
-                ledger.dropped[reason] = ledger.dropped.get(reason, 0) + 1
-                examples = ledger.examples.setdefault(str(reason), [])
-                if len(examples) < _EXAMPLES:
-                    examples.append((_place(rows, at + offset, name), str(batch["detail"][offset])))
-                continue
-            kept.append(at + offset)
-            lengths.append(int(batch["length"][offset]))
-            supervised = int((batch["labels"][offset] != IGNORED).sum())
-            ledger.tokens += len(batch["input_ids"][offset])
-            ledger.supervised_tokens += supervised
-            if max_length is not None and batch["length"][offset] > max_length:
-                ledger.cut += 1
-                ledger.lost_supervised_tokens += int(batch["supervised"][offset]) - supervised
-                ledger.cut_stops += int(batch["cut_stops"][offset])
-                ledger.cut_answers += int(batch["cut_answers"][offset])
-            if batch["findings"][offset]:
-                ledger.add_findings(json.loads(batch["findings"][offset]), _place(rows, at + offset, name))
-        at += len(batch["reason"])
-    ledger.used = len(kept)
-    ledger.lengths = percentiles(lengths)
-    return kept, lengths, ledger
-
-
-def percentiles(lengths: Sequence[int]) -> dict[str, int]:
-    """p50, p90, p99 and max of `lengths`; empty for none."""
-    import numpy as np
-
-    if not lengths:
-        return {}
-    values = np.percentile(lengths, [50, 90, 99, 100]).tolist()
-    return dict(zip(("p50", "p90", "p99", "max"), map(round, values), strict=True))
-
-
-def complaints(labeled: Labeled) -> str | None:
+def complaints(ledgers: Iterable[SourceLedger], of_tokenizer: Iterable[Finding] = ()) -> str | None:
     """The audit's findings as one message with the first of each kind and the remedy, or None."""
-    lines = [f"  stop: {finding.text}\n    remedy: {REMEDIES['stop']}" for finding in labeled.tokenizer_findings]
-    for ledger in labeled.ledgers:
+    lines = [f"  stop: {finding.text}\n    remedy: {REMEDIES['stop']}" for finding in of_tokenizer]
+    for ledger in ledgers:
         for kind, count in sorted(ledger.findings.items()):
             lines.append(f"  {kind}: {count} rows of {ledger.name}")
             for place, finding in ledger.finding_examples:
@@ -266,20 +372,15 @@ def complaints(labeled: Labeled) -> str | None:
     return "the audit of the loss mask found what must not be trained:\n" + "\n".join(lines)
 
 
-def _place(rows: "Dataset", index: int, name: str) -> str:
-    if mixture.is_json_lines(rows):
-        return f"{rows[index]['file']} line {rows[index]['line']}"
-    return f"{name} row {index}"
-
-
-def _refuse_if_bad(ledger: SourceLedger, limit: float) -> None:
+def refuse_if_bad(ledger: SourceLedger, limit: float) -> None:
+    """Raise `UserError` where more than this share of a source's rows cannot be trained on."""
     if EMPTY_MASK in ledger.dropped:
         place, detail = ledger.examples[EMPTY_MASK][0]
         raise UserError(
             f"{place}: the loss mask is empty ({detail}): {ledger.dropped[EMPTY_MASK]} rows would train nothing"
         )
-    bad = ledger.rows - ledger.used
-    if bad <= limit * ledger.rows and ledger.used:
+    bad = sum(ledger.dropped.values())
+    if bad <= limit * ledger.rows and bad < ledger.rows:
         return
     reasons = "\n".join(
         f"  {reason}: {count}\n" + "\n".join(f"    {place}: {detail}" for place, detail in ledger.examples[reason])
@@ -289,21 +390,6 @@ def _refuse_if_bad(ledger: SourceLedger, limit: float) -> None:
     if FULLY_TRUNCATED in ledger.dropped:
         remedy = "raise train.max_length, or " + remedy
     raise UserError(
-        f"data.train: {bad} of {ledger.rows} rows of {ledger.name} cannot be trained on "
+        f"data: {bad} of {ledger.rows} rows of {ledger.name} cannot be trained on "
         f"({bad / ledger.rows:.1%}; data.max_bad_fraction allows {limit:.1%}):\n{reasons}\n  {remedy}"
     )
-
-
-def stream_sha256(dataset: "Dataset") -> str:
-    """sha256 over all ids and labels in order: two runs with equal values train on the same tokens with the same mask."""
-    digest = hashlib.sha256()
-    for row in row_digests(dataset):
-        digest.update(row)
-    return digest.hexdigest()
-
-
-def row_digests(dataset: "Dataset") -> Iterator[bytes]:
-    """sha256 of each row's ids and labels (int32, little-endian)."""
-    for batch in dataset.with_format("numpy").iter(BATCH_ROWS):
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            yield hashlib.sha256(ids.astype("<i4").tobytes() + labels.astype("<i4").tobytes()).digest()

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import sys
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from atlas.audit import spans
 from atlas.audit.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, special_token_texts
-from atlas.data import formats, mixture
+from atlas.data import formats, sources
 from atlas.data.formats import BadRowError, Conversation, conversation, refuse_special_tokens
 from atlas.models import base
 from atlas.models.base import render, render_all
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 EMPTY_MASK = "empty mask"
 FULLY_TRUNCATED = "fully truncated"
 REFUSED = "refused by the template"
+# What ends a document in pretraining, by family; the tokenizer's eos has become the chat's stop token.
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
 @dataclass
@@ -49,6 +52,11 @@ class LabeledRow:
     reason: str = ""
     detail: str = ""
     audit: RowAudit | None = None
+
+    @property
+    def is_document(self) -> bool:
+        """Plain text, of which every token is supervised."""
+        return self.parsed is not None and self.parsed.text is not None
 
 
 class Labeler:
@@ -76,6 +84,7 @@ class Labeler:
         self.assistant_only = assistant_only
         self.audited = audited and assistant_only  # a loss on whole sequences is meant to fall on prompts too
         self.special = special_token_texts(tokenizer)
+        self.document_end = next((end for end in _DOCUMENT_ENDS if end in self.special), tokenizer.eos_token or "")
         self.oracle = Oracle(tokenizer) if self.audited or mask == "rendered" else None
 
     @property
@@ -87,7 +96,7 @@ class Labeler:
             str(self.tokenizer.chat_template),
             str(self.tokenizer.special_tokens_map),
             f"{self.max_length} {self.mask} {self.assistant_only} {self.audited}",
-            *(inspect.getsource(module) for module in (formats, mixture, spans, base, sys.modules[__name__])),
+            *(inspect.getsource(module) for module in (formats, sources, spans, base, sys.modules[__name__])),
             *(version(package) for package in ("transformers", "tokenizers", "jinja2")),
         ):
             digest.update(hashlib.sha256(part.encode()).digest())
@@ -108,20 +117,34 @@ class Labeler:
                     turns.result()
             self._label(rows, encoded)
         if self.audited and self.oracle is not None:
-            kept = [row for row in rows if not row.reason]
+            kept = [row for row in rows if not row.reason and not row.is_document]
             for row, audit in zip(
                 kept, self.oracle.audit([_audit_row(r) for r in kept], [r.turns for r in kept]), strict=True
             ):
                 row.audit = audit
         return rows
 
-    def __call__(self, batch: Mapping[str, list[Any]], format_name: str = "messages") -> dict[str, list[Any]]:
-        rows = self.label(_rows(batch), format_name)
+    def __call__(
+        self, batch: Mapping[str, list[Any]], format_name: str = "messages", group_by: str | None = None
+    ) -> dict[str, list[Any]]:
+        return self.columns(list(_rows(batch)), format_name, group_by)
+
+    def columns(
+        self, given: Sequence["str | Mapping[str, Any]"], format_name: str = "messages", group_by: str | None = None
+    ) -> dict[str, list[Any]]:
+        """What is kept of each row: ids and labels, token counts, hashes, and why it dropped out or what the audit found."""
+        rows = self.label(given, format_name)
+        prompts = [_digest(row.parsed.prompt.encode()) if row.parsed else 0 for row in rows]
         return {
             "input_ids": [row.ids for row in rows],
             "labels": [row.labels for row in rows],
             "length": [row.length for row in rows],
-            "supervised": [row.supervised for row in rows],
+            "tokens": [len(row.ids) for row in rows],
+            "all_supervised": [row.supervised for row in rows],
+            "supervised": [len(row.labels) - row.labels.count(IGNORED) for row in rows],
+            "digest": [_digest(array("i", row.ids).tobytes() + array("i", row.labels).tobytes()) for row in rows],
+            "prompt": prompts,
+            "group": [_group(r, group_by) if row.parsed else None for r, row in zip(given, rows, strict=True)],
             "reason": [row.reason for row in rows],
             "detail": [row.detail for row in rows],
             "findings": [
@@ -145,6 +168,9 @@ class Labeler:
             parsed = self.parse(given, format_name)
         except BadRowError as error:
             return LabeledRow(reason=error.reason, detail=error.detail)
+        if parsed.text is not None:
+            text = parsed.text + self.document_end
+            return LabeledRow(parsed, text, [(0, len(text))])
         try:
             if self.mask == "markers":
                 return LabeledRow(parsed, *render(self.tokenizer, parsed.messages, parsed.tools))
@@ -162,7 +188,7 @@ class Labeler:
                 if self.mask == "rendered":
                     row.spans = [(turn.start, turn.end) for turn in turns]
 
-        good = [row for row in rows if row.parsed]
+        good = [row for row in rows if row.parsed and not row.is_document]
         try:
             find(good)
         except (TemplateError, TypeError, ValueError):
@@ -198,6 +224,18 @@ class Labeler:
                 row.ids, row.labels = [], []
 
 
+def _digest(content: bytes) -> int:
+    """64 bits: among a million rows two that differ have the same with a probability of 3e-8."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def _group(given: "str | Mapping[str, Any]", column: str | None) -> int | None:
+    if column is None:
+        return None
+    value = (json.loads(given) if isinstance(given, str) else given).get(column)
+    return None if value is None else _digest(json.dumps(value, default=str).encode())
+
+
 def _pieces(text: str, supervised: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
     """The text as (piece, is supervised), in order."""
     pieces, at = [], 0
@@ -216,7 +254,7 @@ def _audit_row(row: LabeledRow) -> AuditRow:
 
 
 def _rows(batch: Mapping[str, list[Any]]) -> Iterator["str | Mapping[str, Any]"]:
-    if list(batch) == mixture.JSON_COLUMNS:
+    if list(batch) == sources.JSON_COLUMNS:
         yield from batch["json"]
         return
     for index in range(len(next(iter(batch.values())))):

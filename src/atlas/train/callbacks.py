@@ -11,11 +11,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class LogLine(TrainerCallback):
     """Prints loss, learning rate, gradient norm, supervised and total tokens per second, memory and time left.
 
-    `history` keeps (step, loss) of every logged step for the summary and the manifest.
+    `history` keeps (step, loss) of every logged step for the summary and the manifest, `eval_losses` those of held-out data.
     """
 
     def __init__(self) -> None:
         self.history: list[tuple[int, float]] = []
+        self.eval_losses: list[tuple[int, float]] = []
         self._last = (time.perf_counter(), 0, 0)
         self._began = (time.perf_counter(), 0)
 
@@ -34,6 +35,10 @@ class LogLine(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
+        if "eval_loss" in logs:
+            self.eval_losses.append((state.global_step, logs["eval_loss"]))
+            if state.is_world_process_zero:
+                print(f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}", flush=True)
         if "loss" not in logs:
             return
         self.history.append((state.global_step, logs["loss"]))

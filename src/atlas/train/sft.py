@@ -23,6 +23,7 @@ from atlas.errors import DONE, FAILED, UserError, run_main
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+    from atlas.config import Config
     from atlas.device import DevicePlan
     from atlas.train.trainer import LabeledSFTTrainer
 
@@ -114,8 +115,7 @@ def dump_audit(loaded: LoadedConfig) -> Path:
     _quiet_libraries()
     tokenizer = load_tokenizer(config)
     labeled = prepare(config, tokenizer)
-    for ledger in labeled.ledgers:
-        print(ledger.table())
+    print(labeled.table())
     path = write_audit(labeled, Path(config.output.results_dir))
     gate(config, labeled)
     return path
@@ -151,8 +151,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     adapter = lora_config(config.lora)
     with PartialState().local_main_process_first():  # one prepares, the others read its cache
         labeled = prepare(config, tokenizer)
-        for ledger in labeled.ledgers:
-            print(ledger.table())
+        print(labeled.table())
         gate(config, labeled)
         rows = arrange(labeled.dataset, arguments)
     finished = finished_manifest(folder, loaded.config_hash, labeled.fingerprint)
@@ -168,11 +167,15 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
         model=model,
         args=arguments,
         train_dataset=rows,
+        eval_dataset=labeled.eval_dataset,
         processing_class=tokenizer,
         peft_config=adapter,
         callbacks=[log, StampCheckpoints(loaded.config_hash, labeled.fingerprint)],
     )
     _remove_default_printing(trainer)
+    if config.data.streaming:  # SFTTrainer's constructor looks at the first row, which fills the shuffle buffer
+        for ledger in labeled.ledgers:
+            ledger.reset()
     trainable = cast_trainable_to_fp32(trainer.model)
     print(f"adapter r={config.lora.r} alpha={config.lora.lora_alpha}: {trainable:,} trainable parameters, float32")
 
@@ -187,6 +190,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
         "loss_first": log.history[0][1] if log.history else None,
         "loss_last": log.history[-1][1] if log.history else None,
         "loss_mean": outcome.training_loss,
+        "eval_loss": log.eval_losses[-1][1] if log.eval_losses else None,
         "train_seconds": round(outcome.metrics["train_runtime"], 2),
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_gib": round(memory_gib(), 3),
@@ -215,6 +219,7 @@ def sft_arguments(loaded: LoadedConfig, plan: "DevicePlan") -> "SFTConfig":
     # The labels are made already: what TRL would do to the rows (mask, truncate, filter one by one) is done.
     given["assistant_only_loss"] = False
     given["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    given |= _data_arguments(config)
     given |= {
         "output_dir": config.output.dir,
         "bf16": plan.bf16,
@@ -229,11 +234,39 @@ def sft_arguments(loaded: LoadedConfig, plan: "DevicePlan") -> "SFTConfig":
         arguments = SFTConfig(**given)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"train: {' '.join(str(error).split())}") from None
-    if arguments.eval_strategy != "no":
-        raise UserError(
-            f"train.eval_strategy={config.train['eval_strategy']}: there is no held-out data to evaluate on; set it to no"
-        )
     return arguments
+
+
+def _data_arguments(config: "Config") -> dict[str, Any]:
+    """The arguments that follow from `data:`. Raises `UserError` where `train:` contradicts it."""
+    data = config.data
+    held_out = bool(data.eval) or data.eval_fraction is not None or data.eval_rows is not None
+    asked = config.train.get("eval_strategy")
+    if asked not in (None, "no") and not held_out:
+        raise UserError(
+            f"train.eval_strategy={asked}: there is no held-out data to evaluate on; set data.eval, data.eval_fraction or "
+            "data.eval_rows"
+        )
+    given: dict[str, Any] = {}
+    if held_out and asked is None:
+        print("eval_strategy epoch (there is held-out data)")
+        given["eval_strategy"] = "epoch"
+    if data.curriculum != "none":
+        for name in ("packing", "shuffle_dataset"):
+            if config.train_value(name):
+                raise UserError(
+                    f"train.{name}=true would undo the order of data.curriculum={data.curriculum}: keep one"
+                )
+        given["train_sampling_strategy"] = "sequential"
+    if data.streaming:
+        if config.train_value("max_steps") < 1:
+            raise UserError("data.streaming: a stream has no length, so train.max_steps must say when to stop")
+        for name in ("packing", "dataloader_num_workers"):
+            if config.train_value(name):
+                raise UserError(
+                    f"train.{name} does not go with data.streaming: rows are labelled and counted as the trainer takes them"
+                )
+    return given
 
 
 def available_trackers(asked: str | list[str] | None) -> list[str]:

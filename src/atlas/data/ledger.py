@@ -1,0 +1,136 @@
+"""What became of every row: used, cut, dropped by reason, set aside, repeated; per source, for people and for the manifest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+EXAMPLES = 3  # rows shown per reason and per kind of finding
+_BINS = 40
+DUPLICATE = "duplicate"
+HELD_OUT = "held out"
+SHARED_PROMPT = "prompt is held out"
+UNWEIGHTED = "beyond its weight"
+
+
+@dataclass
+class SourceLedger:
+    """What became of the rows of one source. `dropped` and `examples` are keyed by reason; an example is (place, detail)."""
+
+    name: str
+    rows: int
+    format: str = "messages"
+    repeated: int = 0
+    """Rows that stand there again because more were asked for than there are."""
+    used: int = 0
+    cut: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    lost_supervised_tokens: int = 0
+    """Supervised tokens that `max_length` cut off from rows that are used."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows that cannot be trained on."""
+    set_aside: dict[str, int] = field(default_factory=dict)
+    """Good rows that are not trained on: duplicates, held-out ones, those beyond the source's weight."""
+    examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    cut_stops: int = 0
+    """Answers whose stop token `max_length` cut off."""
+    cut_answers: int = 0
+    """Answers of which `max_length` left nothing."""
+    lengths: dict[str, int] = field(default_factory=dict)
+    """Percentiles of the used rows' tokens before truncation."""
+    supervised_lengths: dict[str, int] = field(default_factory=dict)
+    """Percentiles of the used rows' supervised tokens."""
+    histogram: dict[str, list[int]] = field(default_factory=dict)
+    """Used rows by tokens before truncation (`rows`) and by supervised tokens (`supervised`), between `edges`."""
+    findings: dict[str, int] = field(default_factory=dict)
+    """Rows per kind of audit finding; (place, finding) of the first ones in `finding_examples`."""
+    finding_examples: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        vars(self).update(vars(SourceLedger(self.name, 0, self.format)))
+
+    def drop(self, reason: str, place: str, detail: str, count: int = 1) -> None:
+        """Count rows that cannot be trained on, and keep the first few."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + count
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < EXAMPLES:
+            examples.append((place, detail))
+
+    def add_findings(self, findings: Sequence[dict[str, Any]], place: str) -> None:
+        """Count one row's findings, and keep the first few of each kind."""
+        for kind in {finding["kind"] for finding in findings}:
+            self.findings[kind] = self.findings.get(kind, 0) + 1
+        for finding in findings:
+            if sum(example["kind"] == finding["kind"] for _, example in self.finding_examples) < EXAMPLES:
+                self.finding_examples.append((place, finding))
+
+    def count_lengths(self, lengths: "np.ndarray", supervised: "np.ndarray", max_length: int | None) -> None:
+        """Percentiles and histograms of the used rows."""
+        import numpy as np
+
+        self.lengths, self.supervised_lengths = percentiles(lengths), percentiles(supervised)
+        if len(lengths):
+            last = max_length or max(1, int(np.percentile(lengths, 99)))
+            edges = np.unique(np.linspace(0, last, _BINS + 1).round()).astype(int)
+            inside = np.append(edges, np.iinfo(np.int32).max)  # the last bin holds everything beyond max_length
+            self.histogram = {
+                "edges": edges.tolist(),
+                "rows": np.histogram(lengths, inside)[0].tolist(),
+                "supervised": np.histogram(supervised, inside)[0].tolist(),
+            }
+
+    def table(self) -> str:
+        """The ledger as a few lines of text."""
+        share = self.supervised_tokens / max(self.tokens, 1)
+        again = f" ({self.repeated:,} of them again)" if self.repeated else ""
+        lines = [
+            f"data {self.name} ({self.format}): {self.rows:,} rows read, {self.used:,} used{again}, {self.tokens:,} tokens, "
+            f"{self.supervised_tokens:,} supervised ({share:.0%})"
+        ]
+        if self.cut:
+            lines.append(
+                f"  cut at max_length      {self.cut:>6}  ({self.lost_supervised_tokens:,} supervised tokens lost; "
+                f"{self.cut_stops} answers lost their stop token, {self.cut_answers} of them all they had)"
+            )
+        lines += [f"  not used: {reason:<20} {count:>6}" for reason, count in sorted(self.set_aside.items())]
+        for reason, count in sorted(self.dropped.items()):
+            place, detail = self.examples[reason][0]
+            lines.append(f"  dropped: {reason:<13} {count:>6}  first: {place}: {detail}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The evaluation rows, and what was done so that no prompt of theirs is trained on."""
+
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    prompts: int
+    how: str
+    """Where they come from, e.g. "5% of data.train by tree_id"."""
+    removed: int | None
+    """Rows left out of training because an evaluation row has the same prompt; None: known only while rows are streamed."""
+
+    def line(self) -> str:
+        removed = "training rows with one of these prompts are left out as they come"
+        if self.removed is not None:
+            removed = f"{self.removed:,} training rows with one of these prompts were left out"
+        return (
+            f"data held out ({self.how}): {self.rows:,} rows, {self.prompts:,} prompts, {self.tokens:,} tokens, "
+            f"{self.supervised_tokens:,} supervised; {removed}"
+        )
+
+
+def percentiles(values: "np.ndarray") -> dict[str, int]:
+    """p50, p90, p99 and max; empty for none."""
+    import numpy as np
+
+    if not len(values):
+        return {}
+    found = np.percentile(values, [50, 90, 99, 100]).tolist()
+    return dict(zip(("p50", "p90", "p99", "max"), map(round, found), strict=True))

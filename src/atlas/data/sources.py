@@ -1,0 +1,222 @@
+"""Sources to rows as they stand: JSON text with file and line for text files, else the source's own columns."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from atlas.config import Source
+from atlas.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+JSON_COLUMNS = ["json", "line", "file"]
+# Every row of these is kept as the JSON text that it is, and parsed when it is labelled.
+_TEXT_KINDS = (".jsonl", ".json", ".csv")
+_LOCAL_KINDS = (*_TEXT_KINDS, ".parquet")
+
+
+def load_source(source: Source) -> "Dataset":
+    """All rows of a source.
+
+    Rows of text files are kept as JSON text with file and line and parsed one by one later: a malformed line is one bad row with
+    its place, and rows need not have the same columns. Raises `UserError` where the source cannot be read or holds nothing.
+    """
+    rows = _local(source) if source.is_local else _from_hub(source)
+    if len(rows) == 0:
+        raise UserError(f"data: {source.name} holds no rows")
+    return rows
+
+
+def stream_source(source: Source) -> Iterator[tuple[str, "str | dict[str, Any]"]]:
+    """(place, row) of a source one after the other, without a copy on the disk; a row is a JSON text or its columns."""
+    if source.is_local:
+        for path in data_files(Path(source.name).expanduser()):
+            if path.suffix == ".parquet":
+                yield from _columns(f"{path} row", _streamed("parquet", path.name, data_files=str(path)))
+            else:
+                for row in _text_rows(str(path), ""):
+                    yield f"{path} line {row['line']}", row["json"]
+        return
+    given = {"name": source.config, "split": source.split, "revision": source.revision}
+    yield from _columns(f"{source.name} row", _streamed(source.name, source.name, **given))
+
+
+def _streamed(path: str, shown: str, **given: Any) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(path, streaming=True, **({"split": "train"} | given))
+    except Exception as error:  # as in _from_hub
+        raise _unloadable(shown, given.get("split", "train"), error) from None
+
+
+def _columns(place: str, rows: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    for index, row in enumerate(rows):
+        yield f"{place} {index}", row
+
+
+def _local(source: Source) -> "Dataset":
+    from datasets import concatenate_datasets
+
+    files = data_files(Path(source.name).expanduser())
+    parts = [_file(path) for path in files]
+    if len({tuple(part.column_names) for part in parts}) > 1:
+        raise UserError(
+            f"data: the files of {source.name} have different columns (e.g. {files[0].name}: "
+            f"{', '.join(parts[0].column_names)}): name them one by one"
+        )
+    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
+
+def data_files(path: Path) -> list[Path]:
+    """The data files that a path, a folder or a glob pattern names, sorted."""
+    if path.is_file():
+        if path.suffix not in _LOCAL_KINDS:
+            raise UserError(f"data: {path} is neither of {', '.join(_LOCAL_KINDS)}")
+        return [path]
+    if path.is_dir():
+        files = path.rglob("*")
+    elif any(char in str(path) for char in "*?["):
+        files = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    else:
+        near = f"; {path.parent} does not exist either" if not path.parent.is_dir() else ""
+        raise UserError(f"data: the file {path} does not exist{near}")
+    found = sorted(file for file in files if file.suffix in _LOCAL_KINDS and file.is_file())
+    if not found:
+        raise UserError(f"data: {path} holds no file that ends in {', '.join(_LOCAL_KINDS)}")
+    return found
+
+
+def _file(path: Path) -> "Dataset":
+    from datasets import Dataset, load_dataset
+
+    try:
+        if path.suffix == ".parquet":
+            return load_dataset("parquet", data_files=str(path), split="train")
+        with path.open("rb") as file:  # the content, not the name, decides whether a cached copy is used
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Dataset.from_generator(_text_rows, gen_kwargs={"path": str(path), "sha256": digest}, split="train")
+    except Exception as error:  # pyarrow and datasets raise about ten kinds, with the true one as the cause
+        if path.read_bytes().strip() == b"":
+            raise UserError(f"data: the file {path} is empty") from None
+        raise UserError(f"data: the file {path} cannot be read: {error.__cause__ or error}") from None
+
+
+def _text_rows(path: str, sha256: str) -> Iterator[dict[str, Any]]:
+    """Rows as JSON text with file and 1-based line. `sha256` only makes the cache depend on the content.
+
+    A byte that is not UTF-8 cannot be stored as text, and U+FFFD would be a silent change of the row: such a row is replaced by
+    something that is no JSON and therefore counted.
+    """
+    newline = "" if path.endswith(".csv") else "\n"
+    with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
+        if path.endswith(".csv"):
+            texts = _csv_rows(file)
+        elif path.endswith(".json") and _first_char(file) == "[":
+            texts = _array_items(file)
+        else:
+            texts = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        for number, text in texts:
+            readable = text.isascii() or _is_utf8(text)
+            yield {"json": text.rstrip("\r\n") if readable else "(not UTF-8)", "line": number, "file": path}
+
+
+def _first_char(file: TextIO) -> str:
+    first = next((char for char in iter(lambda: file.read(1), "") if not char.isspace()), "")
+    file.seek(0)
+    return first
+
+
+_CHUNK = 1 << 20  # characters read at a time
+
+
+def _array_items(file: TextIO) -> Iterator[tuple[int, str]]:
+    """The items of a JSON array as they are written, each with the line on which it starts; the file may be larger than memory."""
+    decoder, text, at, line, ended = json.JSONDecoder(), "", 0, 1, False
+
+    def more() -> None:
+        nonlocal text, at, ended
+        chunk = file.read(max(_CHUNK, len(text) - at))  # as much again: an item of any size is parsed a few times only
+        text, at, ended = text[at:] + chunk, 0, not chunk
+
+    def skip(chars: str) -> None:
+        nonlocal at, line
+        while not (at == len(text) and ended):
+            if at == len(text):
+                more()
+            elif text[at] in chars:
+                line += text[at] == "\n"
+                at += 1
+            else:
+                return
+
+    skip(" \t\r\n")
+    at += 1  # the bracket
+    while True:
+        skip(" \t\r\n,")
+        if at >= len(text) or text[at] == "]":
+            return
+        while True:
+            try:
+                _, end = decoder.raw_decode(text, at)
+                if end < len(text) or ended:  # else a number might go on
+                    break
+            except json.JSONDecodeError:
+                if ended:
+                    yield line, text[at:]  # nothing after a broken item can be told apart: it is one bad row
+                    return
+            more()
+        yield line, text[at:end]
+        line += text.count("\n", at, end)
+        at = end
+
+
+def _csv_rows(file: TextIO) -> Iterator[tuple[int, str]]:
+    """CSV rows as JSON objects of texts: nothing is taken for a number or a date."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses a cell of more than 128 kB
+    reader = csv.DictReader(file)
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, f"(not CSV: {error})"
+            continue
+        extra = row.pop(None, None)  # DictReader's key for cells beyond the header
+        yield line, f"(more cells than the header: {extra})" if extra else json.dumps(row, ensure_ascii=False)
+
+
+def is_json_lines(rows: "Dataset") -> bool:
+    """Are the rows JSON texts with their places (`_text_rows`), rather than columns?"""
+    return rows.column_names == JSON_COLUMNS
+
+
+def _is_utf8(line: str) -> bool:
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _from_hub(source: Source) -> "Dataset":
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source.name, source.config, split=source.split, revision=source.revision)
+    except Exception as error:  # the Hub, the network, a missing split: datasets raises about ten kinds
+        raise _unloadable(source.name, source.split, error) from None
+
+
+def _unloadable(name: str, split: str, error: Exception) -> UserError:
+    first = str(error).strip().split("\n")[0]
+    return UserError(
+        f"data: {name!r} (split {split!r}) cannot be loaded from the Hub: {first}. A local file is named by its path, with its "
+        f"ending ({', '.join(_LOCAL_KINDS)})"
+    )

@@ -1,0 +1,163 @@
+"""Rows that are labelled and audited while they are trained on, for data that do not fit on the disk."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atlas.audit.spans import tokenizer_findings
+from atlas.config import Config, Source
+from atlas.data.formats import detect
+from atlas.data.ledger import SHARED_PROMPT, SourceLedger, percentiles
+from atlas.data.prepare import BATCH_ROWS, DETECT_ROWS, Labeled, complaints, hold_out, label_all, refuse_if_bad
+from atlas.data.sources import data_files, stream_source
+from atlas.data.tokenize import Labeler
+from atlas.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+SHUFFLE_ROWS = 10_000  # rows held in memory, of which the next one is drawn
+
+Row = tuple[str, Any]
+"""Place and source row."""
+
+
+def stream(config: Config, labeler: Labeler) -> Labeled:
+    """The sources of `data.train` as a stream of labelled rows; `data.eval` is prepared as usual.
+
+    The first 1,000 rows of each source are labelled here, before a model is loaded, and judged like a whole data set. Later
+    rows are judged batch by batch: the first that the audit finds fault with, or too large a share of bad rows, stops the run.
+    """
+    data = config.data
+    mixed = len(data.train) > 1
+    if mixed and not all(source.weight or source.rows for source in data.train):
+        raise UserError(
+            "data.train: streaming several sources needs a weight (or rows) for each, since it cannot know how long they are"
+        )
+    eval_parts = label_all(data.eval, labeler, config, None)
+    evaluated, held, prompts = hold_out([], eval_parts, config)
+    streams = [_Stream(source, labeler, config, frozenset(prompts.tolist())) for source in data.train]
+    heads = [each.head() for each in streams]
+    found = tuple(tokenizer_findings(labeler.tokenizer)) if labeler.audited else ()
+    ledgers = tuple(each.ledger for each in streams)
+    known = [labeler.fingerprint, str(data.seed), *(_identity(source) for source in data.train)]
+    return Labeled(
+        dataset=_mixed([_dataset(each) for each in streams], config),
+        ledgers=ledgers,
+        fingerprint=hashlib.sha256("\n".join(known).encode()).hexdigest(),
+        lengths=percentiles(np.array([length for _, lengths in heads for length in lengths])),
+        mask=labeler.mask if labeler.assistant_only else "all tokens",
+        audited=labeler.audited,
+        tokenizer_findings=found,
+        labeler=labeler,
+        first=tuple(row for rows, _ in heads for row in rows)[: config.audit.rows],
+        digests=np.zeros(0, np.int64),
+        eval_dataset=evaluated,
+        eval_ledgers=tuple(part.ledger for part in eval_parts),
+        held_out=held,
+    )
+
+
+class _Stream:
+    """One source: callable for the rows that are trained on, with a ledger that grows while they are read."""
+
+    def __init__(self, source: Source, labeler: Labeler, config: Config, held_out: frozenset[int]) -> None:
+        self.source, self.labeler, self.config, self.held_out = source, labeler, config, held_out
+        self.ledger = SourceLedger(source.name, 0)
+
+    def head(self) -> tuple[list[tuple[str, Any, str]], list[int]]:
+        """Judge the first rows: (place, row, format) of the first that is trained on, and the tokens of all."""
+        rows = list(islice(stream_source(self.source), BATCH_ROWS))
+        if not rows:
+            raise UserError(f"data: {self.source.name} holds no rows")
+        self.ledger.format = self.source.format or detect([row for _, row in rows[:DETECT_ROWS]], self.source.name)
+        preview = SourceLedger(self.source.name, 0, self.ledger.format)
+        used = list(self._labelled(rows, preview))
+        refuse_if_bad(preview, self.config.data.max_bad_fraction)
+        self.ledger.findings, self.ledger.finding_examples = preview.findings, preview.finding_examples  # for the gate
+        shown = [(*rows[index], self.ledger.format) for index, _, _ in used[: self.config.audit.rows]]
+        return shown, [length for _, _, length in used]
+
+    def __call__(self) -> Iterator[dict[str, list[int]]]:
+        rows = stream_source(self.source)
+        if self.source.rows is not None:
+            rows = islice(rows, self.source.rows)
+        again = self.ledger.rows > 0
+        self.ledger.findings, self.ledger.finding_examples = {}, []
+        while batch := list(islice(rows, BATCH_ROWS)):
+            before = self.ledger.used
+            for _, row, _ in self._labelled(batch, self.ledger):
+                yield row
+            self.ledger.repeated += (self.ledger.used - before) * again
+            if self.ledger.rows >= BATCH_ROWS:  # of fewer, one bad row may be a large share
+                refuse_if_bad(self.ledger, self.config.data.max_bad_fraction)
+            if self.config.audit.gate == "error" and (complaint := complaints([self.ledger])):
+                raise UserError(complaint)
+
+    def _labelled(self, batch: list[Row], ledger: SourceLedger) -> Iterable[tuple[int, dict[str, list[int]], int]]:
+        """(number in the batch, ids and labels, tokens before truncation) of the rows that can be trained on."""
+        columns = self.labeler.columns([row for _, row in batch], ledger.format)
+        ledger.rows += len(batch)
+        good = []
+        for index, reason in enumerate(columns["reason"]):
+            place = batch[index][0]
+            if reason:
+                ledger.drop(reason, place, columns["detail"][index])
+                continue
+            if columns["findings"][index]:
+                ledger.add_findings(json.loads(columns["findings"][index]), place)
+            if columns["prompt"][index] in self.held_out:
+                ledger.set_aside[SHARED_PROMPT] = ledger.set_aside.get(SHARED_PROMPT, 0) + 1
+                continue
+            cut = columns["length"][index] > columns["tokens"][index]
+            ledger.used += 1
+            ledger.cut += cut
+            ledger.tokens += columns["tokens"][index]
+            ledger.supervised_tokens += columns["supervised"][index]
+            if cut:
+                ledger.lost_supervised_tokens += columns["all_supervised"][index] - columns["supervised"][index]
+                ledger.cut_stops += columns["cut_stops"][index]
+                ledger.cut_answers += columns["cut_answers"][index]
+            row = {"input_ids": columns["input_ids"][index], "labels": columns["labels"][index]}
+            good.append((index, row, columns["length"][index]))
+        return good
+
+
+def _dataset(rows: _Stream) -> "IterableDataset":
+    from datasets import Features, IterableDataset, List, Value
+
+    features = Features(input_ids=List(Value("int32")), labels=List(Value("int32")))
+    return IterableDataset.from_generator(rows, features=features)
+
+
+def _mixed(datasets: list["IterableDataset"], config: Config) -> "IterableDataset":
+    from datasets import interleave_datasets
+
+    data = config.data
+    rows = datasets[0]
+    if len(datasets) > 1:
+        parts = [source.weight or source.rows or 1 for source in data.train]
+        rows = interleave_datasets(
+            datasets,
+            probabilities=[part / sum(parts) for part in parts],
+            seed=data.seed,
+            stopping_strategy="first_exhausted" if data.train[0].weight else "all_exhausted_without_replacement",
+        )
+    return rows.shuffle(seed=data.seed, buffer_size=SHUFFLE_ROWS)
+
+
+def _identity(source: Source) -> str:
+    """What the stream's rows depend on: the content of local files, name and revision of others."""
+    given = source.model_dump_json(exclude={"name"})
+    if not source.is_local:
+        return f"{source.name} {given}"
+    digest = hashlib.sha256(given.encode())
+    for path in data_files(Path(source.name).expanduser()):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
