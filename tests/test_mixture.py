@@ -11,7 +11,9 @@ import pytest
 from atlas.data import mixture
 from atlas.data.ledger import DUPLICATE, HELD_OUT, SHARED_PROMPT, UNWEIGHTED
 from atlas.data.prepare import Labeled, gate
+from atlas.data.tokenize import Labeler
 from atlas.errors import UserError
+from atlas.models.base import load_tokenizer
 from atlas.train import sft
 from conftest import chat, write_rows
 from test_labels import config, label
@@ -234,6 +236,17 @@ def test_a_stream_mixes_by_weight_and_stops_at_a_bad_batch(base_folder: Path, tm
     labeled, tokenizer = label(base_folder, late, "data.streaming=true")  # the first thousand rows are good
     with pytest.raises(UserError, match=r"(?s)300 of 1800 rows .*late\.jsonl line 1501"):
         texts(labeled, tokenizer)
+
+
+def test_two_threads_do_not_mix_up_the_spans_of_their_rows(base_folder: Path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    labeler = Labeler(load_tokenizer(config(base_folder, ["any.jsonl"])))
+    batches = [[chat(f"{name}{i} " * (i % 7), f"{i}.") for i in range(300)] for name in "ab"]
+    alone = [labeler.columns(batch)["labels"] for batch in batches]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            assert [found["labels"] for found in pool.map(labeler.columns, batches)] == alone
 
 
 def test_held_out_choice_is_stable_when_data_grow():
