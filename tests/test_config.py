@@ -189,3 +189,15 @@ def test_atlas_command_lists_and_refuses():
     assert run.returncode == 2 and "'sft'" in run.stderr
     listed = subprocess.run([sys.executable, "-m", "atlas.cli", "--help"], capture_output=True, text=True)
     assert listed.returncode == 0 and all(name in listed.stdout for name in COMMANDS)
+
+
+def test_a_base_has_a_base_too(tmp_path: Path):
+    mixed = load_config(ROOT / "configs" / "sft_qwen05b_mix.yaml")
+    assert mixed.config.train_value("assistant_only_loss") is True  # of base.yaml, below sft_qwen05b.yaml
+    assert mixed.sources["train.assistant_only_loss"] == "base.yaml"
+    assert mixed.sources["train.learning_rate"] == "sft_qwen05b.yaml"
+    assert [source.name for source in mixed.config.data.train][2:] == ["Open-Orca/OpenOrca"]
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(UserError, match="is based on"):
+        load_config(tmp_path / "a.yaml")

@@ -91,3 +91,15 @@ def test_odd_files(name: str, content: str | bytes, good: int, bad: int, base_fo
         return
     found, dropped, _ = used(base_folder, path, "data.max_bad_fraction=1")
     assert (found, sum(dropped.values())) == (good, bad)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+def test_a_json_array_is_read_in_pieces(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    path = tmp_path / "rows.json"
+    items = [{"instruction": "x\n" * i, "output": "]}, {é"} for i in range(9)] + [12, 345]
+    path.write_text(json.dumps(items, indent=2, ensure_ascii=False), encoding="utf-8")
+    rows = load_source(Source(name=str(path)))
+    assert [json.loads(text) for text in rows["json"]] == items
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert [lines[line - 1].lstrip()[0] for line in rows["line"]] == ["{"] * 9 + ["1", "3"]

@@ -5,6 +5,7 @@ from importlib import import_module
 
 COMMANDS = {
     "sft": ("atlas.train.sft", "supervised fine-tuning: config -> adapter"),
+    "data": ("atlas.data.report", "what a config would train on: rows used, cut, dropped; lengths; held-out rows"),
     "audit": ("atlas.audit.command", "what would be trained, token by token; compare two audits"),
     "push": ("atlas.hub", "push a finished run to the Hub"),
     "pocket": ("atlas.pocket.lab", "the whole way on a machine with neither GPU nor Hub"),

@@ -261,23 +261,11 @@ class LoadedConfig:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read `path`, deep-merge it over the `base.yaml` beside it, then apply `key=value` overrides.
 
-    Lists are replaced, not joined. A phase file may name another base (`base: PATH`, relative to itself) or none
-    (`base: null`). Raises `UserError` naming file and key for anything wrong.
+    Lists are replaced, not joined. A phase file may name another base (`base: PATH`, relative to itself), which has a base
+    likewise, or none (`base: null`). Raises `UserError` naming file and key for anything wrong.
     """
     path = Path(path)
-    phase = _read_yaml(path)
-    named_base = phase.pop("base", "base.yaml")
-    layers: list[tuple[str, dict[str, Any]]] = []
-    if named_base is not None:
-        base = path.parent / str(named_base)
-        if not base.is_file():
-            raise UserError(
-                f"{path}: its base {base} does not exist: copy configs/base.yaml there, or write `base: PATH` "
-                f"(`base: null` for none) at the top of {path.name}"
-            )
-        if base.resolve() != path.resolve():
-            layers.append((str(base), _read_yaml(base)))
-    layers.append((str(path), phase))
+    layers = _layers(path)
     layers += [("command line", _override(text)) for text in overrides]
 
     tree: dict[str, Any] = {}
@@ -290,6 +278,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     except ValidationError as error:
         raise UserError(_explain(error, sources, path)) from None
     return LoadedConfig(config, sources)
+
+
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """(file, its tree) of a file and the chain of its bases, the lowest first."""
+    tree = _read_yaml(path)
+    named = tree.pop("base", "base.yaml")
+    lower: list[tuple[str, dict[str, Any]]] = []
+    if named is not None:
+        base = path.parent / str(named)
+        if not base.is_file():
+            raise UserError(
+                f"{path}: its base {base} does not exist: copy configs/base.yaml there, or write `base: PATH` "
+                f"(`base: null` for none) at the top of {path.name}"
+            )
+        if base.resolve() in above:
+            raise UserError(f"{path}: its base {base} is based on {path.name} itself")
+        if base.resolve() != path.resolve():
+            lower = _layers(base, (*above, path.resolve()))
+    return [*lower, (str(path), tree)]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def show(records: list[dict[str, Any]], summary: dict[str, Any]) -> None:
 
 
 # Whitespace is made visible by CSS, so that the text of the page is the text of the row.
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#667080;--line:#dfe3e8;--card:#f6f7f9;
 --sup-bg:#cdeed6;--sup:#0b5a28;--bad-bg:#ffd3d0;--bad:#9c1111;--sp:#8a93a0}
 @media(prefers-color-scheme:dark){:root{--bg:#14171b;--fg:#e4e7eb;--dim:#97a1ae;--line:#2c323a;--card:#1b1f25;
@@ -221,7 +221,7 @@ def page(records: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     state = verdict(summary)
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>",
-        f"<title>atlas: what is trained</title><style>{_STYLE}</style>",
+        f"<title>atlas: what is trained</title><style>{STYLE}</style>",
         "<h1>What is trained</h1>",
         f"<p class='verdict {'good' if state.startswith('clean') else 'bad'}'>{html.escape(state)}</p>",
         "<dl>" + "".join(f"<dt>{html.escape(k)}<dd>{html.escape(v)}" for k, v in facts(summary)) + "</dl>",

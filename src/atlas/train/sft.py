@@ -112,7 +112,7 @@ def dump_audit(loaded: LoadedConfig) -> Path:
     from atlas.models.base import load_tokenizer
 
     config = loaded.config
-    _quiet_libraries()
+    quiet_libraries()
     tokenizer = load_tokenizer(config)
     labeled = prepare(config, tokenizer)
     print(labeled.table())
@@ -125,13 +125,14 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     """The whole job, top to bottom. Raises `UserError` for input that cannot end well, before the model is loaded."""
     config, started = loaded.config, time.perf_counter()
     folder = Path(config.output.dir)
-    _quiet_libraries()
+    quiet_libraries()
 
     from accelerate import PartialState
     from transformers import set_seed
 
     from atlas.data.pack import arrange
     from atlas.data.prepare import gate, prepare
+    from atlas.data.report import write_report
     from atlas.device import Machine, choose_device
     from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm, lora_config
     from atlas.models.base import load_base_model_and_tokenizer, load_tokenizer
@@ -201,6 +202,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
         tokenizer.save_pretrained(folder)
         trainer.model.generation_config.save_pretrained(folder)
         write_json(folder / "manifest.json", manifest)
+        write_report(labeled, folder)
     trainer.accelerator.wait_for_everyone()
     losses = f"loss {log.history[0][1]:.4f} -> {log.history[-1][1]:.4f}, " if log.history else ""
     print(
@@ -302,7 +304,7 @@ def _remove_default_printing(trainer: "LabeledSFTTrainer") -> None:
     trainer.remove_callback(ProgressCallback)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Warnings stay; progress bars go where the output is not a terminal."""
     import logging
     import warnings

@@ -1,0 +1,73 @@
+"""`atlas data`: the ledger as text and as a page, without a model."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from atlas.data import report
+from conftest import ROOT, chat, write_rows
+from test_labels import label
+
+
+def arguments(base_folder: Path, data: object, folder: Path, *overrides: str) -> list[str]:
+    return [
+        "--config",
+        str(ROOT / "configs" / "sft_pocket.yaml"),
+        "model.name=nowhere/none",  # never loaded
+        f"model.tokenizer_name={base_folder}",
+        f"data.train={data}",
+        f"output.results_dir={folder}",
+        *overrides,
+    ]
+
+
+def test_report_says_what_became_of_every_row(base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    rows = [chat(f"Question {i}?", "word " * i) for i in range(1, 60)]
+    bad = {"messages": [{"role": "<script>alert(1)</script>", "content": "x"}]}
+    path = write_rows(tmp_path / "rows <b>.jsonl", [*rows, bad, rows[0]])
+    given = arguments(
+        base_folder, path, tmp_path, "data.max_bad_fraction=0.1", "data.deduplicate=true", "data.eval_rows=5"
+    )
+    assert report.main([*given, "train.max_length=64"]) == 0
+    out = capsys.readouterr().out
+    assert "61 rows read, 54 used" in out and "unknown role" in out and "data held out (5 rows" in out
+    page = (tmp_path / report.REPORT).read_text(encoding="utf-8")
+    assert "<script>" not in page and "&lt;script&gt;" in page and "rows &lt;b&gt;.jsonl" in page
+    overview = re.search(r"<tr><td>rows[^<]*&lt;b&gt;\.jsonl(.*?)</table>", page)
+    assert overview is not None
+    cells = re.findall(r"<td>([^<]*)", overview[1])
+    assert cells[:3] == ["messages", "61", "54"] and cells[5:7] == ["6", "1"]
+    bars = [int(n.replace(",", "")) for n in re.findall(r"</?title>[^<]*: ([0-9,]+) rows", page)]
+    assert sum(bars) == 2 * 54  # two histograms of the used rows
+
+
+def test_histograms_count_every_used_row_once(base_folder: Path, tmp_path: Path):
+    path = write_rows(tmp_path / "rows.jsonl", [chat("Q?", "word " * i) for i in range(1, 100)])
+    labeled, _ = label(base_folder, f"{path}:150", "train.max_length=64")
+    ledger = labeled.ledgers[0]
+    assert sum(ledger.histogram["rows"]) == sum(ledger.histogram["supervised"]) == ledger.used == 150
+    assert ledger.histogram["rows"][-1] == ledger.cut > 0  # beyond max_length
+    assert ledger.lengths["max"] > 64 >= ledger.supervised_lengths["max"]
+
+
+def test_a_stream_is_read_through(base_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert report.main(arguments(base_folder, rows_file, tmp_path, "data.streaming=true")) == 0
+    assert "120 rows read, 120 used," in capsys.readouterr().out
+
+
+def test_the_recipe_for_mixed_data_runs_on_real_rows(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    files = [shared / "alpaca/alpaca_2000.jsonl", shared / "dolly/dolly_1000.jsonl"]
+    status = report.main(
+        [
+            "--config",
+            str(ROOT / "configs" / "sft_qwen05b_mix.yaml"),
+            f"model.tokenizer_name={shared / 'qwen2.5-tokenizer-instruct'}",
+            f"data.train=[{files[0]}, {files[1]}, {shared / 'multiturn/oasst_en_multiturn.jsonl'}:500]",
+            f"output.results_dir={tmp_path}",
+        ]
+    )
+    out = capsys.readouterr().out
+    assert status == 0 and "(alpaca): 2,000 rows read" in out and "(dolly): 1,000 rows read" in out
+    assert "supervised (54%)" in out  # assistant-only loss comes from base.yaml, two files below
+    assert "500 used (213 of them again)" in out and "500 rows, 457 prompts" in out
