@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from atlas.config import Source
+from atlas.data import sources
+from atlas.data.sources import load_source
 from atlas.errors import UserError
 from conftest import write_rows
 from test_labels import label

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from atlas.errors import UserError
-from atlas.models.base import patch_chat_template_for_assistant_mask, render
+from atlas.models.base import Renderer, patch_chat_template_for_assistant_mask
 from conftest import QWEN_SYSTEM
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "é <b>", "parameters": {"type": "object"}}}]
@@ -84,7 +84,7 @@ def test_text_is_unchanged_byte_for_byte(pair: tuple):
                 expected = published.apply_chat_template(
                     messages, tools=tools, add_generation_prompt=prompt, tokenize=False
                 )
-                found, _ = render(patched, messages, tools, add_generation_prompt=prompt)
+                found, _ = Renderer(patched).marked(messages, tools, prompt)
                 assert found.encode() == expected.encode(), name
 
 
@@ -93,7 +93,7 @@ def test_markers_enclose_content_and_stop_token(pair: tuple, name: str):
     _, patched = pair
     messages, generated = CONVERSATIONS[name]
     for _, tools, prompt in variants(messages):
-        text, spans = render(patched, messages, tools, add_generation_prompt=prompt)
+        text, spans = Renderer(patched).marked(messages, tools, prompt)
         assert [text[start:end] for start, end in spans] == [content + "<|im_end|>" for content in generated]
         for start, _ in spans:
             assert text[:start].endswith("<|im_start|>assistant\n")
@@ -103,7 +103,7 @@ def test_default_system_prompts_stay_apart(base_folder: Path, instruct_folder: P
     texts = []
     for folder in (base_folder, instruct_folder):
         tokenizer = patch_chat_template_for_assistant_mask(AutoTokenizer.from_pretrained(folder))
-        texts.append(render(tokenizer, [USER])[0])
+        texts.append(Renderer(tokenizer).text([USER]))
     assert texts[0].startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
     assert texts[1].startswith(f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n")
 

@@ -11,7 +11,6 @@ from typing import Any
 from atlas.audit.spans import IGNORED, KINDS
 from atlas.audit.tokens import token_bytes
 from atlas.data.prepare import Labeled
-from atlas.models.base import render_all
 
 AUDIT_FILE = "sft_template_audit.jsonl"
 AUDIT_PAGE = "sft_template_audit.html"
@@ -63,7 +62,7 @@ def _role_spans(labeled: Labeled, messages: list[dict[str, Any]], tools: list[An
     """Bytes of the text that each message adds to the rendering of those before it."""
     labeler = labeled.labeler
     try:
-        texts = render_all(labeler.tokenizer, [(messages[: end + 1], tools, False) for end in range(len(messages))])
+        texts = [labeler.renderer.text(messages[: end + 1], tools) for end in range(len(messages))]
     except (
         Exception
     ):  # a template that refuses the beginning of a conversation (a lone system turn, say) has no such spans

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas.audit.tokens import token_bytes
 from atlas.errors import UserError
-from atlas.models.base import render_all, stop_token
+from atlas.models.base import Renderer, stop_token
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,6 +98,7 @@ class Oracle:
         import numpy as np
 
         self.tokenizer = tokenizer
+        self.renderer = Renderer(tokenizer)
         self.stop = stop_token(tokenizer)
         self.header = _generation_prompt(tokenizer)
         self._special = special_token_texts(tokenizer)
@@ -126,7 +127,7 @@ class Oracle:
                         wanted.append((messages[:index], tools, True))
                     if index + 1 < len(messages):
                         wanted.append((messages[: index + 1], tools, False))
-        rendered = iter(render_all(self.tokenizer, wanted))
+        rendered = iter([self.renderer.text(*request) for request in wanted])
         found = []
         for messages, _, text in rows:
             turns = []
@@ -250,7 +251,7 @@ def _common_prefix(a: str, b: str) -> int:
 def _generation_prompt(tokenizer: "PreTrainedTokenizerBase") -> str:
     """What `add_generation_prompt` adds: for ChatML `<|im_start|>assistant\\n`."""
     user = [{"role": "user", "content": "a"}]
-    without, prompt = render_all(tokenizer, [(user, None, False), (user, None, True)])
+    without, prompt = (Renderer(tokenizer).text(user, prompt=asked) for asked in (False, True))
     return prompt[len(without) :] if prompt.startswith(without) else ""
 
 

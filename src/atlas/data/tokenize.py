@@ -23,7 +23,7 @@ from atlas.audit.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, special
 from atlas.data import formats, sources
 from atlas.data.formats import BadRowError, Conversation, conversation, refuse_special_tokens
 from atlas.models import base
-from atlas.models.base import render, render_all
+from atlas.models.base import Renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,6 +85,7 @@ class Labeler:
         self.backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.no_truncation()
         self.backend.no_padding()
+        self.renderer = Renderer(tokenizer)
         self.max_length = max_length
         self.mask = mask
         self.assistant_only = assistant_only
@@ -180,8 +181,8 @@ class Labeler:
             return LabeledRow(parsed, text, [(0, len(text))])
         try:
             if self.mask == "markers":
-                return LabeledRow(parsed, *render(self.tokenizer, parsed.messages, parsed.tools))
-            return LabeledRow(parsed, render_all(self.tokenizer, [(parsed.messages, parsed.tools, False)])[0])
+                return LabeledRow(parsed, *self.renderer.marked(parsed.messages, parsed.tools))
+            return LabeledRow(parsed, self.renderer.text(parsed.messages, parsed.tools))
         except (TemplateError, TypeError, ValueError) as error:
             return LabeledRow(reason=REFUSED, detail=f"{type(error).__name__}: {error}")
 
