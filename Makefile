@@ -14,7 +14,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: setup pocket test test-slow lint sft sft-smoke audit config bench matrix results picture docs clean
+.PHONY: setup pocket test test-slow lint sft sft-smoke data audit config bench matrix results picture docs clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,9 @@ sft-smoke: setup        ## 50 steps of the real run, nothing pushed
 sft: setup              ## the whole run, pushed to output.hub_repo where that is set
 	$(RUN) -m atlas.train.sft --config $(CONFIG) $(ARGS)
 
+data: setup             ## what it would be trained on: rows used, cut, dropped, held out
+	$(RUN) -m atlas.data.report --config $(CONFIG) $(ARGS)
+
 audit: setup            ## what would be trained, token by token, without loading a model
 	$(RUN) -m atlas.train.sft --config $(CONFIG) --dump-template-audit $(ARGS)
 
@@ -50,7 +53,10 @@ config: setup           ## the resolved config, each value with its source
 
 bench: setup            ## the benchmarks, into results/benchmarks.json (ROWS, TOKENIZER: real ones as well)
 	$(RUN) benchmarks/audit.py
-	$(if $(ROWS),$(RUN) benchmarks/audit.py --rows $(ROWS) --tokenizer $(TOKENIZER))
+	$(RUN) benchmarks/prepare.py --count 20000
+	$(RUN) benchmarks/prepare.py --million
+	$(if $(ROWS),$(RUN) benchmarks/audit.py --rows $(firstword $(ROWS)) --tokenizer $(TOKENIZER))
+	$(if $(ROWS),$(RUN) benchmarks/prepare.py --rows $(ROWS) --tokenizer $(TOKENIZER))
 
 matrix: setup           ## the audit's verdict on every template that TRL ships
 	$(RUN) -m atlas.audit.matrix

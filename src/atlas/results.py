@@ -81,6 +81,40 @@ def audit_cost_table(results: Path) -> str:
     return "\n".join([*lines, "", f"{last['hardware']}, {last['date'][:10]}, `make bench`."])
 
 
+def prepare_speed(results: Path) -> str:
+    """The benchmark of preparing data against TRL's preparation."""
+    known = _read(results / "benchmarks.json")
+    measured = [
+        entry for name, entry in sorted(known.items()) if name.startswith("prepare, ") and "speedup_median" in entry
+    ]
+    lines = [
+        "| rows | processes | TRL, rows/s | atlas, rows/s | faster (min-max) | peak memory, TRL / atlas |",
+        "|---" * 6 + "|",
+    ]
+    for entry in measured:
+        for processes in ("1", "2"):
+            low, high = entry["speedup_min_max"][processes]
+            speed, peak = entry["rows_per_second"], entry["peak_memory_gib"]
+            trl, atlas = f"trl, {processes}", f"atlas, {processes}"
+            lines.append(
+                f"| {entry['rows']:,} of {entry['source']} | {processes} | {speed[trl]:,} | {speed[atlas]:,} | "
+                f"{entry['speedup_median'][processes]}x ({low}-{high}) | {peak[trl]} / {peak[atlas]} GiB |"
+            )
+    last, many = measured[-1], known["prepare, a million short rows"]
+    again = ", ".join(f"{entry['second_run_seconds']} s ({entry['source']})" for entry in measured)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Both from the JSONL file to tokens and labels on the disk, in a fresh process with an empty cache, alternating; atlas "
+            f"audits every row besides. A second run takes {again}. A million short rows: {many['seconds']:.0f} s, peak memory of "
+            f"the process {many['peak_memory_gib']} GiB (imports and memory-mapped files included), a second run "
+            f"{many['second_run_seconds']} s. {last['hardware']}; trl {last['versions']['trl']}, datasets "
+            f"{last['versions']['datasets']}; {last['date'][:10]}, `make bench`.",
+        ]
+    )
+
+
 def template_matrix(results: Path) -> str:
     """The audit's verdict on each of TRL's templates."""
     report = _read(results / "template_matrix.json")
@@ -113,6 +147,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "pocket-table": pocket_table,
     "pocket-seeds": pocket_seeds,
     "audit-cost": audit_cost_table,
+    "prepare-speed": prepare_speed,
     "template-matrix": template_matrix,
 }
 

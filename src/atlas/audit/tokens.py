@@ -27,9 +27,9 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
     decoder = repr(tokenizer.backend_tokenizer.decoder)  # its JSON form would be that of the whole vocabulary
     vocabulary = tokenizer.get_vocab()
     if "ByteLevel(" in decoder:
-        alphabet = _byte_level_alphabet()
+        to_bytes = {ord(char): chr(byte) for char, byte in _byte_level_alphabet().items()}
         return {
-            index: added[index] if index in added else bytes(alphabet[char] for char in token)
+            index: added[index] if index in added else token.translate(to_bytes).encode("latin-1")
             for token, index in vocabulary.items()
         }
     if "ByteFallback(" in decoder or "▁" in decoder:

@@ -87,12 +87,12 @@ def labeler_for(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeler
 class Part:
     """One source, labelled: per row the numbers that decide what becomes of it; ids and labels stay on the disk."""
 
-    def __init__(self, source: Source, limit: int, rows: "Dataset", labeler: Labeler, config: Config, key: str) -> None:
+    def __init__(self, source: Source, limit: int, rows: "Dataset", labeler: Labeler, config: Config) -> None:
         if limit < len(rows):
             rows = rows.shuffle(seed=config.data.seed).select(range(limit))
         self.name, self.wanted, self.rows = source.name, limit, rows
         self.format = source.format or detect(_raw(rows, range(min(len(rows), DETECT_ROWS))), source.name)
-        known = f"{rows._fingerprint} {key} {self.format} {config.data.group_by}"
+        known = f"{rows._fingerprint} {labeler.fingerprint} {self.format} {config.data.group_by}"
         fingerprint = hashlib.sha256(known.encode()).hexdigest()[:32]
         self.labeled = label_rows(rows, labeler, fingerprint, self.format, config.data.num_proc, config.data.group_by)
         facts = self.labeled.select_columns([*_NUMBERS, "reason", "detail", "findings"]).with_format("arrow")[:]
@@ -202,10 +202,8 @@ def label_all(given: Sequence[Source], labeler: Labeler, config: Config, max_row
     wanted = [mixture.wanted_rows(source, len(rows)) for source, rows in zip(given, loaded, strict=True)]
     weights = [source.weight for source in given if source.weight is not None]
     limits = mixture.capped(wanted, weights or None, max_rows)
-    key = labeler.fingerprint  # hashes the whole tokenizer: once, not per source
     parts = [
-        Part(source, limit, rows, labeler, config, key)
-        for source, limit, rows in zip(given, limits, loaded, strict=True)
+        Part(source, limit, rows, labeler, config) for source, limit, rows in zip(given, limits, loaded, strict=True)
     ]
     for part in parts:
         refuse_if_bad(part.ledger, config.data.max_bad_fraction)

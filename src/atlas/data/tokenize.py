@@ -6,6 +6,8 @@ answer that starts with a newline Qwen2.5 would merge `\\n` + `\\n` into one tok
 its own `\\n`, can never be generated.
 """
 
+import contextlib
+import gc
 import hashlib
 import inspect
 import json
@@ -13,9 +15,11 @@ import sys
 import threading
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from atlas.audit import spans
@@ -38,6 +42,8 @@ _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 # transformers keeps the spans of the markers in the compiled template, which threads share: two renderings at a time mix them up
 # (interleaved streams are read in threads; the audit found one row in 900 with its neighbour's spans).
 _one_at_a_time = threading.Lock()
+
+_ENCODED_AT_ONCE = 128  # rows
 
 
 @dataclass
@@ -82,7 +88,9 @@ class Labeler:
         audited: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
-        self.backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+        serialized = tokenizer.backend_tokenizer.to_str()
+        self._backend_sha256 = hashlib.sha256(serialized.encode()).hexdigest()
+        self.backend = type(tokenizer.backend_tokenizer).from_str(serialized)
         self.backend.no_truncation()
         self.backend.no_padding()
         self.renderer = Renderer(tokenizer)
@@ -94,12 +102,12 @@ class Labeler:
         self.document_end = next((end for end in _DOCUMENT_ENDS if end in self.special), tokenizer.eos_token or "")
         self.oracle = Oracle(tokenizer) if self.audited or mask == "rendered" else None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with everything that the labels depend on: tokenizer, template, settings and this code."""
         digest = hashlib.sha256()
         for part in (
-            self.backend.to_str(),
+            self._backend_sha256,
             str(self.tokenizer.chat_template),
             str(self.tokenizer.special_tokens_map),
             f"{self.max_length} {self.mask} {self.assistant_only} {self.audited}",
@@ -111,25 +119,32 @@ class Labeler:
 
     def label(self, given: Iterable["str | Mapping[str, Any]"], format_name: str = "messages") -> list[LabeledRow]:
         """Rows of a source (JSON texts or mappings of columns) with all that is known of them, in order."""
-        rows = [self._rendered(row, format_name) for row in given]
-        if self.mask == "rendered":
-            self._find_turns(rows)
-            self._label(rows, self._encode(rows))
-        else:
-            # The tokenizer's Rust code runs without the interpreter's lock, and the oracle's rendering needs nothing else.
-            with ThreadPoolExecutor(1) as pool:
-                turns = pool.submit(self._find_turns, rows) if self.audited else None
-                encoded = self._encode(rows)
-                if turns is not None:
-                    turns.result()
-            self._label(rows, encoded)
+        rows: list[LabeledRow] = []
+        # The tokenizer's Rust code runs without the interpreter's lock: while it encodes some rows, those before them are
+        # labelled and audited and those after them are rendered.
+        with ThreadPoolExecutor(1) as pool:
+            waiting, before = iter(given), None
+            while some := [self._rendered(row, format_name) for row in islice(waiting, _ENCODED_AT_ONCE)]:
+                if self.mask == "rendered":
+                    self._find_turns(some)  # which says what is supervised, and so where the text is cut
+                encoded = pool.submit(self._encode, some)
+                if self.mask != "rendered" and self.audited:
+                    self._find_turns(some)
+                if before is not None:
+                    self._finish(*before)
+                before = some, encoded
+                rows += some
+            if before is not None:
+                self._finish(*before)
+        return rows
+
+    def _finish(self, rows: list[LabeledRow], encoded: Future[list[list[tuple[list[int], bool]]]]) -> None:
+        self._label(rows, encoded.result())
         if self.audited and self.oracle is not None:
             kept = [row for row in rows if not row.reason and not row.is_document]
-            for row, audit in zip(
-                kept, self.oracle.audit([_audit_row(r) for r in kept], [r.turns for r in kept]), strict=True
-            ):
+            audits = self.oracle.audit([_audit_row(row) for row in kept], [row.turns for row in kept])
+            for row, audit in zip(kept, audits, strict=True):
                 row.audit = audit
-        return rows
 
     def __call__(
         self, batch: Mapping[str, list[Any]], format_name: str = "messages", group_by: str | None = None
@@ -140,7 +155,7 @@ class Labeler:
         self, given: Sequence["str | Mapping[str, Any]"], format_name: str = "messages", group_by: str | None = None
     ) -> dict[str, list[Any]]:
         """What is kept of each row: ids and labels, token counts, hashes, and why it dropped out or what the audit found."""
-        with _one_at_a_time:
+        with _one_at_a_time, _without_collector():
             rows = self.label(given, format_name)
         prompts = [_digest(row.parsed.prompt.encode()) if row.parsed else 0 for row in rows]
         return {
@@ -230,6 +245,18 @@ class Labeler:
                 row.detail = f"{row.length} tokens; the answer starts after max_length {self.max_length}"
             if row.reason:
                 row.ids, row.labels = [], []
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python's cycle collector goes over every list of tokens again and again (a quarter of the time), and finds no cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _digest(content: bytes) -> int:
