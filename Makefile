@@ -14,7 +14,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: setup pocket test test-slow lint sft sft-smoke data audit config bench matrix results picture docs clean
+.PHONY: setup pocket lessons test test-slow lint sft sft-smoke data audit eval compare config bench matrix results picture docs clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ pocket: setup           ## base -> audit -> SFT -> IFEval of base and tuned, on 
 	$(RUN) -m atlas.pocket.lab $(ARGS)
 	$(RUN) -m atlas.results
 
+lessons: setup          ## five lessons of the recipe on the pocket lab, each with its verdict (about 15 minutes)
+	$(RUN) -m atlas.pocket.lessons $(ARGS)
+	$(RUN) -m atlas.results
+
 sft-smoke: setup        ## 50 steps of the real run, nothing pushed
 	$(RUN) -m atlas.train.sft --config $(CONFIG) --max-steps 50 --no-push-to-hub --resume never output.dir=outputs/sft_smoke $(ARGS)
 
@@ -47,6 +51,12 @@ data: setup             ## what it would be trained on: rows used, cut, dropped,
 
 audit: setup            ## what would be trained, token by token, without loading a model
 	$(RUN) -m atlas.train.sft --config $(CONFIG) --dump-template-audit $(ARGS)
+
+eval: setup             ## lm-eval's scores of the adapter in output.dir (ARGS=--base: of its base model)
+	$(RUN) -m atlas.eval.run --config $(CONFIG) $(ARGS)
+
+compare: setup          ## is it luck? ARGS="A B": names of runs in results/metrics.json
+	$(RUN) -m atlas.eval.compare $(ARGS)
 
 config: setup           ## the resolved config, each value with its source
 	@$(RUN) -m atlas.train.sft --config $(CONFIG) --print-config $(ARGS)

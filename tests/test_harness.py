@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from atlas.config import EvalTask
+from atlas.errors import UserError
 from atlas.eval import harness
+from atlas.eval.tasks import load_task
 from atlas.pocket import base, world
 
 LETTER = "keywords:letter_frequency"
@@ -30,6 +33,13 @@ def loaded(lab: base.PocketPaths) -> tuple[Any, Any]:
     return harness.load_model(lab.base)
 
 
+def run_ifeval(
+    model: Any, tokenizer: Any, data: Path, *, batch_size: int = 16, max_gen_toks: int, limit: int | None = None
+) -> harness.TaskResult:
+    settings = EvalTask(name="ifeval", max_gen_toks=max_gen_toks, limit=limit)
+    return harness.run_task(model, tokenizer, load_task(settings, str(data)), batch_size=batch_size)
+
+
 def write(path: Path, *rows: dict[str, Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -40,14 +50,14 @@ def prompt(key: int, *names: str, kwargs: list[dict[str, Any]] | None = None) ->
 
 
 def test_batch_size_changes_nothing(lab: base.PocketPaths, loaded: tuple[Any, Any]) -> None:
-    one = harness.run_ifeval(*loaded, lab.eval, batch_size=1, max_gen_toks=24)
-    many = harness.run_ifeval(*loaded, lab.eval, batch_size=16, max_gen_toks=24)
+    one = run_ifeval(*loaded, lab.eval, batch_size=1, max_gen_toks=24)
+    many = run_ifeval(*loaded, lab.eval, batch_size=16, max_gen_toks=24)
     assert one == many
     assert [r.key for r in one.records] == list(range(24))
-    assert all(0 < r.generated_tokens <= 24 for r in one.records)
-    assert one.prompt_strict == sum(all(r.inst_strict) for r in one.records) / 24
-    verdicts = [v for r in one.records for v in r.inst_strict]
-    assert one.inst_strict == pytest.approx(sum(verdicts) / len(verdicts))
+    assert all(0 < r.tokens <= 24 for r in one.records)
+    assert one.metrics["prompt_strict"].score == sum(all(v for _, v in r.groups) for r in one.records) / 24
+    verdicts = [v for r in one.records for _, v in r.groups]
+    assert one.metrics["inst_strict"].score == pytest.approx(sum(verdicts) / len(verdicts))
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
@@ -69,19 +79,20 @@ def test_nothing_after_the_stop_token_is_scored(
         return output
 
     handle = model.register_forward_hook(stop_first, with_kwargs=True)
-    result = harness.run_ifeval(model, tokenizer, lab.eval, batch_size=batch_size, max_gen_toks=8)
+    result = run_ifeval(model, tokenizer, lab.eval, batch_size=batch_size, max_gen_toks=8)
     handle.remove()
-    assert {(r.reply, r.generated_tokens, r.stopped) for r in result.records} == {("", 1, True)}
-    assert result.prompt_strict == result.inst_loose == 0.0
+    assert {(r.text, r.tokens, r.stopped) for r in result.records} == {("", 1, True)}
+    assert result.metrics["prompt_strict"].score == result.metrics["inst_loose"].score == 0.0
+    assert (result.stop_rate, result.mean_tokens) == (1.0, 1.0)
 
 
 def test_own_limits_of_the_model_do_not_apply(lab: base.PocketPaths, loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    free = harness.run_ifeval(model, tokenizer, lab.eval, max_gen_toks=24, limit=8)
+    free = run_ifeval(model, tokenizer, lab.eval, max_gen_toks=24, limit=8)
     model.generation_config.max_new_tokens = 2
     model.generation_config.repetition_penalty = 9.0
-    assert harness.run_ifeval(model, tokenizer, lab.eval, max_gen_toks=24, limit=8) == free
-    assert len(free.records) == 8 and max(r.generated_tokens for r in free.records) > 2
+    assert run_ifeval(model, tokenizer, lab.eval, max_gen_toks=24, limit=8) == free
+    assert len(free.records) == 8 and max(r.tokens for r in free.records) > 2
 
 
 def test_null_padded_kwargs_and_random_checkers_are_repeatable(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
@@ -95,14 +106,14 @@ def test_null_padded_kwargs_and_random_checkers_are_repeatable(tmp_path: Path, l
     results = []
     for seed in range(4):
         random.seed(seed)
-        results.append(harness.run_ifeval(*loaded, data, max_gen_toks=24))
+        results.append(run_ifeval(*loaded, data, max_gen_toks=24))
     assert all(result == results[0] for result in results)
     assert [r.key for r in results[0].records] == [7, 9, 8]
 
 
 def test_kwargs_may_all_be_empty(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
     data = write(tmp_path / "eval.jsonl", prompt(1, world.NO_COMMA), prompt(2, world.LOWER))
-    assert len(harness.run_ifeval(*loaded, data, max_gen_toks=4).records) == 2
+    assert len(run_ifeval(*loaded, data, max_gen_toks=4).records) == 2
 
 
 def test_adapter_and_its_tokenizer_are_used(lab: base.PocketPaths, tmp_path: Path) -> None:
@@ -119,26 +130,26 @@ def test_adapter_and_its_tokenizer_are_used(lab: base.PocketPaths, tmp_path: Pat
     tokenizer.save_pretrained(tmp_path / "adapter")
     model, instruct = harness.load_model(lab.base, tmp_path / "adapter")
     assert "Alibaba" in instruct.chat_template and instruct.eos_token == "<|im_end|>"
-    one = harness.run_ifeval(model, instruct, lab.eval, batch_size=1, max_gen_toks=16, limit=12)
-    many = harness.run_ifeval(model, instruct, lab.eval, batch_size=12, max_gen_toks=16, limit=12)
-    plain = harness.run_ifeval(*harness.load_model(lab.base), lab.eval, max_gen_toks=16, limit=12)
+    one = run_ifeval(model, instruct, lab.eval, batch_size=1, max_gen_toks=16, limit=12)
+    many = run_ifeval(model, instruct, lab.eval, batch_size=12, max_gen_toks=16, limit=12)
+    plain = run_ifeval(*harness.load_model(lab.base), lab.eval, max_gen_toks=16, limit=12)
     assert one == many
-    assert [r.reply for r in one.records] != [r.reply for r in plain.records]
+    assert [r.text for r in one.records] != [r.text for r in plain.records]
 
 
 @pytest.mark.parametrize(
     ("rows", "error"),
     [
-        ([], "no prompts"),
+        ([], "holds no rows"),
         ([prompt(1, "no:such")], "no checker for no:such"),
         ([prompt(1, world.TITLE), prompt(1, world.TITLE)], "not unique"),
-        ([{"key": 1, "prompt": "Hi"}], "row 1: no instruction_id_list, kwargs"),
+        ([{"key": 1, "prompt": "Hi"}], "line 1 has no instruction_id_list, kwargs"),
         ([prompt(1, world.TITLE, kwargs=[{}, {}])], "one kwargs per instruction"),
     ],
 )
 def test_bad_data_is_refused_before_generating(tmp_path: Path, rows: list[dict[str, Any]], error: str) -> None:
-    with pytest.raises(ValueError, match=error):
-        harness.run_ifeval(None, None, write(tmp_path / "eval.jsonl", *rows), max_gen_toks=8)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=error):
+        load_task(EvalTask(name="ifeval"), str(write(tmp_path / "eval.jsonl", *rows)))
 
 
 def test_missing_punkt_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,17 +157,19 @@ def test_missing_punkt_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     data = write(tmp_path / "eval.jsonl", prompt(1, "length_constraints:number_sentences"))
-    with pytest.raises(LookupError, match=r"nltk\.downloader punkt_tab"):
-        harness.run_ifeval(None, None, data, max_gen_toks=8)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"nltk\.downloader punkt_tab"):
+        load_task(EvalTask(name="ifeval"), str(data))
 
 
 def test_scorer_is_imported_without_a_download(tmp_path: Path) -> None:
+    data = write(tmp_path / "eval.jsonl", prompt(1, world.NO_COMMA))
     code = (
         "import nltk, socket\n"
         "def no(*a, **k): raise SystemExit('tried the network')\n"
         "socket.socket.connect = socket.getaddrinfo = no\n"
-        "from atlas.eval import harness\n"
-        "harness._prepare_scorer([{'instruction_id_list': ['punctuation:no_comma']}])\n"
+        "from atlas.eval import tasks\n"
+        "from atlas.config import EvalTask\n"
+        f"tasks._prepare_ifeval({str(data)!r})\n"
         "assert nltk.download.__name__ == 'download'\n"
     )
     run = subprocess.run(

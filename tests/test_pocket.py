@@ -12,10 +12,7 @@ from atlas.pocket import base, world
 
 
 def test_every_training_reply_passes_its_own_checkers() -> None:
-    from atlas.eval import harness
-
     exchanges = [turn for _, turns in world.dialogues(0, base.TRAINING_ROWS) for turn in turns]
-    harness._prepare_scorer([{"instruction_id_list": world.REQUESTS}])
     from lm_eval.tasks.ifeval import utils
 
     for x in exchanges:

@@ -7,6 +7,10 @@ COMMANDS = {
     "sft": ("atlas.train.sft", "supervised fine-tuning: config -> adapter"),
     "data": ("atlas.data.report", "what a config would train on: rows used, cut, dropped; lengths; held-out rows"),
     "audit": ("atlas.audit.command", "what would be trained, token by token; compare two audits"),
+    "eval": ("atlas.eval.run", "score base, adapter or merged model with lm-eval; every reply is kept"),
+    "compare": ("atlas.eval.compare", "is one run better than another on the same prompts, or is it luck?"),
+    "generate": ("atlas.eval.generate", "one reply of a tuned model"),
+    "chat": ("atlas.eval.generate", "talk with a tuned model"),
     "push": ("atlas.hub", "push a finished run to the Hub"),
     "pocket": ("atlas.pocket.lab", "the whole way on a machine with neither GPU nor Hub"),
 }

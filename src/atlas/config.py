@@ -50,7 +50,7 @@ _REMOVED_TRAIN_FIELDS = {  # names of older releases that people still copy
     "tokenizer": "model.tokenizer_name",
 }
 # Where and how fast a run goes, not what it computes: left out of config_hash.
-_NOT_HASHED_SECTIONS = ("output", "audit")
+_NOT_HASHED_SECTIONS = ("output", "audit", "eval")
 _NOT_HASHED = {"model.attn_implementation", "data.num_proc", "data.max_bad_fraction"}
 _NOT_HASHED_TRAIN = re.compile(
     r"(logging|log_|save|report_to|run_name|project$|trackio|disable_tqdm|dataloader_(?!drop_last)|gradient_checkpointing"
@@ -208,6 +208,49 @@ class AuditConfig(_Section):
     """How many rows the record shows token by token."""
 
 
+class EvalTask(_Section):
+    """One task of lm-eval."""
+
+    name: Literal["ifeval", "gsm8k", "mmlu", "truthfulqa_mc2"]
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """null: the task's own (gsm8k 5, the others 0)."""
+    limit: int | None = Field(default=None, ge=1)
+    """Score only the first rows (of each subject, for mmlu); for a look, not for a result."""
+    max_gen_toks: int | None = Field(default=None, ge=1)
+    """Most tokens of a reply; null: 1280 for ifeval, 512 for gsm8k."""
+
+
+class EvalConfig(_Section):
+    """How models are scored. Nothing here changes what is trained."""
+
+    tasks: tuple[EvalTask, ...] = (EvalTask(name="ifeval"),)
+    """Tasks, each a name or a mapping with name, num_fewshot, limit, max_gen_toks."""
+    data: Mapping[str, str] = Field(default_factory=dict)
+    """Local data per task: a JSONL file of test rows, or a folder with test.jsonl and few-shot rows; else the Hub's."""
+    batch_size: int = Field(default=16, ge=1)
+    """Fixed: lm-eval's `auto` probes with full-length logits and falls to 1 with a large vocabulary."""
+    backend: Literal["hf", "vllm"] = "hf"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """auto: as for training on this machine."""
+    load_in_4bit: bool = False
+    """Score on the NF4 base that QLoRA trained on, instead of the 16-bit one; 2.3-2.5x slower on a T4."""
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _tasks(cls, value: Any) -> Any:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple({"name": item} if isinstance(item, str) else item for item in items)
+
+    @field_validator("data")
+    @classmethod
+    def _known_data(cls, value: Mapping[str, str]) -> Mapping[str, str]:
+        known = ("ifeval", "gsm8k", "mmlu", "truthfulqa_mc2")
+        for name in value:
+            if name not in known:
+                raise ValueError(f"{name!r} is no known task: {', '.join(known)}")
+        return value
+
+
 class OutputConfig(_Section):
     """Where things go. Nothing here changes what is computed."""
 
@@ -227,6 +270,7 @@ class Config(_Section):
     lora: LoraSettings = LoraSettings()
     data: DataConfig
     audit: AuditConfig = AuditConfig()
+    eval: EvalConfig = EvalConfig()
     output: OutputConfig
     train: Mapping[str, Any] = Field(default_factory=dict)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas.errors import DONE, FAILED
+from atlas.eval.stats import wilson
 
 PAGES = ("README.md", "docs/*.md")
 
@@ -55,11 +56,33 @@ def pocket_seeds(results: Path) -> str:
     return "\n".join(lines)
 
 
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927), which stays within 0 and 1."""
-    middle = share + z * z / (2 * n)
-    spread = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+def lessons(results: Path) -> str:
+    """The lessons of the recipe."""
+    report = _read(results / "lessons.json")
+    lines = [
+        "| run | IFEval strict (95 %) | stops by itself | tokens | difference (95 %) | verdict |",
+        "|---" * 6 + "|",
+    ]
+    for run in report["runs"]:
+        low, high = run["strict"]["interval"]
+        change = verdict = ""
+        if "difference" in run:
+            found = run["difference"]
+            change = (
+                f"{100 * found['value']:+.1f} ({100 * found['interval'][0]:+.1f} to {100 * found['interval'][1]:+.1f})"
+            )
+            verdict = found["verdict"] + (f", against {run['against']}" if run["against"] != "recipe" else "")
+        lines.append(
+            f"| {run['name']}: {run['what']} | {run['strict']['score']:.1%} ({low:.1%}-{high:.1%}) | {run['stop_rate']:.1%} | "
+            f"{run['mean_tokens']:.1f} | {change} | {verdict} |"
+        )
+    n, versions = report["runs"][0]["n"], report["versions"]
+    lines += [
+        "",
+        f"{n} prompts in pairs, differences in points against the recipe; one training run each. {report['hardware']}, "
+        f"{report['seconds'] / 60:.0f} minutes; trl {versions['trl']}; {report['date'][:10]}, `{report['command']}`.",
+    ]
+    return "\n".join(lines)
 
 
 def audit_cost_table(results: Path) -> str:
@@ -146,6 +169,7 @@ def _escaped(text: str) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "pocket-table": pocket_table,
     "pocket-seeds": pocket_seeds,
+    "lessons": lessons,
     "audit-cost": audit_cost_table,
     "prepare-speed": prepare_speed,
     "template-matrix": template_matrix,

@@ -1,60 +1,69 @@
-"""Score a chat model with lm-eval's own ``ifeval`` task, on local prompts, offline and repeatably.
+"""Score a chat model with lm-eval's own tasks, repeatably.
 
-What is lm-eval's stays lm-eval's: the task, the checkers and the generation loop. This module settles what decides the score and
-is left open there: which tokens end a reply, that nothing else in ``generation_config`` applies, and the scorer's random choices.
+What is lm-eval's stays lm-eval's: the tasks, the checkers and the generation loop. This module settles what decides the score and
+is left open there: which tokens end a reply, that nothing else in `generation_config` applies, and what is recorded per prompt.
 """
-
-from __future__ import annotations
 
 import contextlib
 import io
 import json
 import logging
-import random
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from atlas.errors import UserError
+from atlas.eval.stats import Estimate, mean_estimate, ratio_estimate
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from atlas.eval.tasks import LoadedTask
+
 # A chat reply ends with the first, a base model's document with the second. With the second alone, batches larger than one keep
 # what a row generates after its <|im_end|> (strict 0.50 at batch 1, 0.30 at batch 20 on the same 20 prompts).
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-# The only checkers of lm-eval 0.4.13 that split sentences or words with NLTK's model; the others need no data.
-NEEDS_PUNKT = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
-TASK = "atlas_ifeval"
 
 
 @dataclass(frozen=True)
-class PromptRecord:
-    """One prompt's reply and verdicts. ``inst_strict`` and ``inst_loose`` are parallel to ``instruction_id_list``.
+class Record:
+    """One prompt: what was asked and answered, and its scores, each in [0, 1]; the first one is the task's main metric.
 
-    ``generated_tokens`` counts the stop token where there is one; ``stopped`` is False when the reply was cut at the limit.
+    `groups` holds a verdict per instruction (ifeval) or subject (mmlu). `tokens` counts the stop token where there is one;
+    `stopped` is False when the reply was cut at the limit; both are None where nothing is generated.
     """
 
-    key: int
-    reply: str
-    instruction_id_list: tuple[str, ...]
-    inst_strict: tuple[bool, ...]
-    inst_loose: tuple[bool, ...]
-    generated_tokens: int
-    stopped: bool
+    key: str | int
+    scores: dict[str, float]
+    groups: list[tuple[str, bool]]
+    prompt: str
+    text: str | None
+    tokens: int | None
+    stopped: bool | None
 
 
 @dataclass(frozen=True)
-class IfevalResult:
-    """IFEval's four accuracies as lm-eval reports them, each in [0, 1], and one record per prompt in the data's order."""
+class TaskResult:
+    """A task's scores with standard error and 95 % interval, and one record per prompt in the data's order."""
 
-    prompt_strict: float
-    inst_strict: float
-    prompt_loose: float
-    inst_loose: float
-    records: tuple[PromptRecord, ...]
+    metrics: dict[str, Estimate]
+    records: tuple[Record, ...]
+    stop_rate: float | None
+    """Share of replies that end with a stop token by themselves, within the limit."""
+    mean_tokens: float | None
+    cut_prompts: int
+    """Prompts too long for the model's context, which lm-eval cuts at their beginning."""
+
+    def as_json(self) -> dict[str, Any]:
+        rest = {"stop_rate": self.stop_rate, "mean_tokens": self.mean_tokens, "cut_prompts": self.cut_prompts}
+        return {"metrics": {name: asdict(estimate) for name, estimate in self.metrics.items()}, **rest}
+
+    def lines(self) -> str:
+        """The records as JSON lines."""
+        return "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in self.records)
 
 
 def load_model(
@@ -62,108 +71,134 @@ def load_model(
     adapter: str | Path | None = None,
     *,
     revision: str | None = None,
-    dtype: torch.dtype | str = "auto",
-    device: torch.device | str = "cpu",
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base model, un-quantised, with a PEFT adapter on top of it, and the tokenizer that the adapter was trained with.
+    adapter_revision: str | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    dtype: "torch.dtype | str" = "auto",
+    device: "torch.device | str" = "cpu",
+    load_in_4bit: bool = False,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a base model with a PEFT adapter on top of it, and the tokenizer that the adapter was trained with.
 
-    lm-eval ignores ``peft=`` when it is given a model object, and uses one ``revision`` for base and adapter alike.
+    lm-eval ignores `peft=` when it is given a model object, and uses one `revision` for base and adapter alike.
 
     Args:
-        base: Hub id or folder of the base model.
+        base: Hub id or folder of the base (or merged) model.
         adapter: Hub id or folder of the adapter; its folder's tokenizer, if it has one, is used instead of the base's.
         revision: of the base model, and of its tokenizer where that is used.
+        adapter_revision: of the adapter and its tokenizer.
+        tokenizer: instead of the one that would be loaded, where the adapter has none of its own.
         dtype: of the weights; "auto" is the checkpoint's.
         device: where to put the model.
+        load_in_4bit: quantise the base to NF4, as in QLoRA training.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from transformers.utils import cached_file
 
-    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype).to(device)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": base, "revision": revision}
+    quantization = None
+    if load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, revision=revision, dtype=dtype, quantization_config=quantization, device_map={"": device}
+    )
+    own = False
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter)
-        if cached_file(adapter, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
-            source = {"pretrained_model_name_or_path": adapter}
-    return model.eval(), AutoTokenizer.from_pretrained(**source)
+        model = PeftModel.from_pretrained(model, adapter, revision=adapter_revision or "main")
+        at = {"revision": adapter_revision} if adapter_revision else {}
+        own = bool(cached_file(adapter, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **at))
+    if own:
+        tokenizer = AutoTokenizer.from_pretrained(adapter, revision=adapter_revision or "main")
+    elif tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision or "main")
+    return model.eval(), tokenizer
 
 
-def run_ifeval(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Path,
-    *,
-    batch_size: int = 16,
-    max_gen_toks: int,
-    limit: int | None = None,
-) -> IfevalResult:
-    """Generate greedily for each prompt through the chat template and score the replies with lm-eval's ``ifeval``.
+def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids that end a reply. Raises `UserError` for a tokenizer without `<|im_end|>`."""
+    from atlas.models.base import stop_token
 
-    The model's ``generation_config`` is replaced: only the stop tokens count, without a length limit or a repetition penalty of its
-    own. langdetect and ``random`` are seeded, so that the same replies always get the same scores.
+    vocabulary = tokenizer.get_vocab()
+    return sorted({vocabulary[token] for token in (stop_token(tokenizer), *STOP_TOKENS) if token in vocabulary})
 
-    Args:
-        model: a causal language model, with or without adapter.
-        tokenizer: must have a chat template and the token ``<|im_end|>``.
-        data: jsonl file with ``key`` (unique), ``prompt``, ``instruction_id_list`` and ``kwargs`` in each row.
-        batch_size: prompts generated together. In fp32 it does not change the replies.
-        max_gen_toks: most tokens generated per reply; a longer reply is cut and scored as it is.
-        limit: score only the first ``limit`` prompts.
 
-    Raises:
-        ValueError: bad data or a tokenizer without ``<|im_end|>``; nothing has been generated.
-        LookupError: an instruction in the data needs NLTK's punkt_tab, which is not installed; nothing has been generated.
-    """
-    rows = _read(data, limit)
-    _prepare_scorer(rows)
-    stops = _stop_ids(tokenizer)
-
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+def set_generation(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Greedy until a stop token; no limit and no penalty of the checkpoint's own."""
     from transformers import GenerationConfig
 
-    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, do_sample=False)
+    model.generation_config = GenerationConfig(
+        eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+
+
+def run_task(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", task: "LoadedTask", *, batch_size: int = 16
+) -> TaskResult:
+    """Score a model on one task through its chat template, greedily. In fp32 `batch_size` does not change the replies."""
+    set_generation(model, tokenizer)
     with _quiet():
-        lm = _recording_lm(model, tokenizer, batch_size, stops)
-    with tempfile.TemporaryDirectory() as folder:
-        _write_task(Path(folder), data, max_gen_toks)
-        manager = TaskManager(include_path=folder, include_defaults=False)
-        task = manager.load([TASK])["tasks"][TASK]
-        score = task.config.process_results
+        lm = _recording_lm(model, tokenizer, batch_size, stop_ids(tokenizer))
+    return score(lm, task)
 
-        def seeded(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
-            random.seed(doc["key"])  # a checker without kwargs draws its own letter or keyword
-            return score(doc, results)
 
-        task.config.process_results = seeded
+def score(lm: Any, task: "LoadedTask") -> TaskResult:
+    """Run lm-eval on one task with a recording model (see `_recording_lm`)."""
+    from lm_eval import simple_evaluate
+
+    records: list[Record] = []
+    for name, part in task.parts.items():
         with _quiet():
             out = simple_evaluate(
-                lm, tasks=[task], task_manager=manager, limit=limit, apply_chat_template=True, bootstrap_iters=0
+                lm,
+                tasks=[part],
+                limit=task.settings.limit,
+                apply_chat_template=True,
+                bootstrap_iters=0,
             )
-    records = []
-    for sample in sorted(out["samples"][TASK], key=lambda s: s["doc_id"]):
-        generated, stopped = lm.generated[tuple(lm.tok_encode(sample["arguments"][0][0]))]
-        records.append(
-            PromptRecord(
-                key=sample["doc"]["key"],
-                reply=sample["filtered_resps"][0],
-                instruction_id_list=tuple(sample["doc"]["instruction_id_list"]),
-                inst_strict=tuple(sample["inst_level_strict_acc"]),
-                inst_loose=tuple(sample["inst_level_loose_acc"]),
-                generated_tokens=generated,
-                stopped=stopped,
+        (samples,) = out["samples"].values()
+        records += _records(samples, task, lm, name)
+    main = records[0].scores
+    metrics = {}
+    for metric in main:
+        if metric.startswith("inst_"):
+            metrics[metric] = ratio_estimate(
+                [len(r.groups) * r.scores[metric] for r in records], [len(r.groups) for r in records]
             )
-        )
-    scores = out["results"][TASK]
-    return IfevalResult(
-        prompt_strict=scores["prompt_level_strict_acc,none"],
-        inst_strict=scores["inst_level_strict_acc,none"],
-        prompt_loose=scores["prompt_level_loose_acc,none"],
-        inst_loose=scores["inst_level_loose_acc,none"],
+        else:
+            metrics[metric] = mean_estimate([record.scores[metric] for record in records])
+    generated = [record for record in records if record.tokens is not None]
+    return TaskResult(
+        metrics=metrics,
         records=tuple(records),
+        stop_rate=sum(bool(r.stopped) for r in generated) / len(generated) if generated else None,
+        mean_tokens=sum(r.tokens or 0 for r in generated) / len(generated) if generated else None,
+        cut_prompts=lm.cut,
     )
+
+
+def _records(samples: list[dict[str, Any]], task: "LoadedTask", lm: Any, part: str) -> list[Record]:
+    """One record per document; a task with several filters has a sample for each of them."""
+    by_document: dict[int, list[dict[str, Any]]] = {}
+    for sample in samples:
+        by_document.setdefault(sample["doc_id"], []).append(sample)
+    records = []
+    for index, (_, filtered) in enumerate(sorted(by_document.items())):
+        scores = {}
+        for name, of_lm_eval, wanted in task.known.metrics:
+            sample = next(sample for sample in filtered if sample["filter"] == wanted)
+            value = sample[of_lm_eval]
+            scores[name] = float(sum(value) / len(value) if isinstance(value, list) else value)
+        first = filtered[0]
+        prompt = first["arguments"][0][0]
+        text = tokens = stopped = None
+        if task.known.generates:
+            text = first["resps"][0][0]
+            tokens, stopped = lm.generation(prompt, task.generation)
+        key = first["doc"].get("key", index) if not part else f"{part}/{index}"
+        records.append(Record(key, scores, task.known.groups(first), prompt, text, tokens, stopped))
+    return records
 
 
 @contextlib.contextmanager
@@ -179,71 +214,9 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _read(data: Path, limit: int | None) -> list[dict[str, Any]]:
-    """The rows that will be scored, checked for what lm-eval would only trip over after generating."""
-    rows = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
-    if not rows:
-        raise ValueError(f"{data}: no prompts")
-    for number, row in enumerate(rows, 1):
-        missing = {"key", "prompt", "instruction_id_list", "kwargs"} - row.keys()
-        if missing:
-            raise ValueError(f"{data}, row {number}: no {', '.join(sorted(missing))}")
-        if len(row["kwargs"]) != len(row["instruction_id_list"]):
-            raise ValueError(f"{data}, row {number}: one kwargs per instruction, in the same order")
-    if len({row["key"] for row in rows}) < len(rows):
-        raise ValueError(f"{data}: keys are not unique, so that two runs could not be compared prompt by prompt")
-    return rows
-
-
-def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    vocabulary = tokenizer.get_vocab()
-    if STOP_TOKENS[0] not in vocabulary:
-        raise ValueError(f"the tokenizer has no {STOP_TOKENS[0]}, so that the end of a reply cannot be told")
-    return [vocabulary[token] for token in STOP_TOKENS if token in vocabulary]
-
-
-def _prepare_scorer(rows: list[dict[str, Any]]) -> None:
-    """Import lm-eval's checkers without their download, check that all needed are there, and seed langdetect."""
-    import langdetect
-    import nltk
-
-    used = {name for row in rows for name in row["instruction_id_list"]}
-    if needy := used & NEEDS_PUNKT:
-        try:
-            nltk.data.find("tokenizers/punkt_tab/english/")
-        except LookupError:
-            raise LookupError(
-                f"{', '.join(sorted(needy))} need NLTK's punkt_tab, which is not installed: run "
-                "`python -m nltk.downloader punkt_tab` on a machine with a network (or copy its nltk_data folder here)"
-            ) from None
-    # instructions_util downloads punkt_tab when it is imported, needed or not, and says "Downloaded" also when that failed.
-    download = nltk.download
-    nltk.download = lambda *args, **kwargs: False
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
-    finally:
-        nltk.download = download
-    if unknown := used - INSTRUCTION_DICT.keys():
-        raise ValueError(f"lm-eval has no checker for {', '.join(sorted(unknown))}")
-    langdetect.DetectorFactory.seed = 0  # unseeded, one and the same reply passed 12-15 % of the time
-
-
-def _write_task(folder: Path, data: Path, max_gen_toks: int) -> None:
-    """lm-eval's packaged ifeval with other data and reply length, as a task file (JSON is YAML)."""
-    from importlib.resources import files
-
-    config = {
-        "task": TASK,
-        "include": str(files("lm_eval") / "tasks/ifeval/ifeval.yaml"),
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"train": str(Path(data).resolve())}},
-        "generation_kwargs": {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": max_gen_toks},
-    }
-    (folder / f"{TASK}.yaml").write_text(json.dumps(config))
-
-
-def _recording_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, stops: list[int]) -> Any:
+def _recording_lm(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int, stops: list[int]
+) -> Any:
     """lm-eval's HFLM that also keeps, per prompt, how many tokens it generated and whether a stop token was among them."""
     from lm_eval.models.huggingface import HFLM
 
@@ -251,8 +224,9 @@ def _recording_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ba
         def __init__(self) -> None:
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             self.generated: dict[tuple[int, ...], tuple[int, bool]] = {}
+            self.cut = 0
 
-        def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def _model_generate(self, context: "torch.Tensor", *args: Any, **kwargs: Any) -> "torch.Tensor":
             output = super()._model_generate(context, *args, **kwargs)
             mask = kwargs["attention_mask"].bool()
             for prompt, real, row in zip(context, mask, output, strict=True):
@@ -261,4 +235,59 @@ def _recording_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ba
                 self.generated[tuple(prompt[real].tolist())] = (end or len(reply), end is not None)
             return output
 
+        def generation(self, prompt: str, settings: dict[str, Any]) -> tuple[int, bool]:
+            tokens = self.tok_encode(prompt)
+            room = self.max_length - settings["max_gen_toks"]
+            self.cut += len(tokens) > room
+            return self.generated[tuple(tokens[-room:])]
+
     return RecordingLM()
+
+
+def vllm_lm(
+    base: str,
+    adapter: str | None,
+    tokenizer: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    stops: list[int],
+    lora_rank: int = 16,
+) -> Any:
+    """The same interface on vLLM (extra `vllm`, a GPU). It has not been run yet. Raises `UserError` where vLLM is missing."""
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise UserError(
+            "eval.backend=vllm needs the package vllm: `pip install atlas-posttraining[vllm]`, or eval.backend=hf"
+        )
+    from lm_eval.models.vllm_causallms import VLLM
+
+    class RecordingVLLM(VLLM):
+        generated: dict[tuple[int, ...], tuple[int, bool]]
+        cut = 0
+
+        def _model_generate(
+            self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None
+        ) -> Any:
+            for parameters in sampling_params or [] if isinstance(sampling_params, list) else [sampling_params]:
+                if parameters is not None:
+                    parameters.stop_token_ids = stops
+            outputs = super()._model_generate(requests, generate, sampling_params)
+            if generate:
+                for request, output in zip(requests, outputs, strict=True):
+                    reply = output.outputs[0]
+                    ended = reply.finish_reason == "stop" and reply.stop_reason in (None, *stops)
+                    self.generated[tuple(request)] = (len(reply.token_ids), ended)
+            return outputs
+
+        def generation(self, prompt: str, settings: dict[str, Any]) -> tuple[int, bool]:
+            tokens = self.tok_encode(prompt)
+            room = self.max_length - settings["max_gen_toks"]
+            self.cut += len(tokens) > room
+            return self.generated[tuple(tokens[-room:])]
+
+    lora = {"lora_local_path": adapter, "enable_lora": True, "max_lora_rank": lora_rank} if adapter else {}
+    lm = RecordingVLLM(pretrained=base, revision=revision, tokenizer=tokenizer, dtype=dtype, **lora)
+    lm.generated = {}
+    return lm

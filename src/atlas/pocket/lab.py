@@ -6,21 +6,17 @@ Everything runs for real (NF4, LoRA, SFTTrainer, lm-eval's own scorer), on two C
 """
 
 import argparse
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from atlas.config import load_config
 from atlas.errors import DONE, FAILED, run_main
-
-if TYPE_CHECKING:
-    from atlas.eval.harness import IfevalResult
-
-MAX_REPLY_TOKENS = 128
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,8 +37,11 @@ def _main(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.seed:  # beside the default lab, not over it
         home = f"outputs/pocket/seed_{arguments.seed}"
-        paths_of_seed = (f"model.name={home}/lab/base", f"data.train={home}/lab/train.jsonl", f"output.dir={home}/sft")
-        overrides = [*paths_of_seed, f"output.results_dir={home}", f"train.seed={arguments.seed}", *overrides]
+        of_seed = (
+            *(f"model.name={home}/lab/base", f"data.train={home}/lab/train.jsonl", f"output.dir={home}/sft"),
+            *(f"eval.data.ifeval={home}/lab/eval.jsonl", f"output.results_dir={home}", f"train.seed={arguments.seed}"),
+        )
+        overrides = [*of_seed, *overrides]
     result_file = Path("results") / ("pocket.json" if not arguments.seed else f"pocket_seed_{arguments.seed}.json")
     loaded = load_config(arguments.config, overrides)
     results_dir = Path(loaded.config.output.results_dir)
@@ -55,7 +54,7 @@ def _main(arguments: argparse.Namespace) -> int:
         seconds[name] = round(time.perf_counter() - clock, 1)
         clock = time.perf_counter()
 
-    from atlas.eval.harness import load_model, run_ifeval
+    from atlas.eval.run import Target, evaluate
     from atlas.pocket.base import build
     from atlas.train import sft
 
@@ -72,12 +71,17 @@ def _main(arguments: argparse.Namespace) -> int:
     step("SFT")
 
     print("\n== IFEval: lm-eval's scorer on combinations of subject and instructions that were not trained on")
-    scores: dict[str, IfevalResult] = {}
-    for name, adapter in (("base", None), ("tuned", run.folder)):
-        model, tokenizer = load_model(paths.base, adapter)
-        scores[name] = run_ifeval(model, tokenizer, paths.eval, max_gen_toks=MAX_REPLY_TOKENS)
+    base = str(paths.base)
+    targets = {
+        "base": Target("pocket-base", base, "base"),
+        "tuned": Target("pocket-tuned", base, "sft", adapter=str(run.folder)),
+    }
+    rows = {}
+    for name, target in targets.items():
+        rows[name] = evaluate(loaded.config, target, replace=True)
         step(f"IFEval of {name}")
 
+    scores = {name: _scores(row, results_dir) for name, row in rows.items()}
     report = _report(scores, seconds, run.manifest, arguments.seed)
     from atlas.train.manifest import write_json
 
@@ -89,7 +93,7 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _report(
-    scores: "dict[str, IfevalResult]", seconds: dict[str, float], manifest: dict[str, Any], seed: int
+    scores: dict[str, dict[str, Any]], seconds: dict[str, float], manifest: dict[str, Any], seed: int
 ) -> dict[str, Any]:
     return {
         "format": 1,
@@ -100,25 +104,25 @@ def _report(
         "hardware": manifest["device"]["hardware"],
         "versions": manifest["versions"],
         "result": manifest["result"],
-        "scores": {name: _scores(result) for name, result in scores.items()},
+        "scores": scores,
         "seconds": seconds,
     }
 
 
-def _scores(result: "IfevalResult") -> dict[str, Any]:
+def _scores(row: dict[str, Any], results: Path) -> dict[str, Any]:
+    from atlas.eval.run import records_file
+
     kinds: dict[str, list[bool]] = {}
-    for record in result.records:
-        for kind, passed in zip(record.instruction_id_list, record.inst_strict, strict=True):
-            kinds.setdefault(kind, []).append(passed)
-    n = len(result.records)
+    with records_file(results, row["name"], "ifeval").open(encoding="utf-8") as lines:
+        for line in lines:
+            for kind, passed in json.loads(line)["groups"]:
+                kinds.setdefault(kind, []).append(passed)
+    task = row["tasks"]["ifeval"]
     return {
-        "n": n,
-        "prompt_strict": round(result.prompt_strict, 4),
-        "inst_strict": round(result.inst_strict, 4),
-        "prompt_loose": round(result.prompt_loose, 4),
-        "inst_loose": round(result.inst_loose, 4),
-        "stop_rate": round(sum(record.stopped for record in result.records) / n, 4),
-        "mean_tokens": round(sum(record.generated_tokens for record in result.records) / n, 1),
+        "n": task["n"],
+        **{name: round(found["score"], 4) for name, found in task["metrics"].items()},
+        "stop_rate": round(task["stop_rate"], 4),
+        "mean_tokens": round(task["mean_tokens"], 1),
         "by_instruction": {kind: [sum(passed), len(passed)] for kind, passed in sorted(kinds.items())},
     }
 

@@ -184,6 +184,17 @@ def conversations(seed: int, n: int) -> list[dict[str, Any]]:
     return rows
 
 
+def plain_conversations(seed: int, n: int) -> list[dict[str, Any]]:
+    """`n` training rows of a question and its answer, none of which asks for a format."""
+    rng = random.Random(f"plain-{seed}")
+    rows = []
+    for _ in range(n):
+        turn = _exchange(rng, rng.choice(list(SUBJECTS)), ())
+        user, reply = {"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.reply}
+        rows.append({"messages": [user, reply]})
+    return rows
+
+
 def heldout_prompts(seed: int, n: int) -> list[dict[str, Any]]:
     """`n` different held-out prompts in IFEval's schema: `key`, `prompt`, `instruction_id_list`, `kwargs`.
 

@@ -1,0 +1,398 @@
+"""`atlas compare A B [C ...]`: are B, C, ... better than A on the same prompts, or is it luck?
+
+    atlas compare pocket-base pocket-tuned
+
+Runs are rows of results/metrics.json. Writes results/comparison.md and plots, and prints the same.
+"""
+
+import argparse
+import html
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atlas.errors import DONE, UserError, run_main
+from atlas.eval.stats import Difference, Estimate, holm, paired_difference
+
+# What must be equal for scores to be comparable, and what is only said where it differs.
+_SAME = ("version", "data", "generation", "num_fewshot", "limit", "chat_template")
+_NOTED = ("dtype", "quantization", "backend", "hardware", "batch_size", "template_sha256")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of metrics.json with its records, by task."""
+
+    name: str
+    row: dict[str, Any]
+    records: dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of a task for two runs, and their difference on the same prompts."""
+
+    name: str
+    a: Estimate
+    b: Estimate
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class Group:
+    """One type of instruction (or subject): passed of n for both runs; p after Holm's correction over all types."""
+
+    name: str
+    n: int
+    a: int
+    b: int
+    p: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """B against A on one task."""
+
+    task: str
+    a: Run
+    b: Run
+    n: int
+    metrics: tuple[Metric, ...]
+    groups: tuple[Group, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """Of the task's main metric."""
+        return self.metrics[0].difference.verdict
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="atlas compare", description=(__doc__ or "").split("\n\n")[0].split(": ", 1)[1]
+    )
+    parser.add_argument("runs", nargs="+", metavar="NAME", help="the first is what the others are compared with")
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="(default: %(default)s)")
+    parser.add_argument("--task", help="only this one")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N prompts on which the two differ")
+    arguments = parser.parse_args(argv)
+    return run_main(lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    results = arguments.results_dir
+    found = comparison(results, arguments.runs, arguments.task)
+    references = _references(results)
+    for compared in found:
+        print(table(compared, references) + "\n")
+    for compared in found if arguments.show else ():
+        print(differing(compared, arguments.show, shutil.get_terminal_size((100, 24)).columns))
+    report = results / "comparison.md"
+    report.write_text(markdown(found, references), encoding="utf-8")
+    plots = plot(found, results / "plots")
+    print(f"written: {report}, {', '.join(map(str, plots))}")
+    return DONE
+
+
+def comparison(results: Path, names: Sequence[str], task: str | None = None) -> list[Comparison]:
+    """Each of `names[1:]` against `names[0]`, on every task that both have, or on one.
+
+    Raises `UserError` for an unknown run, for records that are missing or damaged, and for pairs that are not comparable.
+    """
+    if len(names) < 2:
+        raise UserError("compare needs two runs: atlas compare A B")
+    first, *others = [load_run(results, name, task) for name in names]
+    found = []
+    for other in others:
+        tasks = [name for name in first.records if name in other.records]
+        if not tasks:
+            have = [f"{run.name}: {', '.join(run.records) or 'none'}" for run in (first, other)]
+            raise UserError(f"{first.name} and {other.name} have no task in common ({'; '.join(have)})")
+        found += [_compare(first, other, name) for name in tasks]
+    return found
+
+
+def load_run(results: Path, name: str, task: str | None = None) -> Run:
+    """A run by its name, with the records of its tasks (or of one)."""
+    from difflib import get_close_matches
+
+    from atlas.eval.run import METRICS, read_metrics, records_file
+
+    rows = {row["name"]: row for row in read_metrics(results)["runs"]}
+    if name not in rows:
+        near = get_close_matches(name, rows, n=1, cutoff=0)
+        meant = f"did you mean {near[0]!r}? It has {', '.join(map(repr, rows))}" if near else "it has none"
+        raise UserError(f"{results / METRICS} has no run {name!r}; {meant}")
+    tasks = rows[name]["tasks"]
+    if task is not None and task not in tasks:
+        raise UserError(f"{name} has no results of {task!r}, only of {', '.join(tasks) or 'nothing'}")
+    wanted = [task] if task else list(tasks)
+    return Run(name, rows[name], {t: _records(records_file(results, name, t), tasks[t]["n"]) for t in wanted})
+
+
+def _records(path: Path, n: int) -> list[dict[str, Any]]:
+    records = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            record = json.loads(line)
+            if not {"key", "scores", "groups", "prompt", "text"} <= record.keys():
+                raise ValueError(f"line {number} is no record of a prompt")
+            records.append(record)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"the records {path} cannot be read ({error}): score the run again (`atlas eval`)") from None
+    if len(records) != n or len({record["key"] for record in records}) != n:
+        raise UserError(
+            f"{path} holds {len(records)} prompts, metrics.json says {n}: score the run again (`atlas eval`)"
+        )
+    return records
+
+
+def _compare(a: Run, b: Run, task: str) -> Comparison:
+    of_a, of_b = a.row["tasks"][task], b.row["tasks"][task]
+    for field in _SAME:
+        if of_a[field] != of_b[field]:
+            raise UserError(
+                f"{a.name} and {b.name} are not comparable on {task}: {field} is {of_a[field]} and {of_b[field]}; "
+                "score both with the same settings"
+            )
+    by_key = {record["key"]: record for record in b.records[task]}
+    if by_key.keys() != {record["key"] for record in a.records[task]}:
+        raise UserError(f"{a.name} and {b.name} are not comparable on {task}: they have different prompts")
+    pairs = [(record, by_key[record["key"]]) for record in a.records[task]]
+    metrics = []
+    for name in pairs[0][0]["scores"]:
+        scores = [(x["scores"][name], y["scores"][name]) for x, y in pairs]
+        of = None
+        if name.startswith("inst_"):  # a share of all instructions, which come in prompts
+            of = [len(x["groups"]) for x, _ in pairs]
+            scores = [(p * k, q * k) for (p, q), k in zip(scores, of, strict=True)]
+        before, after = [p for p, _ in scores], [q for _, q in scores]
+        difference = paired_difference(before, after, of)
+        metrics.append(Metric(name, _estimate(of_a["metrics"][name]), _estimate(of_b["metrics"][name]), difference))
+    notes = [f"{key}: {a.row[key]} and {b.row[key]}" for key in _NOTED if a.row[key] != b.row[key]]
+    return Comparison(task, a, b, len(pairs), tuple(metrics), tuple(_groups(pairs)), tuple(notes))
+
+
+def _estimate(stored: dict[str, Any]) -> Estimate:
+    return Estimate(stored["score"], stored["stderr"], (stored["interval"][0], stored["interval"][1]))
+
+
+def _groups(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[Group]:
+    """Verdicts per type; a prompt with a type twice counts as the mean of both for the test."""
+    by_type: dict[str, list[list[tuple[bool, bool]]]] = {}
+    for x, y in pairs:
+        of_prompt: dict[str, list[tuple[bool, bool]]] = {}
+        for (name, before), (_, after) in zip(x["groups"], y["groups"], strict=True):
+            of_prompt.setdefault(name, []).append((before, after))
+        for name, verdicts in of_prompt.items():
+            by_type.setdefault(name, []).append(verdicts)
+    names = sorted(by_type)
+    ps = []
+    for name in names:
+        means = [(sum(x for x, _ in v) / len(v), sum(y for _, y in v) / len(v)) for v in by_type[name]]
+        ps.append(paired_difference([x for x, _ in means], [y for _, y in means]).p)
+    found = []
+    for name, p in zip(names, holm(ps), strict=True):
+        verdicts = [verdict for of_prompt in by_type[name] for verdict in of_prompt]
+        found.append(Group(name, len(verdicts), sum(x for x, _ in verdicts), sum(y for _, y in verdicts), p))
+    return found
+
+
+def _references(results: Path) -> list[dict[str, Any]]:
+    """Published scores (results/references.json), which stand beside a comparison and are never part of one."""
+    path = results / "references.json"
+    if not path.is_file():
+        return []
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        return [{"name": str(run["name"]), "source": str(run["source"]), "tasks": dict(run["tasks"])} for run in runs]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: each run needs name, source and tasks ({error!r})") from None
+
+
+def _points(estimate: Estimate) -> str:
+    return f"{100 * estimate.score:.1f} ({100 * estimate.interval[0]:.1f}-{100 * estimate.interval[1]:.1f})"
+
+
+def _change(difference: Difference) -> str:
+    low, high = difference.interval
+    return f"{100 * difference.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _p(p: float) -> str:
+    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def _rows(found: Comparison) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        (m.name, _points(m.a), _points(m.b), _change(m.difference), _p(m.difference.p), m.difference.verdict)
+        for m in found.metrics
+    ]
+    of_a, of_b = found.a.row["tasks"][found.task], found.b.row["tasks"][found.task]
+    if of_a["stop_rate"] is not None:
+        rows.append(("stops by itself", f"{100 * of_a['stop_rate']:.1f}", f"{100 * of_b['stop_rate']:.1f}", "", "", ""))
+        rows.append(("mean tokens", f"{of_a['mean_tokens']:.1f}", f"{of_b['mean_tokens']:.1f}", "", "", ""))
+    return rows
+
+
+def _unpaired(found: Comparison, references: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """(name, scores, source) of published runs of this task."""
+    rows = []
+    for run in references:
+        if task := run["tasks"].get(found.task):
+            scores = ", ".join(f"{name} {100 * m['score']:.1f}" for name, m in task["metrics"].items())
+            rows.append((run["name"], scores, run["source"]))
+    return rows
+
+
+def table(found: Comparison, references: Sequence[dict[str, Any]] = ()) -> str:
+    """A comparison as text."""
+    head = ("", found.a.name, found.b.name, "difference", "p", "")
+    rows = [head, *_rows(found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = [
+        f"{found.task}: {found.b.name} against {found.a.name}, {found.n:,} prompts in pairs; percent, 95 % intervals"
+    ]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    if found.groups:
+        width = max(len(group.name) for group in found.groups)
+        lines.append("  " + "by type (p after Holm's correction)".ljust(width))
+        lines += [
+            f"    {g.name.ljust(width)}  {f'{g.a}/{g.n}':>9} -> {f'{g.b}/{g.n}':<9}  p {_p(g.p)}" for g in found.groups
+        ]
+    lines += [f"  note: {note}" for note in found.notes]
+    lines += [f"  unpaired: {name}: {scores} ({source})" for name, scores, source in _unpaired(found, references)]
+    return "\n".join(lines)
+
+
+def differing(found: Comparison, count: int, width: int) -> str:
+    """The first prompts on which the two differ in the main metric, replies side by side."""
+    main, half = found.metrics[0].name, (width - 3) // 2
+    by_key = {record["key"]: record for record in found.b.records[found.task]}
+    lines, shown = [], 0
+    for x in found.a.records[found.task]:
+        y = by_key[x["key"]]
+        if x["scores"][main] == y["scores"][main]:
+            continue
+        if shown == count:
+            break
+        shown += 1
+        lines += ["=" * width, f"{found.task} {x['key']}: {main} {x['scores'][main]:g} and {y['scores'][main]:g}"]
+        lines += _wrapped(_asked(x["prompt"]), width)
+        columns = []
+        for run, record in ((found.a, x), (found.b, y)):
+            failed = [name for name, passed in record["groups"] if not passed]
+            head = [run.name + (f" fails {', '.join(failed)}" if failed else ""), "-" * half]
+            columns.append(
+                _wrapped(head[0], half) + head[1:] + _wrapped(record["text"] or "(nothing is generated)", half)
+            )
+        height = max(map(len, columns))
+        left, right = ([*column, *[""] * (height - len(column))] for column in columns)
+        lines += [f"{p.ljust(half)} | {q}".rstrip() for p, q in zip(left, right, strict=True)]
+    return "\n".join(lines or [f"{found.task}: the two differ on no prompt"])
+
+
+def _asked(prompt: str) -> str:
+    """The last user turn of a rendered ChatML prompt; other templates are shown as they are."""
+    return prompt.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return [part for line in text.splitlines() for part in (textwrap.wrap(line, width) or [""])]
+
+
+def markdown(found: Sequence[Comparison], references: Sequence[dict[str, Any]] = ()) -> str:
+    """The comparisons as a page; every name in it is escaped."""
+    lines = ["# Comparison", ""]
+    for each in found:
+        lines += [f"## {_cell(each.task)}: {_cell(each.b.name)} against {_cell(each.a.name)}", ""]
+        lines += [f"{each.n:,} prompts in pairs; percent with 95 % intervals.", ""]
+        lines += [
+            f"| | {_cell(each.a.name)} | {_cell(each.b.name)} | difference | p | verdict |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in _rows(each)]
+        for name, scores, source in _unpaired(each, references):
+            lines.append(f"| unpaired: {_cell(name)} | | {_cell(scores)} | | | {_cell(source)} |")
+        if each.groups:
+            lines += ["", f"| type | {_cell(each.a.name)} | {_cell(each.b.name)} | p (Holm) |", "|---|---|---|---|"]
+            lines += [f"| {_cell(g.name)} | {g.a}/{g.n} | {g.b}/{g.n} | {_p(g.p)} |" for g in each.groups]
+        lines += ["", *(f"- {_cell(note)}" for note in each.notes)]
+        lines += [""] if each.notes else []
+    lines += [
+        "Verdicts: exact McNemar test and paired bootstrap (10,000 resamples of prompts) both at 5 %; metrics that are no plain "
+        "pass or fail take a sign-flip permutation test. Needed prompts are for 80 % power.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return html.escape(str(text), quote=False).replace("|", "&#124;").replace("\n", " ")
+
+
+def plot(found: Sequence[Comparison], folder: Path) -> list[Path]:
+    """One picture per task with each run's main metric and interval, and one of its types; the same bytes for the same results."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("plots need matplotlib: `pip install atlas-posttraining[eval]`") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for task in dict.fromkeys(each.task for each in found):
+        of_task = [each for each in found if each.task == task]
+        runs = {of_task[0].a.name: of_task[0].metrics[0].a} | {each.b.name: each.metrics[0].b for each in of_task}
+        figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.45 * len(runs)), layout="constrained")
+        for at, estimate in enumerate(runs.values()):
+            low, high = (100 * end for end in estimate.interval)
+            axes.plot([low, high], [at, at], color="#4a78b5", linewidth=3, solid_capstyle="butt")
+            axes.plot(100 * estimate.score, at, "o", color="#1b3a63", markersize=7)
+            label, at_point = f"{100 * estimate.score:.1f}", (100 * estimate.score, at)
+            axes.annotate(label, at_point, (0, 8), textcoords="offset points", ha="center", fontsize=9)
+        axes.set(yticks=range(len(runs)), yticklabels=list(runs), xlim=(-2, 102), ylim=(len(runs) - 0.4, -0.7))
+        axes.set_xlabel(
+            f"{task} {of_task[0].metrics[0].name}, % of {of_task[0].n:,} prompts, 95 % intervals", fontsize=9
+        )
+        written.append(_saved(figure, axes, folder / f"{task}.png"))
+        for each in of_task:
+            if not each.groups:
+                continue
+            figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.28 * len(each.groups)), layout="constrained")
+            for at, group in enumerate(each.groups):
+                before, after = 100 * group.a / group.n, 100 * group.b / group.n
+                axes.plot([before, after], [at, at], color="#c3ccd8", linewidth=2, zorder=1)
+                axes.plot(before, at, "o", color="#9aa5b4", label=each.a.name if not at else None)
+                axes.plot(after, at, "o", color="#1b3a63", label=each.b.name if not at else None)
+            labels = [f"{group.name} ({group.n}){' *' if group.p < 0.05 else ''}" for group in each.groups]
+            axes.set(yticks=range(len(labels)), xlim=(-2, 102), ylim=(len(labels) - 0.4, -0.6))
+            axes.set_yticklabels(labels, fontsize=8)
+            axes.set_xlabel("% followed; * p < 0.05 after Holm's correction", fontsize=9)
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=9)
+            name = f"{task}_instructions" + (f"_{each.b.name}" if len(of_task) > 1 else "")
+            written.append(_saved(figure, axes, folder / f"{name}.png"))
+    return written
+
+
+def _saved(figure: Any, axes: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    axes.grid(axis="x", color="#e5e8ec")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    pyplot.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""`atlas generate` and `atlas chat`: look at a model's replies, with the chat template and stop tokens of its training."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from atlas.errors import DONE, UserError, run_main
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHAT_HELP = "an empty line or /quit ends, /reset starts anew"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="atlas generate",
+        description="One reply to a prompt, or, without a prompt, a conversation (`atlas chat`): " + CHAT_HELP + ".",
+    )
+    parser.add_argument("prompt", nargs="?", help="what to ask; `-` reads it from standard input")
+    parser.add_argument(
+        "--adapter", metavar="FOLDER|REPO[@REVISION]", help="the tuned adapter; it knows its base model"
+    )
+    parser.add_argument(
+        "--model", metavar="FOLDER|REPO[@REVISION]", help="base or merged model (default: the adapter's)"
+    )
+    parser.add_argument("--system", help="system prompt (default: the chat template's own)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="for a temperature above 0 (default: 0)")
+    arguments = parser.parse_args(argv)
+    return run_main(lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    if arguments.adapter is None and arguments.model is None:
+        raise UserError("nothing to ask: give --adapter FOLDER or --model NAME")
+    if arguments.max_new_tokens < 1 or arguments.temperature < 0:
+        raise UserError("--max-new-tokens must be at least 1 and --temperature at least 0")
+    from transformers import set_seed
+
+    from atlas.train.sft import quiet_libraries
+
+    quiet_libraries()
+    model, tokenizer = _load(arguments.adapter, arguments.model)
+    set_seed(arguments.seed)
+    messages = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    if arguments.prompt is not None:
+        asked = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+        reply(model, tokenizer, [*messages, {"role": "user", "content": asked}], arguments)
+        return DONE
+    if sys.stdin.isatty():
+        print(f"({CHAT_HELP})")
+    beginning = list(messages)
+    while True:
+        try:
+            asked = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            return DONE
+        if asked.strip() in ("", "/quit"):
+            return DONE
+        if asked.strip() == "/reset":
+            messages = list(beginning)
+            continue
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": reply(model, tokenizer, messages, arguments)})
+
+
+def reply(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict[str, Any]],
+    arguments: argparse.Namespace,
+) -> str:
+    """Print the reply as it comes, and return it without its stop token."""
+    from transformers import TextStreamer
+
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    length = prompt["input_ids"].shape[1]
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and length >= room:
+        raise UserError(f"the conversation has {length} tokens, and the model takes {room}: /reset, or ask less")
+    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = model.generate(
+        **prompt.to(model.device), max_new_tokens=arguments.max_new_tokens, streamer=streamer, **sampling
+    )
+    generated = output[0, length:].tolist()
+    if not set(generated) & set(model.generation_config.eos_token_id):
+        print(f"[cut at {arguments.max_new_tokens} tokens]", file=sys.stderr)
+    text: str = tokenizer.decode(generated, skip_special_tokens=True)
+    return text
+
+
+def _load(adapter: str | None, model: str | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    import torch
+
+    from atlas.eval.harness import load_model, set_generation
+    from atlas.eval.run import parted
+
+    name, of_adapter = parted(adapter) if adapter else (None, None)
+    base, revision = parted(model) if model else (None, None)
+    try:
+        if base is None and name is not None:
+            from peft import PeftConfig
+
+            known = PeftConfig.from_pretrained(name, revision=of_adapter or "main")
+            base, revision = known.base_model_name_or_path, known.revision
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded = load_model(str(base), name, revision=revision, adapter_revision=of_adapter, device=device)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"the model cannot be loaded ({base}, adapter {name}): {first}") from None
+    if loaded[1].chat_template is None:
+        raise UserError(f"the tokenizer of {name or base} has no chat template: give --adapter, or an instruct model")
+    set_generation(*loaded)
+    return loaded
+
+
+if __name__ == "__main__":
+    sys.exit(main())

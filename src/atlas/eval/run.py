@@ -1,0 +1,336 @@
+"""`atlas eval`: score the base model, an adapter or a merged model with lm-eval, and keep every prompt's reply.
+
+Each finished task is on the disk before the next begins: started again, a run goes on where it stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from atlas.config import Config, EvalTask
+from atlas.errors import DONE, UserError, run_main
+
+SCHEMA = 1
+METRICS = "metrics.json"
+# What makes two runs of one name the same: a row of another is never added to.
+_IDENTITY = (
+    *("model", "model_revision", "adapter", "adapter_sha256", "config_hash", "template_sha256"),
+    *("backend", "dtype", "quantization"),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is scored. `model` and `adapter` are Hub ids or folders; `name` is how the results call it."""
+
+    name: str
+    model: str
+    method: str
+    model_revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="atlas eval", description=(__doc__ or "").split("\n\n")[0].split(": ", 1)[1])
+    parser.add_argument("--config", required=True, help="phase YAML; eval: says which tasks")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--base", action="store_true", help="score the base model of the config")
+    what.add_argument("--adapter", metavar="FOLDER|REPO[@REVISION]", help="default: output.dir of the config")
+    what.add_argument("--merged", metavar="FOLDER|REPO[@REVISION]", help="score a whole model")
+    parser.add_argument("--name", help="how results/ calls it (default: from model or adapter)")
+    parser.add_argument("--tasks", help="comma-separated, instead of eval.tasks")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of each task")
+    parser.add_argument("--replace", action="store_true", help="discard another run's results of the same name")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path into the config")
+    arguments = parser.parse_intermixed_args(argv)
+    return run_main(lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    import os
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from atlas.config import load_config
+
+    overrides = list(arguments.overrides)
+    if arguments.tasks:
+        overrides.append(f"eval.tasks=[{arguments.tasks}]")
+    config = load_config(arguments.config, overrides).config
+    tasks = config.eval.tasks
+    if arguments.limit is not None:
+        tasks = tuple(task.model_copy(update={"limit": arguments.limit}) for task in tasks)
+    target = _target(arguments, config)
+    row = evaluate(config, target, tasks=tasks, replace=arguments.replace)
+    print(table(row))
+    return DONE
+
+
+def parted(given: str) -> tuple[str, str | None]:
+    """`user/repo@revision` as repo and revision; a folder stays as it is."""
+    if Path(given).exists() or "@" not in given:
+        return given, None
+    name, revision = given.rsplit("@", 1)
+    return name, revision
+
+
+def _target(arguments: argparse.Namespace, config: Config) -> Target:
+    base, revision = config.model.name, config.model.revision
+    if arguments.base:
+        return Target(arguments.name or f"{Path(base).name}-base", base, "base", revision)
+    if arguments.merged:
+        merged, of_merged = parted(arguments.merged)
+        return Target(arguments.name or Path(merged).name, merged, "merged", of_merged)
+    adapter, of_adapter = parted(arguments.adapter or config.output.dir)
+    if arguments.adapter is None and not (Path(adapter) / "adapter_config.json").is_file():
+        raise UserError(f"output.dir: {adapter} holds no adapter yet: train first, or give --adapter or --base")
+    return Target(arguments.name or Path(adapter).name, base, "sft", revision, adapter, of_adapter)
+
+
+def evaluate(
+    config: Config, target: Target, *, tasks: Sequence[EvalTask] | None = None, replace: bool = False
+) -> dict[str, Any]:
+    """Score `target` on the tasks that are not yet done; returns its row of results/metrics.json.
+
+    Raises `UserError`, before a model is loaded, for what is missing (data, extras) and for a row of the same name that belongs
+    to another model, adapter, template or precision.
+    """
+    from atlas.device import Machine, choose_device
+    from atlas.eval.tasks import load_task
+    from atlas.train.sft import quiet_libraries
+
+    quiet_libraries()
+    results = Path(config.output.results_dir)
+    ready = [load_task(task, config.eval.data.get(task.name)) for task in tasks or config.eval.tasks]
+    plan = choose_device(config, Machine.from_torch())
+    dtype = plan.dtype if config.eval.dtype == "auto" else config.eval.dtype
+    tokenizer = _base_tokenizer(config, target)
+    row = _row(config, target, str(dtype), plan.hardware, tokenizer)
+    known = _known_row(results, row, replace)
+    done: dict[str, Any] = known["tasks"] if known else {}
+    left = []
+    for task in ready:
+        before = done.get(task.settings.name, {})
+        same = all(before.get(key) == value for key, value in task.settings_record().items())
+        if same and _sha256(records_file(results, target.name, task.settings.name)) == before["records_sha256"]:
+            print(f"{target.name}: {task.settings.name} is done already ({before['n']} prompts)")
+        else:
+            left.append(task)
+    row["tasks"] = {name: entry for name, entry in done.items() if name not in {t.settings.name for t in left}}
+    if not left:
+        return {**row, "tasks": done}
+    run = _runner(config, target, dtype, plan.device, tokenizer)
+    for task in left:
+        name = task.settings.name
+        print(f"{target.name}: {name}, {task.n} prompts", flush=True)
+        result = run(task)
+        records = records_file(results, target.name, name)
+        _write(records, result.lines())
+        entry = task.settings_record() | result.as_json() | {"records_sha256": _sha256(records)}
+        row["tasks"] = row["tasks"] | {name: json.loads(json.dumps(entry))}
+        row["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        _store(results, row)
+        if result.cut_prompts:
+            print(f"  {result.cut_prompts} prompts were longer than the model's context and lost their beginning")
+    return row
+
+
+def _base_tokenizer(config: Config, target: Target) -> Any:
+    """The tokenizer that training uses, so that the base model is asked in the same words; an adapter brings its own."""
+    from atlas.models.base import load_tokenizer
+
+    if target.adapter is not None:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(target.adapter, revision=target.adapter_revision or "main")
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"the adapter {target.adapter} cannot be loaded (its tokenizer): {first}") from None
+    if target.method == "merged":
+        model = config.model.model_copy(update={"name": target.model, "revision": target.model_revision})
+        model = model.model_copy(update={"tokenizer_name": None, "tokenizer_revision": None})
+        return load_tokenizer(config.model_copy(update={"model": model}))
+    return load_tokenizer(config)
+
+
+def _runner(config: Config, target: Target, dtype: Any, device: str, tokenizer: Any) -> Any:
+    from atlas.eval.harness import load_model, run_task, score, stop_ids, vllm_lm
+
+    if config.eval.backend == "vllm":
+        lm = vllm_lm(
+            target.model,
+            target.adapter,
+            target.adapter or target.model,
+            revision=target.model_revision,
+            dtype=str(dtype),
+            stops=stop_ids(tokenizer),
+            lora_rank=config.lora.r,
+        )
+        return lambda task: score(lm, task)
+    try:
+        model, tokenizer = load_model(
+            target.model,
+            target.adapter,
+            revision=target.model_revision,
+            adapter_revision=target.adapter_revision,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            load_in_4bit=config.eval.load_in_4bit,
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"the model {target.model} (adapter {target.adapter}) cannot be loaded: {first}") from None
+    return lambda task: run_task(model, tokenizer, task, batch_size=config.eval.batch_size)
+
+
+def _row(config: Config, target: Target, dtype: str, hardware: str, tokenizer: Any) -> dict[str, Any]:
+    from atlas.train.manifest import command_line, versions
+
+    manifest: dict[str, Any] = {}
+    if target.adapter is not None and (file := _file_of(target.adapter, target.adapter_revision, "manifest.json")):
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    weights = None
+    if target.adapter is not None:
+        weights = _file_of(target.adapter, target.adapter_revision, "adapter_model.safetensors")
+    return {
+        "name": target.name,
+        "method": target.method,
+        "config_hash": manifest.get("config_hash"),
+        "model": target.model,
+        "model_revision": _revision(target.model, target.model_revision),
+        "adapter": target.adapter,
+        "adapter_sha256": _sha256(weights) if weights else None,
+        "template_sha256": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest(),
+        "backend": config.eval.backend,
+        "dtype": dtype,
+        "quantization": "nf4" if config.eval.load_in_4bit else None,
+        "batch_size": config.eval.batch_size,
+        "hardware": hardware,
+        "versions": versions() | _lm_eval_version(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "tasks": {},
+    }
+
+
+def _lm_eval_version() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"lm_eval": version("lm_eval")}
+
+
+def _revision(model: str, asked: str | None) -> str | None:
+    """The commit of a Hub model, or the sha256 of a local one's weights."""
+    folder = Path(model)
+    if not folder.exists():
+        from transformers.utils import cached_file
+        from transformers.utils.hub import extract_commit_hash
+
+        try:
+            commit: str | None = extract_commit_hash(cached_file(model, "config.json", revision=asked), None)
+        except OSError as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"model.name: {model!r} cannot be found: {first}") from None
+        return commit or asked
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(str(_sha256(path)).encode())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _file_of(name: str, revision: str | None, file: str) -> Path | None:
+    from transformers.utils import cached_file
+
+    found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
+
+
+def _known_row(results: Path, row: dict[str, Any], replace: bool) -> dict[str, Any] | None:
+    known = next((known for known in read_metrics(results)["runs"] if known["name"] == row["name"]), None)
+    if known is None or replace:
+        return None
+    different = [key for key in _IDENTITY if known[key] != row[key]]
+    if different:
+        raise UserError(
+            f"{results / METRICS} has results of another {row['name']!r} ("
+            + "; ".join(f"{key} {known[key]} there, {row[key]} now" for key in different)
+            + "): choose another --name, or --replace to discard them"
+        )
+    return known
+
+
+def read_metrics(results: Path) -> dict[str, Any]:
+    """results/metrics.json, or an empty one. Raises `UserError` for a file that is none."""
+    path = results / METRICS
+    if not path.is_file():
+        return {"schema": SCHEMA, "runs": []}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found["schema"] == SCHEMA and isinstance(found["runs"], list):
+            return found
+        raise ValueError(f"schema {found['schema']}, not {SCHEMA}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no metrics file of this version ({error}): move it away") from None
+
+
+def _store(results: Path, row: dict[str, Any]) -> None:
+    """Put the row in its place; whole or not at all, also when two evaluations end at once."""
+    from filelock import FileLock
+
+    from atlas.train.manifest import write_json
+
+    results.mkdir(parents=True, exist_ok=True)
+    with FileLock(results / ".metrics.lock"):
+        metrics = read_metrics(results)
+        names = [known["name"] for known in metrics["runs"]]
+        if row["name"] in names:
+            metrics["runs"][names.index(row["name"])] = row
+        else:
+            metrics["runs"].append(row)
+        write_json(results / METRICS, metrics)
+
+
+def records_file(results: Path, name: str, task: str) -> Path:
+    return results / "eval" / name / f"{task}.jsonl"
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def table(row: dict[str, Any]) -> str:
+    """A run's scores as text."""
+    adapter = f" + {row['adapter']}" if row["adapter"] else ""
+    lines = [f"{row['name']}: {row['model']}{adapter}, {row['dtype']}{' on NF4' if row['quantization'] else ''}"]
+    for name, task in row["tasks"].items():
+        lines.append(f"  {name} (version {task['version']}, {task['num_fewshot']} examples), {task['n']:,} prompts")
+        for metric, found in task["metrics"].items():
+            low, high = found["interval"]
+            lines.append(f"    {metric:<22}{found['score']:>7.1%}   95 % interval {low:.1%} to {high:.1%}")
+        if task["stop_rate"] is not None:
+            lines.append(
+                f"    {'stops by itself':<22}{task['stop_rate']:>7.1%}   mean {task['mean_tokens']:.0f} tokens"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Five lessons of the SFT recipe, each run on the pocket lab with one thing changed: `make lessons`.
+
+Every run starts from the same base model, has the same number of rows and steps, and is scored on the same held-out prompts; the
+verdicts are paired. Whatever comes out is written to results/lessons.json.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from atlas.errors import DONE, run_main
+
+HOME = Path("outputs/pocket/lessons")
+LAB = Path("outputs/pocket/lab")
+OUT = Path("results/lessons.json")
+ROWS = 4800
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A run with one thing changed. `against` is the run that it is compared with."""
+
+    name: str
+    what: str
+    overrides: tuple[str, ...] = ()
+    template: tuple[str, str] | None = None
+    """A text of the patched template and what takes its place; the audit only warns."""
+    pad_is_stop: bool = False
+    against: str = "recipe"
+
+
+_CONTENT = "{{- message.content + '<|im_end|>' }}\n        {%- endgeneration %}\n        {{- '\\n' }}"
+LESSONS = (
+    Lesson("base", "the base model, untrained"),
+    Lesson("recipe", "the recipe: loss on answers and their stop token"),
+    Lesson("other seed", "the recipe with another seed", ("train.seed=1",)),
+    Lesson("all tokens", "loss on whole conversations, prompts included", ("train.assistant_only_loss=false",)),
+    Lesson("pad is eos", "pad == eos == the stop token", pad_is_stop=True),
+    Lesson(
+        "no stop token",
+        "the markers leave out the stop token",
+        template=(_CONTENT, "{{- message.content }}\n        {%- endgeneration %}\n        {{- '<|im_end|>\\n' }}"),
+    ),
+    Lesson(
+        "newline after",
+        "the markers take in the newline after the stop token",
+        template=(_CONTENT, "{{- message.content + '<|im_end|>\\n' }}\n        {%- endgeneration %}"),
+    ),
+    Lesson(
+        "plain data",
+        "conversations without checkable constraints only",
+        (f"data.train=[{HOME}/plain.jsonl]",),
+    ),
+    Lesson(
+        "quarter",
+        "the same number of rows, a quarter of them with constraints",
+        (f"data.train=[{HOME}/plain.jsonl:75%, {LAB}/train.jsonl:25%]",),
+        against="plain data",
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="atlas.pocket.lessons", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="train only these (and what they are compared with)")
+    arguments = parser.parse_args(argv)
+    return run_main(lambda: _main(arguments.only))
+
+
+def _main(only: Sequence[str] | None) -> int:
+    from atlas.device import Machine
+    from atlas.eval.compare import comparison
+    from atlas.pocket import world
+    from atlas.pocket.base import build
+    from atlas.train.manifest import versions, write_json
+
+    began = time.perf_counter()
+    build(LAB, 0)
+    HOME.mkdir(parents=True, exist_ok=True)
+    plain = world.plain_conversations(0, ROWS)
+    (HOME / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain), encoding="utf-8")
+    chosen = [lesson for lesson in LESSONS if not only or lesson.name in {*only, "base", "recipe"}]
+    rows = []
+    for lesson in chosen:
+        print(f"\n== {lesson.name}: {lesson.what}", flush=True)
+        task = _run(lesson)["tasks"]["ifeval"]
+        entry = {
+            "name": lesson.name,
+            "what": lesson.what,
+            "n": task["n"],
+            "strict": task["metrics"]["prompt_strict"],
+            "stop_rate": task["stop_rate"],
+            "mean_tokens": task["mean_tokens"],
+        }
+        if lesson.name not in ("base", "recipe"):
+            found = comparison(HOME, [lesson.against, lesson.name], "ifeval")[0].metrics[0].difference
+            entry["against"] = lesson.against
+            entry["difference"] = {
+                "value": found.value,
+                "interval": found.interval,
+                "p": found.p,
+                "verdict": found.verdict,
+            }
+        rows.append(entry)
+    report = {
+        "runs": rows,
+        "seconds": round(time.perf_counter() - began),
+        "hardware": f"CPU, {Machine.without_torch().cpus} cores",
+        "versions": versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "make lessons",
+    }
+    write_json(OUT, report)
+    print("\n" + "\n".join(line(entry) for entry in rows))
+    return DONE
+
+
+def line(entry: dict[str, Any]) -> str:
+    """A lesson's scores as one line of text."""
+    said = f"  {entry['difference']['verdict']} (against {entry['against']})" if "difference" in entry else ""
+    return (
+        f"{entry['name']:<14} strict {entry['strict']['score']:>6.1%}  stops {entry['stop_rate']:>6.1%}  "
+        f"tokens {entry['mean_tokens']:>5.1f}{said}"
+    )
+
+
+def _run(lesson: Lesson) -> dict[str, Any]:
+    """Train (unless that is done) and score one lesson; its row of metrics."""
+    from atlas.config import load_config
+    from atlas.eval.run import Target, evaluate
+    from atlas.train import sft
+
+    folder = HOME / lesson.name.replace(" ", "_")
+    overrides = [f"output.dir={folder}", f"output.results_dir={HOME}", *lesson.overrides]
+    if lesson.template:
+        overrides += [f"model.tokenizer_name={_tokenizer(lesson, folder)}", "audit.gate=warn"]
+    loaded = load_config("configs/sft_pocket.yaml", overrides)
+    base = loaded.config.model.name
+    if lesson.name == "base":
+        return evaluate(loaded.config, Target("base", base, "base"), replace=True)
+    with _pad_is_stop() if lesson.pad_is_stop else contextlib.nullcontext():
+        run = sft.train(loaded)
+    return evaluate(loaded.config, Target(lesson.name, base, "sft", adapter=str(run.folder)), replace=True)
+
+
+def _tokenizer(lesson: Lesson, folder: Path) -> Path:
+    """A tokenizer whose markers are wrong on purpose; a template with markers is left alone when it is loaded."""
+    from transformers import AutoTokenizer
+
+    from atlas.models.base import patch_chat_template_for_assistant_mask
+
+    assert lesson.template is not None
+    right, wrong = lesson.template
+    tokenizer = patch_chat_template_for_assistant_mask(AutoTokenizer.from_pretrained(LAB / "base"))
+    template = tokenizer.get_chat_template()
+    assert template.count(right) == 1  # else the lesson would be the recipe under another name
+    tokenizer.chat_template = template.replace(right, wrong)
+    place = folder.with_name(folder.name + "_tokenizer")
+    tokenizer.save_pretrained(place)
+    return place
+
+
+@contextlib.contextmanager
+def _pad_is_stop() -> Iterator[None]:
+    """atlas refuses pad == eos, so the refusal is stepped around: the tokenizer that it loads gets the stop token as pad."""
+    from atlas.models import base
+
+    load = base.load_tokenizer
+
+    def with_pad(*args: Any, **kwargs: Any) -> Any:
+        tokenizer = load(*args, **kwargs)
+        tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    base.load_tokenizer = with_pad
+    try:
+        yield
+    finally:
+        base.load_tokenizer = load
+
+
+if __name__ == "__main__":
+    sys.exit(main())

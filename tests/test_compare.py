@@ -1,0 +1,187 @@
+"""`atlas compare`: pairs on prompts, refuses what is not comparable, and shows the same thing everywhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from atlas.eval import compare
+from atlas.eval.stats import mean_estimate, ratio_estimate
+
+TYPES = ("punctuation:no_comma", "change_case:english_lowercase", "startend:quotation")
+
+
+def add_run(results: Path, name: str, passed: np.ndarray, **changes: Any) -> dict[str, Any]:
+    """A run of `passed` (prompts x 2 instructions) on ifeval, as `atlas eval` writes it."""
+    records = []
+    for key, (first, second) in enumerate(passed.tolist()):
+        groups = [[TYPES[key % 3], bool(first)], [TYPES[(key + 1) % 3], bool(second)]]
+        scores = {"prompt_strict": float(first and second), "inst_strict": (first + second) / 2}
+        asked = f"<|im_start|>user\nPrompt {key} | <b>?<|im_end|>\n<|im_start|>assistant\n"
+        records.append(
+            {
+                "key": key,
+                "scores": scores,
+                "groups": groups,
+                "prompt": asked,
+                "text": f"{name} says {key}.",
+                "tokens": 5,
+            }
+            | {"stopped": True}
+        )
+    path = results / "eval" / name / "ifeval.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    strict = mean_estimate([r["scores"]["prompt_strict"] for r in records])
+    inst = ratio_estimate([2 * r["scores"]["inst_strict"] for r in records], [2] * len(records))
+    task = {
+        "version": 4.0,
+        "n": len(records),
+        "data": "d" * 64,
+        "generation": {"max_gen_toks": 1280, "do_sample": False},
+        "num_fewshot": 0,
+        "limit": None,
+        "chat_template": True,
+        "metrics": {
+            name: {"score": e.score, "stderr": e.stderr, "interval": list(e.interval)}
+            for name, e in (("prompt_strict", strict), ("inst_strict", inst))
+        },
+        "stop_rate": 0.9,
+        "mean_tokens": 5.0,
+        "records_sha256": "",
+    }
+    noted = {
+        "dtype": "float32",
+        "quantization": None,
+        "backend": "hf",
+        "hardware": "CPU",
+        "batch_size": 16,
+        "template_sha256": "t",
+    }
+    row = {
+        "name": name,
+        **{key: changes.pop(key, value) for key, value in noted.items()},
+        "tasks": {"ifeval": task | changes},
+    }
+    file = results / "metrics.json"
+    metrics = json.loads(file.read_text()) if file.is_file() else {"schema": 1, "runs": []}
+    metrics["runs"].append(row)
+    file.write_text(json.dumps(metrics))
+    return row
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    base = rng.random((150, 2)) < 0.3
+    add_run(tmp_path, "base", base)
+    add_run(tmp_path, "tuned", base | (rng.random((150, 2)) < 0.6))
+    swapped = base.copy()
+    swapped[:4] = ~swapped[:4]
+    add_run(tmp_path, "other-seed", swapped)
+    add_run(tmp_path, "again", base)
+    return tmp_path
+
+
+def run(results: Path, *arguments: str) -> int:
+    return compare.main([*arguments, "--results-dir", str(results)])
+
+
+def test_verdicts(results: Path, capsys: pytest.CaptureFixture):
+    found = {each.b.name: each for each in compare.comparison(results, ["base", "tuned", "other-seed", "again"])}
+    assert found["tuned"].verdict == "better"
+    assert found["other-seed"].verdict.startswith("no difference shown")
+    again = found["again"].metrics
+    assert all(m.difference.value == 0 and m.difference.interval == (0, 0) and m.difference.p == 1 for m in again)
+    assert compare.comparison(results, ["tuned", "base"])[0].verdict == "worse"
+    strict, inst = found["tuned"].metrics
+    assert strict.difference.value == pytest.approx(strict.b.score - strict.a.score)
+    assert inst.difference.value == pytest.approx(inst.b.score - inst.a.score)
+    groups = found["tuned"].groups
+    assert {g.name for g in groups} == set(TYPES) and sum(g.n for g in groups) == 300
+    assert sum(g.b for g in groups) == round(inst.b.score * 300)
+    assert run(results, "base", "tuned") == 0
+    out = capsys.readouterr().out
+    assert "better" in out and "stops by itself" in out and all(len(line) <= 132 for line in out.splitlines()[:-1])
+
+
+def test_page_and_plots_are_the_same_bytes_each_time(results: Path):
+    def outputs() -> dict[str, bytes]:
+        assert run(results, "base", "tuned", "again") == 0
+        return {
+            path.name: path.read_bytes() for path in [results / "comparison.md", *(results / "plots").glob("*.png")]
+        }
+
+    first = outputs()
+    assert first == outputs()
+    assert set(first) == {
+        *("comparison.md", "ifeval.png", "ifeval_instructions_tuned.png", "ifeval_instructions_again.png")
+    }
+    assert b"| better |" in first["comparison.md"] and all(len(content) > 100 for content in first.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"version": 3.0}, "version is 4.0 and 3.0"),
+        ({"data": "e" * 64}, "data is"),
+        ({"generation": {"max_gen_toks": 64, "do_sample": False}}, "generation is"),
+        ({"num_fewshot": 5}, "num_fewshot is 0 and 5"),
+        ({"limit": 150}, "limit is None and 150"),
+        ({"chat_template": False}, "chat_template is"),
+    ],
+)
+def test_what_is_not_comparable_is_refused(changes: dict, said: str, results: Path, capsys: pytest.CaptureFixture):
+    add_run(results, "new", np.ones((150, 2), bool), **changes)
+    assert run(results, "base", "new") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_other_hardware_is_only_noted(results: Path, capsys: pytest.CaptureFixture):
+    add_run(results, "gpu", np.ones((150, 2), bool), dtype="bfloat16", hardware="GPU", batch_size=1)
+    assert run(results, "base", "gpu") == 0
+    out = capsys.readouterr().out
+    assert "note: dtype: float32 and bfloat16" in out and "note: hardware: CPU and GPU" in out
+
+
+def test_missing_and_damaged_results_are_named(results: Path, capsys: pytest.CaptureFixture):
+    def refused(*names: str) -> str:
+        assert run(results, *names) == 2
+        return capsys.readouterr().err
+
+    assert "did you mean 'tuned'?" in refused("base", "tuner")
+    assert "two runs" in refused("base")
+    assert "no results of 'gsm8k'" in refused("base", "tuned", "--task", "gsm8k")
+    records = results / "eval" / "tuned" / "ifeval.jsonl"
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(lines[:-1]))
+    assert "holds 149 prompts, metrics.json says 150" in refused("base", "tuned")
+    records.write_text("".join([*lines[:3], lines[3][:20] + "\n", *lines[4:]]))
+    assert "tuned/ifeval.jsonl cannot be read" in refused("base", "tuned")
+    records.unlink()
+    assert "score the run again" in refused("base", "tuned")
+    (results / "metrics.json").write_text('{"schema": 99, "runs": []}')
+    assert "schema 99, not 1" in refused("base", "tuned")
+
+
+def test_published_numbers_stand_beside_and_are_marked(results: Path, capsys: pytest.CaptureFixture):
+    published = {
+        "name": "Instruct | x",
+        "source": "https://example.org",
+        "tasks": {"ifeval": {"metrics": {"prompt_strict": {"score": 0.31}}}},
+    }
+    (results / "references.json").write_text(json.dumps({"runs": [published]}))
+    assert run(results, "base", "tuned") == 0
+    assert "unpaired: Instruct | x: prompt_strict 31.0 (https://example.org)" in capsys.readouterr().out
+    assert "| unpaired: Instruct &#124; x | | prompt_strict 31.0 |" in (results / "comparison.md").read_text()
+
+
+def test_prompts_on_which_they_differ(results: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run(results, "base", "other-seed", "--show", "2") == 0
+    out = capsys.readouterr().out
+    shown = [line for line in out.splitlines() if line.startswith("ifeval ") and "prompt_strict" in line]
+    assert 1 <= len(shown) <= 2 and "Prompt 0 | <b>?" in out and "base says" in out and " | other-seed says" in out
+    assert "fails " in out

@@ -1,0 +1,248 @@
+"""`atlas eval`: what is kept of a run, what is refused before a model is loaded, and that a killed run goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atlas.config import load_config
+from atlas.eval import compare, run
+from atlas.pocket import base
+from conftest import ROOT, write_rows
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> base.PocketPaths:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"DOCUMENTS": 400, "STEPS": 60, "TRAINING_ROWS": 8, "HELD_OUT_PROMPTS": 20}.items():
+            patch.setattr(base, name, value)
+        return base.build(tmp_path_factory.mktemp("lab") / "pocket")
+
+
+@pytest.fixture(scope="module")
+def adapter(lab: base.PocketPaths, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A strong random adapter with the tokenizer that training would save."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from atlas.eval.harness import load_model
+    from atlas.models.base import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("adapter") / "tuned"
+    torch.manual_seed(0)
+    model, _ = load_model(lab.base)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)).save_pretrained(
+        folder
+    )
+    _, config, *overrides = arguments(lab, folder)
+    load_tokenizer(load_config(config, overrides).config).save_pretrained(folder)
+    return folder
+
+
+def arguments(lab: base.PocketPaths, results: Path, *more: str) -> list[str]:
+    config = str(ROOT / "configs" / "sft_pocket.yaml")
+    paths = (f"model.name={lab.base}", f"eval.data.ifeval={lab.eval}", f"output.results_dir={results}")
+    return ["--config", config, *paths, "eval.tasks=[{name: ifeval, max_gen_toks: 16}]", *more]
+
+
+def gsm8k(folder: Path) -> Path:
+    folder.mkdir()
+    rows = [{"question": f"What is {i} plus {i}?", "answer": f"Add them.\n#### {2 * i}"} for i in range(12)]
+    write_rows(folder / "test.jsonl", rows[:6])
+    write_rows(folder / "train.jsonl", rows[6:])
+    return folder
+
+
+def mmlu(folder: Path) -> Path:
+    folder.mkdir()
+    rows = [
+        {"question": f"Which is {i}?", "subject": subject, "choices": ["a", "b", "c", "d"], "answer": i % 4}
+        for subject in ("anatomy", "world_religions")
+        for i in range(5)
+    ]
+    write_rows(folder / "test.jsonl", rows)
+    write_rows(folder / "dev.jsonl", rows)
+    return folder
+
+
+def truthfulqa(path: Path) -> Path:
+    answers = {"choices": ["Yes, it is.", "No.", "Nobody knows."], "labels": [1, 0, 0]}
+    return write_rows(
+        path, [{"question": f"Is {i} even?", "mc1_targets": answers, "mc2_targets": answers} for i in range(4)]
+    )
+
+
+def test_a_run_is_recorded_and_done_only_once(
+    lab: base.PocketPaths, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert run.main(arguments(lab, tmp_path, "--base", "--name", "base")) == 0
+    assert run.main(arguments(lab, tmp_path, "--adapter", str(adapter))) == 0
+    metrics = run.read_metrics(tmp_path)
+    assert metrics["schema"] == 1 and [row["name"] for row in metrics["runs"]] == ["base", "tuned"]
+    row = metrics["runs"][1]
+    assert row["adapter_sha256"] and row["model_revision"].startswith("sha256:") and row["versions"]["lm_eval"]
+    task = row["tasks"]["ifeval"]
+    records = [json.loads(line) for line in run.records_file(tmp_path, "tuned", "ifeval").read_text().splitlines()]
+    assert task["n"] == len(records) == 20 and task["version"] == 4.0 and task["generation"]["max_gen_toks"] == 16
+    strict = task["metrics"]["prompt_strict"]
+    assert strict["score"] == sum(r["scores"]["prompt_strict"] for r in records) / 20
+    assert strict["interval"][0] <= strict["score"] <= strict["interval"][1]
+    assert task["stop_rate"] == sum(r["stopped"] for r in records) / 20
+    assert task["mean_tokens"] == sum(r["tokens"] for r in records) / 20
+    assert all("<|im_start|>assistant" in r["prompt"] and "<|im_end|>" not in r["text"] for r in records)
+    assert metrics["runs"][0]["template_sha256"] == row["template_sha256"]  # the base is asked in the same words
+    written = (tmp_path / "metrics.json").read_bytes()
+    capsys.readouterr()
+    assert run.main(arguments(lab, tmp_path, "--adapter", str(adapter))) == 0
+    assert "is done already" in capsys.readouterr().out and (tmp_path / "metrics.json").read_bytes() == written
+    assert compare.comparison(tmp_path, ["base", "tuned"])[0].n == 20
+
+
+def test_another_model_never_adds_to_a_row(
+    lab: base.PocketPaths, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert run.main(arguments(lab, tmp_path, "--base", "--name", "x", "--limit", "2")) == 0
+    assert run.main(arguments(lab, tmp_path, "--adapter", str(adapter), "--name", "x", "--limit", "2")) == 2
+    error = capsys.readouterr().err
+    assert "results of another 'x'" in error and "adapter None there" in error and "--replace" in error
+    assert (
+        run.main(arguments(lab, tmp_path, "--adapter", str(adapter), "--name", "x", "--limit", "2", "--replace")) == 0
+    )
+    (row,) = run.read_metrics(tmp_path)["runs"]
+    assert row["adapter"] == str(adapter)
+    run.records_file(tmp_path, "x", "ifeval").write_text("")  # damaged: scored again, not believed
+    assert run.main(arguments(lab, tmp_path, "--adapter", str(adapter), "--name", "x", "--limit", "2")) == 0
+    assert len(run.records_file(tmp_path, "x", "ifeval").read_text().splitlines()) == 2
+
+
+def test_all_tasks_offline(lab: base.PocketPaths, tmp_path: Path):
+    data = {
+        "gsm8k": gsm8k(tmp_path / "gsm8k"),
+        "mmlu": mmlu(tmp_path / "mmlu"),
+        "truthfulqa_mc2": truthfulqa(tmp_path / "t.jsonl"),
+    }
+    given = [f"eval.data={{{', '.join(f'{name}: {path}' for name, path in data.items())}}}"]
+    tasks = "eval.tasks=[{name: gsm8k, num_fewshot: 2, max_gen_toks: 16}, {name: mmlu, num_fewshot: 1}, truthfulqa_mc2]"
+    assert run.main(arguments(lab, tmp_path / "r", "--base", "--name", "b", *given, tasks)) == 0
+    (row,) = run.read_metrics(tmp_path / "r")["runs"]
+    found = row["tasks"]
+    assert {name: task["n"] for name, task in found.items()} == {"gsm8k": 6, "mmlu": 10, "truthfulqa_mc2": 4}
+    assert {name: list(task["metrics"]) for name, task in found.items()} == {
+        "gsm8k": ["strict_match", "flexible_extract"],
+        "mmlu": ["acc"],
+        "truthfulqa_mc2": ["acc"],
+    }
+    assert [found[name]["num_fewshot"] for name in found] == [2, 1, 0]
+    assert found["gsm8k"]["stop_rate"] is not None and found["mmlu"]["stop_rate"] is None
+    records = [json.loads(line) for line in run.records_file(tmp_path / "r", "b", "mmlu").read_text().splitlines()]
+    assert [r["key"] for r in records] == [f"{s}/{i}" for s in ("anatomy", "world_religions") for i in range(5)]
+    assert records[0]["groups"][0][0] == "anatomy" and "about anatomy" in records[0]["prompt"]
+    truth = [
+        json.loads(line) for line in run.records_file(tmp_path / "r", "b", "truthfulqa_mc2").read_text().splitlines()
+    ]
+    assert all(0 < r["scores"]["acc"] < 1 for r in truth)  # a share of probability, not a verdict
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("eval.data.ifeval=/nowhere.jsonl", "/nowhere.jsonl does not exist"),
+        ("eval.data.gsm=/x", "'gsm' is no known task"),
+        ("eval.tasks=[{name: gsm8k}]", "data of gsm8k cannot be loaded"),  # no network
+        ("eval.backend=vllm", "needs the package vllm"),
+        ("eval.tasks=[hellaswag]", "eval.tasks"),
+    ],
+)
+def test_what_is_missing_is_said_before_a_model_is_loaded(
+    override: str,
+    said: str,
+    lab: base.PocketPaths,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from transformers import AutoModelForCausalLM
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+    assert run.main(arguments(lab, tmp_path, "--base", override)) == 2
+    assert said in capsys.readouterr().err
+    assert run.main(arguments(lab, tmp_path, f"output.dir={tmp_path}")) == 2
+    assert "holds no adapter yet" in capsys.readouterr().err
+
+
+def test_few_shot_examples_must_be_there(lab: base.PocketPaths, tmp_path: Path, capsys: pytest.CaptureFixture):
+    file = gsm8k(tmp_path / "g") / "test.jsonl"
+    given = [f"eval.data={{gsm8k: {file}}}", "eval.tasks=[gsm8k]"]
+    assert run.main(arguments(lab, tmp_path, "--base", *given)) == 2
+    assert "5 few-shot examples are asked for" in capsys.readouterr().err
+
+
+def test_killed_in_the_second_task_it_goes_on(lab: base.PocketPaths, tmp_path: Path):
+    data = f"eval.data={{ifeval: {lab.eval}, gsm8k: {gsm8k(tmp_path / 'g')}}}"
+    tasks = "eval.tasks=[{name: ifeval, max_gen_toks: 16}, {name: gsm8k, num_fewshot: 2, max_gen_toks: 200}]"
+
+    def given(results: Path) -> list[str]:
+        return arguments(lab, results, "--base", "--name", "b", data, tasks)
+
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "atlas.eval.run", *given(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "gsm8k, 6 prompts" in line:
+            time.sleep(0.3)
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    (row,) = run.read_metrics(tmp_path / "killed")["runs"]
+    assert list(row["tasks"]) == ["ifeval"]
+    before = run.records_file(tmp_path / "killed", "b", "ifeval").stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "ifeval is done already" in done.stdout
+    assert run.records_file(tmp_path / "killed", "b", "ifeval").stat().st_mtime_ns == before
+    assert run.main(given(tmp_path / "whole")) == 0
+    for task in ("ifeval", "gsm8k"):
+        files = [run.records_file(tmp_path / name, "b", task).read_bytes() for name in ("killed", "whole")]
+        assert files[0] == files[1]
+    rows = [run.read_metrics(tmp_path / name)["runs"][0]["tasks"] for name in ("killed", "whole")]
+    assert rows[0] == rows[1]
+
+
+def test_ifeval_of_the_real_prompts_scores_the_same_in_batches(
+    lab: base.PocketPaths, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [str(shared / "nltk_data")])
+    data = f"eval.data.ifeval={shared / 'ifeval' / 'ifeval_input_data.jsonl'}"
+    for size in (1, 16):
+        given = arguments(
+            lab, tmp_path / str(size), "--base", "--name", "b", data, f"eval.batch_size={size}", "--limit", "60"
+        )
+        assert run.main(given) == 0
+    files = [run.records_file(tmp_path / size, "b", "ifeval").read_bytes() for size in ("1", "16")]
+    assert files[0] == files[1]
+    assert len(files[0].splitlines()) == 60
+
+
+def test_generation_config_without_the_stop_token_does_no_harm(lab: base.PocketPaths, tmp_path: Path):
+    """The planted defect: <|endoftext|> as the only eos, a token limit and a penalty in generation_config.json."""
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(lab.base, broken)
+    wrong = {"eos_token_id": 0, "max_new_tokens": 3, "repetition_penalty": 3.0}
+    (broken / "generation_config.json").write_text(json.dumps(wrong))
+    for name, folder in (("right", lab.base), ("broken", broken)):
+        assert run.main([*arguments(lab, tmp_path / name, "--base", "--name", "b"), f"model.name={folder}"]) == 0
+    files = [run.records_file(tmp_path / name, "b", "ifeval").read_bytes() for name in ("right", "broken")]
+    assert files[0] == files[1]
