@@ -87,16 +87,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: argparse.Namespace) -> int:
     results = arguments.results_dir
     found = comparison(results, arguments.runs, arguments.task)
+    show(found, results)
+    for compared in found if arguments.show else ():
+        print(differing(compared, arguments.show, shutil.get_terminal_size((100, 24)).columns))
+    return DONE
+
+
+def show(found: Sequence[Comparison], results: Path) -> None:
+    """Print the comparisons, and write `comparison.md` and the plots to `results`."""
     references = _references(results)
     for compared in found:
         print(table(compared, references) + "\n")
-    for compared in found if arguments.show else ():
-        print(differing(compared, arguments.show, shutil.get_terminal_size((100, 24)).columns))
     report = results / "comparison.md"
     report.write_text(markdown(found, references), encoding="utf-8")
     plots = plot(found, results / "plots")
     print(f"written: {report}, {', '.join(map(str, plots))}")
-    return DONE
 
 
 def comparison(results: Path, names: Sequence[str], task: str | None = None) -> list[Comparison]:

@@ -1,4 +1,4 @@
-"""The pocket lab from end to end: base model -> audit -> SFT -> IFEval of base and tuned -> table.
+"""The pocket lab from end to end: base model -> audit -> SFT -> IFEval of base and tuned -> comparison -> table.
 
     make pocket
 
@@ -54,6 +54,7 @@ def _main(arguments: argparse.Namespace) -> int:
         seconds[name] = round(time.perf_counter() - clock, 1)
         clock = time.perf_counter()
 
+    from atlas.eval.compare import comparison, show
     from atlas.eval.run import Target, evaluate
     from atlas.pocket.base import build
     from atlas.train import sft
@@ -81,6 +82,10 @@ def _main(arguments: argparse.Namespace) -> int:
         rows[name] = evaluate(loaded.config, target, replace=True)
         step(f"IFEval of {name}")
 
+    print("\n== comparison: is it luck?")
+    found = comparison(results_dir, ["pocket-base", "pocket-tuned"])
+    show(found, results_dir)
+
     scores = {name: _scores(row, results_dir) for name, row in rows.items()}
     report = _report(scores, seconds, run.manifest, arguments.seed)
     from atlas.train.manifest import write_json
@@ -89,7 +94,7 @@ def _main(arguments: argparse.Namespace) -> int:
     write_json(result_file, report)
     print("\n" + table(report))
     print(f"written: {result_file}, {results_dir / 'sft_template_audit.jsonl'}, {run.folder}")
-    return DONE if report["scores"]["tuned"]["prompt_strict"] > report["scores"]["base"]["prompt_strict"] else FAILED
+    return DONE if found[0].verdict == "better" else FAILED
 
 
 def _report(
