@@ -32,7 +32,7 @@ outputs/.installed: pyproject.toml
 	python -m pip install --quiet --disable-pip-version-check -c outputs/.torch-constraints.txt -e '.[eval,dev]'
 	@touch $@
 
-pocket: setup           ## base -> audit -> SFT -> IFEval of base and tuned, on two CPU cores
+pocket: setup           ## base -> audit -> SFT -> IFEval of base and tuned -> gain or luck, on two CPU cores
 	$(RUN) -m atlas.pocket.lab $(ARGS)
 	$(RUN) -m atlas.results
 

@@ -22,7 +22,9 @@ PAGES = ("README.md", "docs/*.md")
 
 
 def pocket_table(results: Path) -> str:
-    """Scores and times of the pocket lab."""
+    """Scores and times of the pocket lab, and whether they are luck."""
+    from atlas.eval.compare import comparison
+
     report = _read(results / "pocket.json")
     base, tuned = report["scores"]["base"], report["scores"]["tuned"]
     lines = [f"| IFEval, {tuned['n']} held-out prompts | base | tuned |", "|---|---|---|"]
@@ -33,6 +35,13 @@ def pocket_table(results: Path) -> str:
     ):
         lines.append(f"| {name} | {base[key]:.1%} | {tuned[key]:.1%} |")
     lines.append(f"| mean tokens of a reply | {base['mean_tokens']} | {tuned['mean_tokens']} |")
+    found = comparison(results, ["pocket-base", "pocket-tuned"], "ifeval")[0].metrics[0].difference
+    low, high = (100 * end for end in found.interval)
+    lines += [
+        "",
+        f"`atlas compare` on the strict score, prompt by prompt: {100 * found.value:+.1f} points (95 % interval {low:+.1f} to "
+        f"{high:+.1f}), p {'< 0.0001' if found.p < 0.0001 else f'= {found.p:.4f}'}: **{found.verdict}**.",
+    ]
     seconds = report["seconds"]
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     versions = report["versions"]

@@ -147,6 +147,12 @@ def score(lm: Any, task: "LoadedTask") -> TaskResult:
     """Run lm-eval on one task with a recording model (see `_recording_lm`)."""
     from lm_eval import simple_evaluate
 
+    if task.generation and task.generation["max_gen_toks"] >= lm.max_length:
+        wanted = task.generation["max_gen_toks"]
+        raise UserError(
+            f"eval.tasks: {task.settings.name} may generate {wanted} tokens, but the model's context has only {lm.max_length}: "
+            "set a smaller max_gen_toks for this task"
+        )
     records: list[Record] = []
     for name, part in task.parts.items():
         with _quiet():
