@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from atlas.errors import UserError
+from atlas.redact import find_secret, redact
 from atlas.trainfields import train_fields
 
 # Fields of SFTConfig that have one place of their own in atlas, or that would break a promise: name -> what to do.
@@ -350,7 +351,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"config file {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else "")
         )
     try:
-        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
+            _refuse_secret(line, f"{path}, line {number}")
+        tree = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
@@ -360,8 +364,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _refuse_secret(text: str, place: str) -> None:
+    """Before anything is parsed: other messages would repeat it, and the manifest would keep it."""
+    if secret := find_secret(text):
+        raise UserError(
+            f"{place}: holds what looks like {secret}. Tokens come from the environment (HF_TOKEN, WANDB_API_KEY) or from "
+            "`hf auth login` and `wandb login`, never from a config or a command line. Take it out; best revoke it too"
+        )
+
+
 def _override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
+    _refuse_secret(text, f"command line, {redact(key)}")
     if not separator or not key.strip():
         raise UserError(f"override {text!r} is not key=value (a dotted path into the config, e.g. train.max_steps=50)")
     try:

@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from atlas.redact import redact
+
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
 
@@ -11,15 +13,19 @@ class UserError(Exception):
     """The user's input is wrong (config, data, credentials, machine): one message that names place, value and remedy."""
 
 
+class RunError(Exception):
+    """The job cannot be done, and not because of the input: one message, exit status 1."""
+
+
 def run_main(main: Callable[[], int]) -> int:
-    """Run `main`; a `UserError` becomes one message on stderr and exit status 2, without a traceback."""
+    """Run `main`; a `UserError` becomes one message on stderr and exit status 2, a `RunError` status 1, without a traceback."""
     try:
         return main()
-    except UserError as error:
+    except (UserError, RunError) as error:
         sys.stdout.flush()
         if os.environ.get("RANK", "0") == "0":  # under torchrun every process finds the same error
-            print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
+            print(f"error: {redact(str(error))}", file=sys.stderr)
+        return WRONG_INPUT if isinstance(error, UserError) else FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, what a shell expects

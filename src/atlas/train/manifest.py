@@ -12,9 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from atlas.config import LoadedConfig
+from atlas.config import Config, LoadedConfig
 from atlas.data.prepare import Labeled
 from atlas.device import DevicePlan
+from atlas.redact import redact
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface_hub")
 
@@ -29,6 +30,7 @@ def build_manifest(
         "command": command_line(),
         "config_hash": loaded.config_hash,
         "config": loaded.config.model_dump(mode="json"),
+        "local": local_names(loaded.config),
         "device": {"hardware": plan.hardware, **{c.key: c.value for c in plan.choices}},
         "versions": versions(),
         "git": git_state(),
@@ -43,11 +45,17 @@ def build_manifest(
     }
 
 
+def local_names(config: Config) -> list[str]:
+    """Which names of models and sources are paths on this machine; elsewhere they could pass for Hub ids."""
+    names = {config.model.name, config.model.tokenizer_name or config.model.name, *(s.name for s in config.data.train)}
+    return sorted(name for name in names if Path(name).exists())
+
+
 def command_line() -> str:
-    """What was typed: `python -m MODULE ...` or the script's name, with its arguments."""
+    """What was typed: `python -m MODULE ...` or the script's name, with its arguments; tokens as `***`."""
     spec = sys.modules["__main__"].__spec__
     program = ["python", "-m", spec.name] if spec is not None else [Path(sys.argv[0]).name]
-    return shlex.join([*program, *sys.argv[1:]])
+    return shlex.join([*program, *map(redact, sys.argv[1:])])
 
 
 def write_json(path: Path, value: Any) -> None:
