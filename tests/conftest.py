@@ -4,6 +4,10 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 # Before any library reads them: nothing is fetched, and caches of test data stay out of the user's.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -93,17 +97,50 @@ def chat(*turns: str, system: str | None = None) -> dict:
     return {"messages": messages}
 
 
-@pytest.fixture
-def sft_args(base_folder: Path, rows_file: Path, tmp_path: Path) -> list[str]:
+def run_arguments(base: Path, rows: Path, folder: Path) -> list[str]:
     """Arguments of a run of a few seconds on the tiny model; more overrides may follow."""
     return [
         "--config",
         str(ROOT / "configs" / "sft_pocket.yaml"),
-        f"model.name={base_folder}",
-        f"data.train={rows_file}",
-        f"output.dir={tmp_path / 'out'}",
-        f"output.results_dir={tmp_path / 'results'}",
+        f"model.name={base}",
+        f"data.train={rows}",
+        f"output.dir={folder / 'out'}",
+        f"output.results_dir={folder / 'results'}",
         "train.max_steps=3",
         "train.per_device_train_batch_size=2",
         "train.logging_steps=1",
     ]
+
+
+@pytest.fixture
+def sft_args(base_folder: Path, rows_file: Path, tmp_path: Path) -> list[str]:
+    return run_arguments(base_folder, rows_file, tmp_path)
+
+
+class TrainedRun(NamedTuple):
+    """A finished run: its folder, its base model, and what the model in memory answered to `text`."""
+
+    folder: Path
+    base: Path
+    text: str
+    logits: "torch.Tensor"
+
+
+@pytest.fixture(scope="session")
+def trained_run(base_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """Trained once on an unquantised base. Copy the folder before changing anything in it."""
+    import torch
+
+    from atlas.config import load_config
+    from atlas.train import sft
+
+    arguments = run_arguments(base_folder, rows_file, tmp_path_factory.mktemp("run"))
+    # At this rate three steps move the logits by a tenth, so that a missing adapter could not go unseen.
+    fast = ["quantization.load_in_4bit=false", "train.learning_rate=5e-2", "train.warmup_steps=0"]
+    run = sft.train(load_config(arguments[1], [*arguments[2:], *fast]))
+    text = "<|im_start|>user\nWhere does Mira live?<|im_end|>\n<|im_start|>assistant\n"
+    assert run.trainer is not None
+    ids = run.trainer.processing_class(text, return_tensors="pt")
+    with torch.no_grad():
+        logits = run.trainer.model.eval()(**ids).logits
+    return TrainedRun(run.folder, base_folder, text, logits)

@@ -130,6 +130,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     from accelerate import PartialState
     from transformers import set_seed
 
+    from atlas.card import write_card
     from atlas.data.pack import arrange
     from atlas.data.prepare import gate, prepare
     from atlas.data.report import write_report
@@ -203,6 +204,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
         trainer.model.generation_config.save_pretrained(folder)
         write_json(folder / "manifest.json", manifest)
         write_report(labeled, folder)
+        write_card(folder, config.output.hub_repo, new=True)
     trainer.accelerator.wait_for_everyone()
     losses = f"loss {log.history[0][1]:.4f} -> {log.history[-1][1]:.4f}, " if log.history else ""
     print(
