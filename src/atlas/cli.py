@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": ("atlas.eval.generate", "one reply of a tuned model"),
     "chat": ("atlas.eval.generate", "talk with a tuned model"),
     "push": ("atlas.hub", "push a finished run to the Hub"),
+    "pull": ("atlas.hub:main_pull", "get an adapter from the Hub, at a pinned revision"),
     "pocket": ("atlas.pocket.lab", "the whole way on a machine with neither GPU nor Hub"),
 }
 
@@ -34,7 +35,8 @@ def main() -> int:
         near = get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0)[0]
         print(f"error: unknown command {arguments[0]!r}; did you mean {near!r}?", file=sys.stderr)
         return 2
-    status: int = import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+    module, _, function = COMMANDS[arguments[0]][0].partition(":")
+    status: int = getattr(import_module(module), function or "main")(arguments[1:])
     return status
 
 

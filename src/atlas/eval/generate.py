@@ -97,10 +97,10 @@ def _load(adapter: str | None, model: str | None) -> "tuple[PreTrainedModel, Pre
     import torch
 
     from atlas.eval.harness import load_model, set_generation
-    from atlas.eval.run import parted
+    from atlas.hub import split_revision
 
-    name, of_adapter = parted(adapter) if adapter else (None, None)
-    base, revision = parted(model) if model else (None, None)
+    name, of_adapter = split_revision(adapter) if adapter else (None, None)
+    base, revision = split_revision(model) if model else (None, None)
     try:
         if base is None and name is not None:
             from peft import PeftConfig

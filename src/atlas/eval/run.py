@@ -15,6 +15,7 @@ from typing import Any
 
 from atlas.config import Config, EvalTask
 from atlas.errors import DONE, UserError, run_main
+from atlas.hub import split_revision
 
 SCHEMA = 1
 METRICS = "metrics.json"
@@ -72,22 +73,14 @@ def _main(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def parted(given: str) -> tuple[str, str | None]:
-    """`user/repo@revision` as repo and revision; a folder stays as it is."""
-    if Path(given).exists() or "@" not in given:
-        return given, None
-    name, revision = given.rsplit("@", 1)
-    return name, revision
-
-
 def _target(arguments: argparse.Namespace, config: Config) -> Target:
     base, revision = config.model.name, config.model.revision
     if arguments.base:
         return Target(arguments.name or f"{Path(base).name}-base", base, "base", revision)
     if arguments.merged:
-        merged, of_merged = parted(arguments.merged)
+        merged, of_merged = split_revision(arguments.merged)
         return Target(arguments.name or Path(merged).name, merged, "merged", of_merged)
-    adapter, of_adapter = parted(arguments.adapter or config.output.dir)
+    adapter, of_adapter = split_revision(arguments.adapter or config.output.dir)
     if arguments.adapter is None and not (Path(adapter) / "adapter_config.json").is_file():
         raise UserError(f"output.dir: {adapter} holds no adapter yet: train first, or give --adapter or --base")
     return Target(arguments.name or Path(adapter).name, base, "sft", revision, adapter, of_adapter)

@@ -96,7 +96,7 @@ def _main(arguments: argparse.Namespace) -> int:
     if loaded.config.output.hub_repo is not None and is_main_process():
         from atlas.hub import push
 
-        return push(run.folder, loaded.config.output.hub_repo)
+        return push(run.folder, loaded.config.output.hub_repo, private=loaded.config.output.hub_private)
     return DONE
 
 
