@@ -320,10 +320,12 @@ def test_a_run_whose_push_fails_is_finished_later_and_leaves_no_token_anywhere(
 
 LOAD = """
 import sys, torch
+from pathlib import Path
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from atlas.eval.harness import load_model
 from atlas.hub import split_revision
+from atlas.models.merge import merge
 base, text, out, plain, *pinned = sys.argv[1:]
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), plain).eval()
 loaded = [(model, AutoTokenizer.from_pretrained(plain))]
@@ -331,6 +333,7 @@ for name, revision in map(split_revision, pinned):
     loaded.append(load_model(base, name, adapter_revision=revision, dtype=torch.float32))
 with torch.no_grad():
     torch.save([model(**tokenizer(text, return_tensors="pt")).logits for model, tokenizer in loaded], out)
+merge(pinned[0], Path(out).with_name("merged"))
 """
 
 
@@ -352,6 +355,9 @@ def test_loaded_by_repo_id_in_another_process_the_logits_are_the_same(
     lfs, xet, pinned, newest = torch.load(tmp_path / "logits.pt")
     assert torch.equal(lfs, trained_run.logits) and torch.equal(xet, trained_run.logits)
     assert torch.equal(pinned, newest) and (pinned - xet).abs().max() > 1e-3
+    merged = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert (merged["adapter"], merged["adapter_revision"]) == (f"ann/xet@{first}", first)
+    assert merged["relative_difference"]["merged"] < 1e-5
 
 
 def test_pull_gives_the_revision_back(hub: HubServer, run: Path, tmp_path: Path):

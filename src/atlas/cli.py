@@ -13,6 +13,7 @@ COMMANDS = {
     "chat": ("atlas.eval.generate", "talk with a tuned model"),
     "push": ("atlas.hub", "push a finished run to the Hub"),
     "pull": ("atlas.hub:main_pull", "get an adapter from the Hub, at a pinned revision"),
+    "merge": ("atlas.models.merge", "an adapter and its base as one model"),
     "pocket": ("atlas.pocket.lab", "the whole way on a machine with neither GPU nor Hub"),
 }
 
