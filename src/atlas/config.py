@@ -30,6 +30,10 @@ OWNED_TRAIN_FIELDS = {
     "hub_private_repo": "set output.hub_private instead",
     "hub_token": "tokens never stand in a config: `hf auth login`, or HF_TOKEN in the environment",
     "resume_from_checkpoint": "use --resume auto|never|PATH",
+    "save_only_model": "a checkpoint without the optimizer's state cannot be resumed exactly",
+    "ignore_data_skip": "a run that resumes on other rows is another run",
+    "enable_jit_checkpoint": "atlas writes a checkpoint on SIGTERM and SIGINT by itself",
+    "restore_callback_states_from_checkpoint": "atlas restores what its own callbacks need",
     "trust_remote_code": "atlas never runs code from a model repository",
     "model_init_kwargs": "set the keys under model: and quantization: instead",
     "chat_template_path": "atlas patches the tokenizer's own template; choose model.tokenizer_name",
@@ -51,13 +55,13 @@ _REMOVED_TRAIN_FIELDS = {  # names of older releases that people still copy
     "tokenizer": "model.tokenizer_name",
 }
 # Where and how fast a run goes, not what it computes: left out of config_hash.
-_NOT_HASHED_SECTIONS = ("output", "audit", "eval")
+_NOT_HASHED_SECTIONS = ("output", "audit", "eval", "checkpoint")
 _NOT_HASHED = {"model.attn_implementation", "data.num_proc", "data.max_bad_fraction"}
 _NOT_HASHED_TRAIN = re.compile(
     r"(logging|log_|save|report_to|run_name|project$|trackio|disable_tqdm|dataloader_(?!drop_last)|gradient_checkpointing"
     r"|activation_|torch_compile|torch_empty|use_liger|liger|include_num_input|skip_memory|ddp_|debug|hub_|do_|eval"
-    r"|per_device_eval|prediction_loss_only|batch_eval|use_cpu|enable_jit|bf16_full_eval|fp16_full_eval|load_best"
-    r"|auto_find_batch_size|ignore_data_skip|restore_callback|local_rank|fsdp|deepspeed|accelerator_config|parallelism)"
+    r"|per_device_eval|prediction_loss_only|batch_eval|use_cpu|bf16_full_eval|fp16_full_eval"
+    r"|auto_find_batch_size|local_rank|fsdp|deepspeed|accelerator_config|parallelism)"
 )
 
 
@@ -263,6 +267,13 @@ class OutputConfig(_Section):
     hub_private: bool = True
 
 
+class CheckpointConfig(_Section):
+    """When checkpoints are written beside `train.save_steps`; a stop signal (SIGTERM, Ctrl-C) always writes one."""
+
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Minutes since the last one, for machines that are taken away after some hours; null: by `train.save_strategy` alone."""
+
+
 class Config(_Section):
     """The whole tree. `train` holds SFTConfig fields as given; see `train_value` for one with its default."""
 
@@ -272,6 +283,7 @@ class Config(_Section):
     data: DataConfig
     audit: AuditConfig = AuditConfig()
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig
     train: Mapping[str, Any] = Field(default_factory=dict)
 
@@ -491,7 +503,13 @@ def _explain(error: ValidationError, sources: Mapping[str, str], path: Path) -> 
 
 
 def config_hash(config: Config) -> str:
-    """8 hex digits over what defines the experiment: every value that differs from its default, except paths of output,
+    """8 hex digits over `experiment`."""
+    canonical = json.dumps(experiment(config), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def experiment(config: Config) -> dict[str, Any]:
+    """What defines the experiment, as plain JSON types: every value that differs from its default, except paths of output,
     the audit, logging, checkpoints, and knobs that change speed only. A local path counts by its last part, so that the
     same files elsewhere are the same experiment (their content is in the manifest's data fingerprint)."""
     tree = config.model_dump(mode="json", exclude_defaults=True, exclude={"train", *_NOT_HASHED_SECTIONS})
@@ -505,13 +523,15 @@ def config_hash(config: Config) -> str:
     for source in (*tree["data"]["train"], *tree["data"].get("eval", ())):
         source["name"] = _without_folder(source["name"])
     fields = train_fields()
+    # Which step's adapter is kept depends on when it is evaluated and saved.
+    chosen = ("eval_s", "save_s") if config.train_value("load_best_model_at_end") else ()
     tree["train"] = {
         key: value
         for key, value in config.train.items()
-        if not _NOT_HASHED_TRAIN.match(key) and not (fields[key].has_default and fields[key].default == value)
+        if (not _NOT_HASHED_TRAIN.match(key) or key.startswith(chosen))
+        and not (fields[key].has_default and fields[key].default == value)
     }
-    canonical = json.dumps({k: v for k, v in tree.items() if v}, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+    return {section: values for section, values in tree.items() if values}
 
 
 def _without_folder(name: str) -> str:

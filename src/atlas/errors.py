@@ -17,6 +17,14 @@ class RunError(Exception):
     """The job cannot be done, and not because of the input: one message, exit status 1."""
 
 
+class StoppedError(Exception):
+    """The process was told to stop by the signal `number`, and has saved what there is."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.status = 128 + number  # what a shell expects
+
+
 def run_main(main: Callable[[], int]) -> int:
     """Run `main`; a `UserError` becomes one message on stderr and exit status 2, a `RunError` status 1, without a traceback."""
     try:
@@ -26,6 +34,11 @@ def run_main(main: Callable[[], int]) -> int:
         if os.environ.get("RANK", "0") == "0":  # under torchrun every process finds the same error
             print(f"error: {redact(str(error))}", file=sys.stderr)
         return WRONG_INPUT if isinstance(error, UserError) else FAILED
+    except StoppedError as stop:
+        sys.stdout.flush()
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130  # 128 + SIGINT, what a shell expects
+        return 130  # 128 + SIGINT

@@ -294,6 +294,11 @@ def load_base_model_and_tokenizer(
         )
     except OSError as error:
         raise UserError(f"model.name: the weights of {name!r} cannot be loaded: {_first_line(error)}") from None
+    for module in model.modules():
+        # On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights at the first evaluation, and trains on with a
+        # kernel that has no backward: no gradient passes through the layer any more.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     stops = model.generation_config.eos_token_id
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id

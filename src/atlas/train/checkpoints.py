@@ -1,75 +1,216 @@
-"""Which checkpoint a run goes on from."""
+"""Checkpoints that are whole or not there, and which of them a run goes on from.
 
+transformers writes a checkpoint file by file where it will stay, and resumes from the highest number however damaged it is.
+Here it is written beside its place, listed with sizes and SHA-256, flushed to disk and then renamed; every file of it is checked
+before any is read.
+"""
+
+import hashlib
 import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
+from atlas.config import LoadedConfig, experiment
 from atlas.errors import UserError
-from atlas.train.manifest import write_json
+from atlas.train.manifest import versions, write_json
 
-_STAMP = "atlas_checkpoint.json"
-
-
-class StampCheckpoints(TrainerCallback):
-    """Writes into each checkpoint, after transformers has written all of it, which config and data it belongs to."""
-
-    def __init__(self, config_hash: str, data: str) -> None:
-        self.config_hash, self.data = config_hash, data
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            stamp = {"config_hash": self.config_hash, "data": self.data, "last": state.global_step >= state.max_steps}
-            write_json(folder / _STAMP, stamp)
+CONTENTS = "atlas_checkpoint.json"
+PROGRESS = "atlas_progress_{rank}.json"
+STAGING = ".saving"
+_FORMAT = 2
 
 
-def finished_manifest(output_dir: Path, config_hash: str, data: str) -> dict[str, Any] | None:
-    """The manifest of a run of this config on these data that has come to its end in `output_dir`, or None."""
+@dataclass(frozen=True)
+class Identity:
+    """What a run is: only a checkpoint of the same config on the same data is gone on from."""
+
+    config_hash: str
+    experiment: Mapping[str, Any]
+    """The values behind `config_hash`, to say what differs."""
+    data: str
+    """Fingerprint of the labelled rows."""
+    hardware: str
+
+    @staticmethod
+    def of(loaded: LoadedConfig, data: str, hardware: str) -> "Identity":
+        return Identity(loaded.config_hash, experiment(loaded.config), data, hardware)
+
+
+def seal(folder: Path, run: Identity, step: int) -> None:
+    """List the files of a written checkpoint in it, and bring all of it to the disk."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    contents = {
+        "format": _FORMAT,
+        "step": step,
+        "config_hash": run.config_hash,
+        "experiment": run.experiment,
+        "data": run.data,
+        "hardware": run.hardware,
+        "versions": versions(),
+        "files": {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in files},
+    }
+    for path in files:
+        flush(path)
+    write_json(folder / CONTENTS, contents)
+    flush(folder)
+
+
+def put_in_place(staged: Path, final: Path) -> None:
+    """Rename; one that is there already (the same step, trained again) is kept until the new one is in its place."""
+    old = final.with_name(f".old-{final.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    staged.rename(final)
+    flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_oldest(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
+    """Remove the checkpoints that were written first, until at most `limit` are left or those to `keep`.
+
+    Not the lowest steps, as transformers does it where all were written within a second: an earlier run's may be higher.
+    """
+
+    def written(path: Path) -> int:
+        contents = path / CONTENTS
+        return contents.stat().st_mtime_ns if contents.is_file() else 0
+
+    others = sorted((path for path in checkpoints(output_dir) if path not in keep), key=written)
+    surplus = len(others) + len(keep) - limit if limit else 0
+    for path in others[: max(surplus, 0)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's, or a folder's, content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finished_manifest(output_dir: Path, run: Identity) -> dict[str, Any] | None:
+    """The manifest of a run that has come to its end in `output_dir`, if it is this one and its adapter is whole, or None."""
     try:
         manifest = json.loads((output_dir / "manifest.json").read_text(encoding="utf-8"))
-        same = (manifest["config_hash"], manifest["data"]["fingerprint"]) == (config_hash, data)
-    except (OSError, ValueError, KeyError, TypeError):
+        same = (manifest["config_hash"], manifest["data"]["fingerprint"]) == (run.config_hash, run.data)
+        whole = same and sha256(output_dir / "adapter_model.safetensors") == manifest["adapter_sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    return manifest if same and (output_dir / "adapter_model.safetensors").is_file() else None
+    return manifest if whole else None
 
 
-def checkpoint_to_resume(output_dir: Path, resume: str, config_hash: str, data: str) -> Path | None:
+def checkpoint_to_resume(output_dir: Path, resume: str, run: Identity) -> Path | None:
     """The checkpoint folder to go on from, or None for a fresh start; each one that is passed over is printed with its reason.
 
-    `resume`: "auto" (the newest complete one of this config and these data), "never", or a path. Raises `UserError` for a path
-    that is no complete checkpoint of them.
+    `resume`: "auto" (the newest whole one of this run), "never", or a path. Raises `UserError` for a path that is none of this run,
+    and where only checkpoints of other runs are there: the run would overwrite them bit by bit.
     """
     if resume == "never":
         return None
     if resume != "auto":
-        problem = _problem(Path(resume), config_hash, data)
-        if problem:
+        if problem := damage(Path(resume)) or difference(Path(resume), run):
             raise UserError(f"--resume {resume}: {problem}")
-        return Path(resume)
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
-        problem = _problem(path, config_hash, data)
-        if problem is None:
-            print(f"resume from {path}")
-            return path
+        return _chosen(Path(resume), run)
+    damaged, others = [], []
+    for path in checkpoints(output_dir):
+        if problem := damage(path):
+            damaged.append(path)
+        elif problem := difference(path, run):
+            others.append(f"{path.name}: {problem}")
+        else:
+            return _chosen(path, run)
         print(f"not resumed from {path}: {problem}")
-    if found:
-        print("no checkpoint is usable: training starts from step 0")
+    if others:
+        raise UserError(
+            f"output.dir: {output_dir} holds checkpoints of another run, and none of this one.\n       {others[0]}\n       "
+            "Set another output.dir, or the values back, or give --resume never to train anew over them"
+        )
+    if damaged:
+        print(f"no checkpoint in {output_dir} is usable: training starts from step 0")
     return None
 
 
-def _problem(folder: Path, config_hash: str, data: str) -> str | None:
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders, the newest step first."""
+    found = {path.name.removeprefix("checkpoint-"): path for path in output_dir.glob("checkpoint-*") if path.is_dir()}
+    return [found[step] for step in sorted(filter(str.isdigit, found), key=int, reverse=True)]
+
+
+def _chosen(folder: Path, run: Identity) -> Path:
+    contents = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
+    print(f"resume from {folder}")
+    now = {"hardware": run.hardware, **versions()}
+    before = {"hardware": contents["hardware"], **contents["versions"]}
+    changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    if changed:
+        print(f"  not bit for bit as without the break, for since then: {', '.join(changed)}")
+    return folder
+
+
+def damage(folder: Path) -> str | None:
+    """What of a checkpoint is not as it was written, or None."""
     try:
-        stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"not a complete checkpoint of atlas (no readable {_STAMP}, which is written last)"
-    if stamp.get("config_hash") != config_hash:
-        return f"it belongs to config {stamp.get('config_hash')}, this is {config_hash}"
-    if stamp.get("data") != data:
-        return "the training data have changed since"
-    if stamp.get("last"):
-        # transformers 5.23 takes one more step, at learning rate 0, when it resumes from the last one
-        return "it is of the last step: the run is finished from the one before"
+        contents = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
+        files = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in contents["files"].items()}
+        step, known = contents["step"], contents["format"] == _FORMAT
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return f"not a whole checkpoint of atlas: {CONTENTS}, which is written last, is missing or damaged"
+    if not known:
+        return f"it is of another version of atlas (format {contents['format']}, this one reads {_FORMAT})"
+    if folder.name != f"checkpoint-{step}":
+        return f"damaged: the folder was renamed, it holds step {step}"
+    if "trainer_state.json" not in files:
+        return "damaged: no trainer_state.json"
+    if (folder / "checkpoint-is-incomplete.txt").exists():
+        return "damaged: checkpoint-is-incomplete.txt says that it was never finished"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"damaged: {name} is missing"
+        if path.stat().st_size != size:
+            return f"damaged: {name} has {path.stat().st_size:,} bytes instead of {size:,}"
+        if sha256(path) != digest:
+            return f"damaged: {name} has changed (its SHA-256 is another)"
     return None
+
+
+def difference(folder: Path, run: Identity) -> str | None:
+    """Why a whole checkpoint is of another run, with the keys that differ, or None."""
+    contents = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
+    if contents["config_hash"] != run.config_hash:
+        keys = differing_keys(contents["experiment"], run.experiment)
+        return f"it belongs to config {contents['config_hash']}, this is {run.config_hash}: {keys}"
+    if contents["data"] != run.data:
+        return "the training data have changed since"
+    return None
+
+
+def differing_keys(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """`train.seed (1 there, 2 here), ...` of two trees of `experiment`."""
+    before, now = dict(_flat(there)), dict(_flat(here))
+    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    return ", ".join(f"{key} ({_said(before, key)} there, {_said(now, key)} here)" for key in keys)
+
+
+def _said(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "default"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

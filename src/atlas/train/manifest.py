@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from atlas.config import Config, LoadedConfig
+from atlas.config import Config, LoadedConfig, experiment
 from atlas.data.prepare import Labeled
 from atlas.device import DevicePlan
 from atlas.redact import redact
@@ -30,6 +30,7 @@ def build_manifest(
         "command": command_line(),
         "config_hash": loaded.config_hash,
         "config": loaded.config.model_dump(mode="json"),
+        "experiment": experiment(loaded.config),
         "local": local_names(loaded.config),
         "device": {"hardware": plan.hardware, **{c.key: c.value for c in plan.choices}},
         "versions": versions(),

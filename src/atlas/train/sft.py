@@ -10,6 +10,8 @@ loaded. Exit status: 0 done, 1 the run failed, 2 the input is wrong.
 import argparse
 import contextlib
 import os
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -18,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.config import LoadedConfig, load_config, render_config
-from atlas.errors import DONE, FAILED, UserError, run_main
+from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError, run_main
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
     from atlas.config import Config
+    from atlas.data.prepare import Labeled
     from atlas.device import DevicePlan
     from atlas.train.trainer import LabeledSFTTrainer
 
@@ -130,17 +134,15 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     from accelerate import PartialState
     from transformers import set_seed
 
-    from atlas.card import write_card
     from atlas.data.pack import arrange
     from atlas.data.prepare import gate, prepare
-    from atlas.data.report import write_report
     from atlas.device import Machine, choose_device
     from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm, lora_config
     from atlas.models.base import load_base_model_and_tokenizer, load_tokenizer
-    from atlas.train.callbacks import LogLine, duration, memory_gib
-    from atlas.train.checkpoints import StampCheckpoints, checkpoint_to_resume, finished_manifest
-    from atlas.train.manifest import build_manifest, write_json
-    from atlas.train.trainer import LabeledSFTTrainer
+    from atlas.train.callbacks import LogLine, SaveInTime, duration, memory_gib
+    from atlas.train.checkpoints import Identity, checkpoint_to_resume, checkpoints, finished_manifest
+    from atlas.train.manifest import build_manifest
+    from atlas.train.trainer import EvaluationCutError, LabeledSFTTrainer
 
     plan = choose_device(config, Machine.from_torch())
     print(f"config {loaded.config_hash}\n{plan.table()}")
@@ -156,11 +158,12 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
         print(labeled.table())
         gate(config, labeled)
         rows = arrange(labeled.dataset, arguments)
-    finished = finished_manifest(folder, loaded.config_hash, labeled.fingerprint)
+    identity = Identity.of(loaded, labeled.fingerprint, plan.hardware)
+    finished = finished_manifest(folder, identity)
     if finished is not None and resume == "auto":
         print(f"this run is finished: {folder} (--resume never trains it anew)")
         return SftRun(folder, None, finished)
-    checkpoint = checkpoint_to_resume(folder, resume, loaded.config_hash, labeled.fingerprint)
+    checkpoint = checkpoint_to_resume(folder, resume, identity)
 
     model, tokenizer = load_base_model_and_tokenizer(config, plan, tokenizer)
     set_seed(arguments.seed)  # the adapter is initialised in SFTTrainer's constructor, before Trainer seeds anything
@@ -172,7 +175,8 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
         eval_dataset=labeled.eval_dataset,
         processing_class=tokenizer,
         peft_config=adapter,
-        callbacks=[log, StampCheckpoints(loaded.config_hash, labeled.fingerprint)],
+        callbacks=[log],
+        identity=identity,
     )
     _remove_default_printing(trainer)
     if config.data.streaming:  # SFTTrainer's constructor looks at the first row, which fills the shuffle buffer
@@ -181,37 +185,85 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     trainable = cast_trainable_to_fp32(trainer.model)
     print(f"adapter r={config.lora.r} alpha={config.lora.lora_alpha}: {trainable:,} trainable parameters, float32")
 
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with SaveInTime(trainer, log, config.checkpoint.every_minutes, checkpoint) as saving:
+        trainer.add_callback(saving)
+        with contextlib.suppress(EvaluationCutError):
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if saving.received:
+        saved = next((f"{path} is whole" for path in checkpoints(folder)), "no checkpoint could be saved")
+        name, state = signal.Signals(saving.received).name, trainer.state
+        raise StoppedError(
+            f"stopped by {name} after step {state.global_step}/{state.max_steps}: {saved}; the same command goes on from there",
+            saving.received,
+        )
 
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    eval_losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
     result = {
         "steps": trainer.state.global_step,
-        "resumed_from": checkpoint.name if checkpoint else None,  # tokens and losses below count from there
+        "resumed_from": checkpoint.name
+        if checkpoint
+        else None,  # the times below count from there, all else from the start
         "trainable_parameters": trainable,
         "supervised_tokens": trainer.supervised_tokens_of_all(),
         "lora_b_norm": lora_b_norm(trainer.model),
-        "loss_first": log.history[0][1] if log.history else None,
-        "loss_last": log.history[-1][1] if log.history else None,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
         "loss_mean": outcome.training_loss,
-        "eval_loss": log.eval_losses[-1][1] if log.eval_losses else None,
+        "eval_loss": eval_losses[-1] if eval_losses else None,
+        "best_step": trainer.state.best_global_step if arguments.load_best_model_at_end else None,
         "train_seconds": round(outcome.metrics["train_runtime"], 2),
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_gib": round(memory_gib(), 3),
     }
     manifest = build_manifest(loaded, plan, labeled, tokenizer.get_chat_template(), result)
     if is_main_process():
-        trainer.model.save_pretrained(folder, save_embedding_layers=False)
-        tokenizer.save_pretrained(folder)
-        trainer.model.generation_config.save_pretrained(folder)
-        write_json(folder / "manifest.json", manifest)
-        write_report(labeled, folder)
-        write_card(folder, config.output.hub_repo, new=True)
+        _save_result(trainer, tokenizer, labeled, manifest)
     trainer.accelerator.wait_for_everyone()
-    losses = f"loss {log.history[0][1]:.4f} -> {log.history[-1][1]:.4f}, " if log.history else ""
+    fall = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, " if losses else ""
     print(
-        f"done: {result['steps']} steps, {result['supervised_tokens']:,} supervised tokens, {losses}"
+        f"done: {result['steps']} steps, {result['supervised_tokens']:,} supervised tokens, {fall}"
         f"LoRA B norm {result['lora_b_norm']:.4f}, {duration(time.perf_counter() - started)}, saved in {folder}"
     )
     return SftRun(folder, trainer, manifest)
+
+
+def _save_result(
+    trainer: "LabeledSFTTrainer", tokenizer: "PreTrainedTokenizerBase", labeled: "Labeled", manifest: dict[str, Any]
+) -> None:
+    """Adapter, tokenizer, generation config, data report and card; the manifest, which says that the run is finished, after what
+    it speaks of. Raises `RunError` where they cannot be written: the run ends from its last checkpoint, once they can."""
+    from safetensors import SafetensorError
+
+    from atlas.card import write_card
+    from atlas.data.report import write_report
+    from atlas.train.checkpoints import STAGING, checkpoints, flush, sha256
+    from atlas.train.manifest import write_json
+
+    folder = Path(str(trainer.args.output_dir))
+    staging = folder / STAGING
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        trainer.model.save_pretrained(staging, save_embedding_layers=False)
+        tokenizer.save_pretrained(staging)
+        trainer.model.generation_config.save_pretrained(staging)
+        manifest["adapter_sha256"] = sha256(staging / "adapter_model.safetensors")
+        (folder / "manifest.json").unlink(missing_ok=True)  # an earlier run's
+        for path in staging.iterdir():
+            flush(path)
+            path.replace(folder / path.name)
+        staging.rmdir()
+        write_report(labeled, folder)
+        write_json(folder / "manifest.json", manifest)
+        write_card(folder, manifest["config"]["output"]["hub_repo"], new=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        last = next((f"{path} is whole" for path in checkpoints(folder)), "there is no checkpoint")
+        raise RunError(
+            f"the adapter could not be saved in {folder} ({error}). {last}: make room, then run the same command again, which goes "
+            "on from there"
+        ) from None
 
 
 def sft_arguments(loaded: LoadedConfig, plan: "DevicePlan") -> "SFTConfig":

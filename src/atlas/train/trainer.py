@@ -1,15 +1,53 @@
-"""TRL's SFTTrainer on rows that are labelled already, with supervised tokens counted."""
+"""TRL's SFTTrainer on rows that are labelled already: supervised tokens counted, checkpoints whole, a resume that is exact."""
 
+import json
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerState
 from trl import SFTTrainer
+
+from atlas.train import checkpoints
+from atlas.train.manifest import write_json
+
+
+class EvaluationCutError(Exception):
+    """Raised between two batches of an evaluation that has no time to finish."""
+
+
+@dataclass
+class _StepBegin:
+    """What a step changes before its end, as it was when the step began."""
+
+    random_state: tuple[Any, ...]
+    loss: torch.Tensor
+    counts: dict[str, Any]
+
+
+def between_epochs(state: TrainerState) -> bool:
+    return float(state.epoch or 0).is_integer()
 
 
 class LabeledSFTTrainer(SFTTrainer):
-    """Adds `supervised_tokens` (since the start, all processes) to what is logged; everything else is TRL's."""
+    """Adds `supervised_tokens` (since the start, all processes) to what is logged, and to transformers' checkpoints what they lack:
+    they are written whole or not at all, may be written in the middle of a step, and hold what the log has summed up so far."""
 
     supervised_tokens = 0
+    evaluation_due = False
+    """The evaluation of this step has been put off; the resumed run begins with it."""
+    _staging: Path | None = None
+    _step_begin: _StepBegin | None = None
+
+    def __init__(self, *args: Any, identity: checkpoints.Identity, **kwargs: Any) -> None:
+        self.identity = identity
+        super().__init__(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.model.training:
@@ -25,3 +63,142 @@ class LabeledSFTTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs["supervised_tokens"] = self.supervised_tokens_of_all()
         super().log(logs, start_time)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers 5.23 takes one more step, at learning rate 0, when it resumes from the last one.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As transformers does it, but beside its place until it is whole. One that cannot be written is said and does not end the
+        run: the disk may have room again when the next is due."""
+        output_dir, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
+        staged = output_dir / checkpoints.STAGING / name
+        try:
+            if self.args.should_save:
+                shutil.rmtree(staged.parent, ignore_errors=True)
+                staged.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self._staging = staged.parent
+            Trainer._save_checkpoint(self, model, trial)  # SFTTrainer's adds a model card to output_dir
+            write_json(staged / checkpoints.PROGRESS.format(rank=self.args.process_index), self._progress())
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.state.best_model_checkpoint == str(staged):
+                    self.state.best_model_checkpoint = str(output_dir / name)
+                    self.state.save_to_json(str(staged / "trainer_state.json"))
+                checkpoints.seal(staged, self.identity, self.state.global_step)
+                checkpoints.put_in_place(staged, output_dir / name)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch's writer raises RuntimeError where the disk is full
+            if self.args.world_size > 1:
+                raise  # the other processes wait for this one
+            last = next(
+                (f"the last one is {path}" for path in checkpoints.checkpoints(output_dir)), "there is none yet"
+            )
+            first = str(error).strip().splitlines()[0]
+            print(f"{name} could not be saved ({first}); {last}; training goes on", flush=True)
+        else:
+            if self.args.should_save:
+                keep = {output_dir / name, Path(self.state.best_model_checkpoint or output_dir / name)}
+                checkpoints.remove_oldest(output_dir, self.args.save_total_limit, keep)
+        finally:
+            self._staging = None
+            if self.args.should_save:
+                shutil.rmtree(staged.parent, ignore_errors=True)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        state = _random_state()
+        try:
+            return super()._evaluate(*args, **kwargs)
+        finally:
+            _set_random_state(
+                state
+            )  # its data loader draws a seed; when it evaluates is not to change what a run trains
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationCutError:
+            self.evaluation_due, self.control.should_evaluate = True, False
+            self._save_checkpoint(self.model, None)
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "supervised_tokens": self.supervised_tokens,
+            "total_tokens": self._total_train_tokens,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        """What transformers and TRL forget: the sums of the log since its last line, and counts since the start."""
+        return {
+            **self._counts(),
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "evaluation_due": self.evaluation_due or self._epoch_is_not_evaluated(),
+        }
+
+    def _epoch_is_not_evaluated(self) -> bool:
+        """Whether this is the end of an epoch, whose evaluation comes after the last step's checkpoint."""
+        if self.args.eval_strategy != "epoch" or self.state.global_step == 0 or not between_epochs(self.state):
+            return False
+        return not any(
+            "eval_loss" in line and line["step"] == self.state.global_step for line in self.state.log_history
+        )
+
+    def restore_progress(self, checkpoint: Path) -> None:
+        """After transformers has loaded its part of a checkpoint: the rest, and the evaluation that was put off."""
+        file = checkpoint / checkpoints.PROGRESS.format(rank=self.args.process_index)
+        progress = json.loads(file.read_text(encoding="utf-8"))
+        self._restore_counts(progress)
+        self._tr_loss.fill_(progress["loss"])
+        self._total_loss_scalar, self._initial_global_step = progress["total_loss"], 0
+        self._globalstep_last_logged = progress["last_logged"]
+        best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (problem := checkpoints.damage(best)):
+            print(f"the best checkpoint so far is not usable, so a later one is kept: {best}: {problem}")
+            self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
+        elif self.state.best_global_step:
+            self.state.best_model_checkpoint = str(best)  # the folder may have been moved since
+        if progress["evaluation_due"]:
+            self._determine_best_metric(self._evaluate(None, None), None)
+
+    def _restore_counts(self, counts: Mapping[str, Any]) -> None:
+        self.supervised_tokens, self._total_train_tokens = counts["supervised_tokens"], counts["total_tokens"]
+        self._metrics["train"].clear()
+        self._metrics["train"].update({name: list(values) for name, values in counts["metrics"].items()})
+
+    def remember_step_begin(self) -> None:
+        """Note what `back_to_step_begin` needs; without waiting for the GPU."""
+        self._step_begin = _StepBegin(_random_state(), self._tr_loss.clone(), self._counts())
+
+    def back_to_step_begin(self) -> None:
+        """Undo the part of a step that was done since `remember_step_begin`: its gradients have not changed the adapter."""
+        assert self._step_begin is not None
+        _set_random_state(self._step_begin.random_state)
+        self._tr_loss.copy_(self._step_begin.loss)
+        self._restore_counts(self._step_begin.counts)
+
+
+def _random_state() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)

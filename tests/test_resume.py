@@ -1,0 +1,95 @@
+"""A run that is broken off and resumed gives what it would have given without the break, bit for bit."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from atlas.config import load_config
+from atlas.train import sft
+
+
+def train(arguments: list[str], *more: str) -> sft.SftRun:
+    return sft.train(load_config(arguments[1], [*arguments[2:], *more]))
+
+
+def trace(run: sft.SftRun) -> tuple[bytes, list[dict]]:
+    """The adapter, and every line of the log with losses, learning rates, accuracies and token counts."""
+    assert run.trainer is not None
+    lines = [
+        {k: v for k, v in line.items() if "runtime" not in k and "per_second" not in k}
+        for line in run.trainer.state.log_history
+    ]
+    return (run.folder / "adapter_model.safetensors").read_bytes(), [
+        line for line in lines if {"loss", "eval_loss"} & {*line}
+    ]
+
+
+def broken_off(whole: Path, to: Path, step: int) -> Path:
+    """A copy of a finished run's folder as a kill after checkpoint-`step` would have left it."""
+    shutil.copytree(whole, to)
+    for path in [*to.iterdir()]:
+        number = path.name.removeprefix("checkpoint-")
+        if path.is_file():
+            path.unlink()
+        elif not number.isdigit() or int(number) > step:
+            shutil.rmtree(path)
+    assert (to / f"checkpoint-{step}").is_dir()
+    return to
+
+
+BASIC = [
+    "train.max_steps=7",
+    "train.save_strategy=steps",
+    "train.save_steps=1",
+    "train.save_total_limit=null",
+    "lora.lora_dropout=0.1",
+]
+KINDS = {
+    "padded, NF4, dropout": [],
+    "packed": ["train.packing=true", "train.max_length=256"],
+    "accumulation": ["train.gradient_accumulation_steps=3"],
+    "not quantised": ["quantization.load_in_4bit=false"],
+    # 40 rows: an epoch has 5 steps of 4 x 2; the log's lines do not fall on checkpoints.
+    "epochs": [
+        "data.train={rows}:40",
+        "train.gradient_accumulation_steps=4",
+        "train.max_steps=12",
+        "train.logging_steps=4",
+    ],
+    "gradient checkpointing, held-out data": [
+        "train.gradient_checkpointing=true",
+        "data.train={rows}:40",
+        "data.eval_rows=4",
+        "train.eval_strategy=epoch",
+        "train.per_device_train_batch_size=6",
+        "train.max_steps=13",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_run_equals_the_unbroken_one(kind: str, sft_args: list[str], rows_file: Path, tmp_path: Path):
+    arguments = [*sft_args, *BASIC, *(text.format(rows=rows_file) for text in KINDS[kind])]
+    whole = train(arguments)
+    adapter, lines = trace(whole)
+    assert len({line["loss"] for line in lines if "loss" in line}) > 2
+    steps = [1, 5, 6, 7, 10, 12] if "max_steps=12" in " ".join(arguments) else [1, 4, 6, 7]
+    for step in steps:
+        folder = broken_off(whole.folder, tmp_path / f"broken-{step}", step)
+        resumed = train(arguments, f"output.dir={folder}")
+        assert trace(resumed) == (adapter, lines), step
+        result, before = resumed.manifest["result"], whole.manifest["result"]
+        assert result["resumed_from"] == f"checkpoint-{step}"
+        same = ("steps", "supervised_tokens", "loss_first", "loss_last", "loss_mean", "eval_loss", "lora_b_norm")
+        assert [result[key] for key in same] == [before[key] for key in same]
+
+
+def test_an_evaluation_changes_nothing_of_the_training(sft_args: list[str], rows_file: Path, tmp_path: Path):
+    """Not the random numbers of dropout, nor (bitsandbytes 0.50 on a CPU with AVX512-BF16) the gradient."""
+    arguments = [*sft_args, "train.max_steps=4", "lora.lora_dropout=0.1", f"data.eval={rows_file}:4"]
+    plain, _ = trace(train(arguments, "train.eval_strategy='no'"))
+    often, lines = trace(
+        train(arguments, "train.eval_strategy=steps", "train.eval_steps=1", f"output.dir={tmp_path / 'often'}")
+    )
+    assert often == plain and sum("eval_loss" in line for line in lines) == 4
