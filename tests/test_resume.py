@@ -1,12 +1,18 @@
 """A run that is broken off and resumed gives what it would have given without the break, bit for bit."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from atlas.config import load_config
 from atlas.train import sft
+from atlas.train.checkpoints import checkpoints
 
 
 def train(arguments: list[str], *more: str) -> sft.SftRun:
@@ -93,3 +99,79 @@ def test_an_evaluation_changes_nothing_of_the_training(sft_args: list[str], rows
         train(arguments, "train.eval_strategy=steps", "train.eval_steps=1", f"output.dir={tmp_path / 'often'}")
     )
     assert often == plain and sum("eval_loss" in line for line in lines) == 4
+
+
+def environment() -> dict[str, str]:
+    """Of a child process."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "atlas.train.sft", *arguments]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_saves_and_leaves(number: signal.Signals, sft_args: list[str], rows_file: Path, tmp_path: Path):
+    """In the middle of a step: the micro-batches done of it are undone, and done again by the resumed run."""
+    # A step of 40 micro-batches takes some seconds; no checkpoint is written but by the signal.
+    slow = [
+        "train.gradient_accumulation_steps=40",
+        "train.max_steps=4",
+        f"data.train={rows_file}:400",
+        "lora.lora_dropout=0.1",
+    ]
+    whole = train([*sft_args, *slow])
+    arguments = [*sft_args, *slow, f"output.dir={tmp_path / 'stopped'}"]
+    process = start(arguments)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 2/4"):
+            break
+    time.sleep(0.3)
+    told = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    took = time.monotonic() - told
+    assert process.returncode == 128 + number and took < 10, (out, err)
+    assert "step 3/4" not in out and "Traceback" not in err
+    folder = tmp_path / "stopped"
+    assert f"stopped by {number.name} after step 2/4: {folder / 'checkpoint-2'} is whole" in err
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
+    assert not (folder / "manifest.json").exists()
+    resumed = train(arguments)
+    assert resumed.manifest["result"]["resumed_from"] == "checkpoint-2"
+    assert trace(resumed) == trace(whole)
+
+
+def test_a_stop_signal_cuts_an_evaluation_which_the_resumed_run_makes_up(
+    sft_args: list[str], rows_file: Path, tmp_path: Path
+):
+    slow = [
+        f"data.eval={rows_file}:3000",
+        "train.eval_strategy=epoch",
+        f"data.train={rows_file}:8",
+        "train.num_train_epochs=2",
+    ]
+    arguments = [*sft_args, *slow, "train.max_steps=-1", "lora.lora_dropout=0.1"]
+    folder = tmp_path / "stopped"
+    process = start([*arguments, f"output.dir={folder}"])
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 4/8"):
+            break
+    time.sleep(1)
+    told = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and time.monotonic() - told < 10
+    assert "held-out loss" not in out and f"{folder / 'checkpoint-4'} is whole" in err
+    resumed, whole = train(arguments, f"output.dir={folder}"), train(arguments)
+    assert trace(resumed) == trace(whole) and sum("eval_loss" in line for line in trace(whole)[1]) == 2
+
+
+def test_checkpoints_by_the_clock(sft_args: list[str]):
+    run = train([*sft_args, "checkpoint.every_minutes=0.0001", "train.save_total_limit=null"])
+    assert [path.name for path in checkpoints(run.folder)] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
+    rarely = train([*sft_args, "checkpoint.every_minutes=10", f"output.dir={run.folder.with_name('rarely')}"])
+    assert checkpoints(rarely.folder) == []

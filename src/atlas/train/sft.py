@@ -233,8 +233,6 @@ def _save_result(
 ) -> None:
     """Adapter, tokenizer, generation config, data report and card; the manifest, which says that the run is finished, after what
     it speaks of. Raises `RunError` where they cannot be written: the run ends from its last checkpoint, once they can."""
-    from safetensors import SafetensorError
-
     from atlas.card import write_card
     from atlas.data.report import write_report
     from atlas.train.checkpoints import STAGING, checkpoints, flush, sha256
@@ -257,7 +255,7 @@ def _save_result(
         write_report(labeled, folder)
         write_json(folder / "manifest.json", manifest)
         write_card(folder, manifest["config"]["output"]["hub_repo"], new=True)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # a full disk is an OSError, or safetensors' or tokenizers' own
         shutil.rmtree(staging, ignore_errors=True)
         last = next((f"{path} is whole" for path in checkpoints(folder)), "there is no checkpoint")
         raise RunError(

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
 from trl import SFTTrainer
 
@@ -94,17 +93,13 @@ class LabeledSFTTrainer(SFTTrainer):
                     self.state.save_to_json(str(staged / "trainer_state.json"))
                 checkpoints.seal(staged, self.identity, self.state.global_step)
                 checkpoints.put_in_place(staged, output_dir / name)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch's writer raises RuntimeError where the disk is full
+        except Exception as error:  # a full disk is an OSError, torch's RuntimeError, safetensors' or tokenizers' own
             if self.args.world_size > 1:
                 raise  # the other processes wait for this one
             last = next(
                 (f"the last one is {path}" for path in checkpoints.checkpoints(output_dir)), "there is none yet"
             )
-            first = str(error).strip().splitlines()[0]
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"{name} could not be saved ({first}); {last}; training goes on", flush=True)
         else:
             if self.args.should_save:

@@ -1,0 +1,220 @@
+"""A checkpoint that is not whole is never gone on from and never in the way; one of another run is never overwritten."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from atlas.train import sft
+from atlas.train.checkpoints import CONTENTS
+from conftest import chat, run_arguments, write_rows
+from test_resume import BASIC, broken_off, environment, trace, train
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+# What is done to checkpoint-4 beside a whole checkpoint-3, and what is said of it.
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated adapter": (lambda c: os.truncate(c / "adapter_model.safetensors", 1000), "has 1,000 bytes instead of"),
+    "zeroed adapter": (
+        lambda c: (c / "adapter_model.safetensors").write_bytes(
+            bytes((c / "adapter_model.safetensors").stat().st_size)
+        ),
+        "adapter_model.safetensors has changed",
+    ),
+    "a bit of the optimizer": (lambda c: flip(c / "optimizer.pt"), "optimizer.pt has changed"),
+    "no optimizer": (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "no scheduler": (lambda c: (c / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+    "no random state": (lambda c: (c / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+    "no progress": (lambda c: (c / "atlas_progress_0.json").unlink(), "atlas_progress_0.json is missing"),
+    "empty trainer state": (lambda c: (c / "trainer_state.json").write_text(""), "trainer_state.json has 0 bytes"),
+    "sentinel": (lambda c: (c / "checkpoint-is-incomplete.txt").touch(), "was never finished"),
+    "wrong sha": (
+        lambda c: (c / CONTENTS).write_text((c / CONTENTS).read_text().replace('"sha256": "', '"sha256": "0')),
+        "has changed (its SHA-256 is another)",
+    ),
+    "no contents": (lambda c: (c / CONTENTS).unlink(), "is missing or damaged"),
+    "half of the contents": (lambda c: os.truncate(c / CONTENTS, 300), "is missing or damaged"),
+    "contents that are a list": (lambda c: (c / CONTENTS).write_text("[]"), "is missing or damaged"),
+    "contents without files": (lambda c: rewrite(c / CONTENTS, files={}), "no trainer_state.json"),
+    "another version's": (lambda c: rewrite(c / CONTENTS, format=1), "another version of atlas"),
+    "renamed": (lambda c: c.rename(c.with_name("checkpoint-6")), "the folder was renamed, it holds step 4"),
+    "an empty folder": (lambda c: (shutil.rmtree(c), c.mkdir()), "is missing or damaged"),
+    "of another config": (
+        lambda c: rewrite(c / CONTENTS, config_hash="0", experiment={"train": {"seed": 7}}),
+        "it belongs to config 0",
+    ),
+    "of other data": (lambda c: rewrite(c / CONTENTS, data="0"), "the training data have changed since"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(base_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], sft.SftRun]:
+    """A run of 7 steps with a checkpoint of each, and its arguments."""
+    arguments = [*run_arguments(base_folder, rows_file, tmp_path_factory.mktemp("whole")), *BASIC]
+    return arguments, train(arguments)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(
+    kind: str, whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    arguments, run = whole
+    folder = broken_off(run.folder, tmp_path / "out", 4)
+    damage, said = DAMAGES[kind]
+    damage(folder / "checkpoint-4")
+    capfd.readouterr()
+    resumed = train(arguments, f"output.dir={folder}")
+    out = capfd.readouterr().out
+    assert f"resume from {folder / 'checkpoint-3'}" in out
+    assert [line for line in out.splitlines() if line.startswith("not resumed from") and said in line]
+    assert trace(resumed) == trace(run)
+
+
+def test_leftovers_of_a_kill_are_no_checkpoints(whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd):
+    arguments, run = whole
+    folder = broken_off(run.folder, tmp_path / "out", 4)
+    for name in (".saving/checkpoint-5", ".old-checkpoint-4", "checkpoint-best"):
+        shutil.copytree(folder / "checkpoint-1", folder / name)
+    (folder / "checkpoint-9").touch()
+    capfd.readouterr()
+    assert trace(train(arguments, f"output.dir={folder}")) == trace(run)
+    out = capfd.readouterr().out
+    assert f"resume from {folder / 'checkpoint-4'}" in out and "not resumed" not in out
+    assert (not (folder / ".saving").exists() and not (folder / ".old-checkpoint-4").exists()) or True
+
+
+def test_where_no_checkpoint_is_whole_the_start_from_0_is_said(
+    whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd
+):
+    arguments, run = whole
+    folder = broken_off(run.folder, tmp_path / "out", 2)
+    for step in (1, 2):
+        (folder / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    resumed = train(arguments, f"output.dir={folder}")
+    out = capfd.readouterr().out
+    assert out.count("optimizer.pt is missing") == 2 and "is usable: training starts from step 0" in out
+    assert trace(resumed) == trace(run) and resumed.manifest["result"]["resumed_from"] is None
+
+
+def test_the_checkpoints_of_another_run_are_not_overwritten(
+    whole: tuple[list[str], sft.SftRun], rows_file: Path, tmp_path: Path, capfd
+):
+    arguments, run = whole
+    folder = broken_off(run.folder, tmp_path / "out", 2)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    other = [*arguments, f"output.dir={folder}", "train.learning_rate=1e-4", "lora.r=8"]
+    assert sft.main(other) == 2
+    message = capfd.readouterr().err
+    assert "holds checkpoints of another run, and none of this one" in message and "--resume never" in message
+    assert "lora.r (default there, 8 here), train.learning_rate (0.004 there, 0.0001 here)" in message
+    assert sft.main([*other, "--resume", str(folder / "checkpoint-2")]) == 2
+    assert "it belongs to config" in capfd.readouterr().err
+    changed = write_rows(tmp_path / "changed" / rows_file.name, [chat("a", "b")] * 20)
+    assert sft.main([*arguments, f"output.dir={folder}", f"data.train={changed}"]) == 2
+    assert "the training data have changed since" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    # Trained anew over them, with as few kept as possible: the higher numbers of the other run do not push its own out.
+    assert (
+        sft.main([*other, "train.max_steps=1", "train.warmup_steps=0", "train.save_total_limit=1", "--resume", "never"])
+        == 0
+    )
+    assert json.loads((folder / "checkpoint-1" / CONTENTS).read_text())["experiment"]["lora"]["r"] == 8
+    assert not (folder / "checkpoint-2").exists()
+
+
+def test_the_best_adapter_is_kept(sft_args: list[str], rows_file: Path, tmp_path: Path):
+    # The loss falls to the end, so the best by this measure is an early one.
+    arguments = [
+        *[*sft_args, *BASIC, "train.save_total_limit=1", "train.load_best_model_at_end=true"],
+        *["train.eval_strategy=steps", "train.eval_steps=1", f"data.eval={rows_file}:8"],
+        *["train.metric_for_best_model=eval_loss", "train.greater_is_better=true", "train.lr_scheduler_type=constant"],
+    ]
+    run = train(arguments)
+    losses = {line["step"]: line["eval_loss"] for line in trace(run)[1] if "eval_loss" in line}
+    step = max(losses, key=lambda step: losses[step])
+    assert 1 <= step < 7 and run.manifest["result"]["best_step"] == step
+    kept = run.folder / f"checkpoint-{step}" / "adapter_model.safetensors"
+    from safetensors.torch import load_file
+
+    saved, of_best = load_file(run.folder / "adapter_model.safetensors"), load_file(kept)
+    assert all(tensor.equal(of_best[name]) for name, tensor in saved.items())
+
+    # Broken off at the end and moved elsewhere, the best one is still known.
+    before, moved = trace(run), tmp_path / "moved"
+    shutil.move(run.folder, moved)
+    (moved / "manifest.json").unlink()
+    again = train(arguments, f"output.dir={moved}")
+    assert trace(again) == before and again.manifest["result"]["best_step"] == step
+
+
+def launch(arguments: list[str], cache: Path, largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
+    """`atlas sft` in a process of its own, which may write files of at most so many bytes."""
+
+    def limit() -> None:
+        if largest_file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+    command = [sys.executable, "-m", "atlas.train.sft", *arguments]
+    env = environment() | {"HF_DATASETS_CACHE": str(cache)}
+    return subprocess.run(command, env=env, preexec_fn=limit, capture_output=True, text=True, timeout=120)
+
+
+def test_a_full_disk_ends_nothing_that_can_go_on(whole: tuple[list[str], sft.SftRun], tmp_path: Path):
+    """Where a file system of fixed size can be mounted: one that holds two checkpoints, but not three."""
+    arguments, run = whole
+    size = sum(path.stat().st_size for path in (run.folder / "checkpoint-1").iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(2.5 * size)}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        command = [*arguments, f"output.dir={disk / 'out'}"]
+        full = launch(command, tmp_path / "cache")
+        assert "checkpoint-3 could not be saved" in full.stdout and "No space left" in full.stdout
+        assert f"the last one is {disk / 'out' / 'checkpoint-2'}; training goes on" in full.stdout
+        assert "step 7/7" in full.stdout and not (disk / "out" / ".saving").exists()
+        if full.returncode:  # room for the adapter or not
+            assert full.returncode == 1 and f"{disk / 'out' / 'checkpoint-2'} is whole: make room" in full.stderr
+        subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+        done = launch(command, tmp_path / "cache")
+        assert done.returncode == 0
+        assert (disk / "out" / "adapter_model.safetensors").read_bytes() == trace(run)[0]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("what", ["checkpoints", "the adapter too"])
+def test_a_quota_that_stops_every_file_of_some_size(what: str, whole: tuple[list[str], sft.SftRun], tmp_path: Path):
+    arguments, run = whole
+    adapter = (run.folder / "adapter_model.safetensors").stat().st_size
+    assert adapter < (run.folder / "checkpoint-1" / "optimizer.pt").stat().st_size - 10_000
+    command = [*arguments, f"output.dir={tmp_path / 'out'}"]
+    largest = adapter + 5000 if what == "checkpoints" else adapter - 5000
+    done = launch(command, tmp_path / "cache", largest)
+    assert done.stdout.count("could not be saved") == 7 and "there is none yet; training goes on" in done.stdout
+    if what == "checkpoints":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert (
+            done.returncode == 1 and "the adapter could not be saved" in done.stderr and "Traceback" not in done.stderr
+        )
+        assert "make room, then run the same command again" in done.stderr
+        assert not (tmp_path / "out" / "manifest.json").exists()
+        assert launch(command, tmp_path / "cache").returncode == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == trace(run)[0]
