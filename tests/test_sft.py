@@ -30,6 +30,10 @@ def logits_from_disk(base: Path, adapter: Path, text: str) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=BitsAndBytesConfig(**NF4), dtype=torch.float32, device_map={"": "cpu"}
     )
+    for layer in model.modules():
+        # bitsandbytes rounds to bfloat16 in evaluation on CPUs that can; bits are compared here, so both sides take one kernel.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     model = PeftModel.from_pretrained(model, adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     with torch.no_grad():
