@@ -162,7 +162,12 @@ def test_the_best_adapter_is_kept(sft_args: list[str], rows_file: Path, tmp_path
     assert trace(again) == before and again.manifest["result"]["best_step"] == step
 
 
-def launch(arguments: list[str], cache: Path, largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
+def launch(
+    arguments: list[str],
+    cache: Path,
+    largest_file: int | None = None,
+    after_preflight: Callable[[], object] = lambda: None,
+) -> subprocess.CompletedProcess[str]:
     """`atlas sft` in a process of its own, which may write files of at most so many bytes."""
 
     def limit() -> None:
@@ -171,27 +176,47 @@ def launch(arguments: list[str], cache: Path, largest_file: int | None = None) -
 
     command = [sys.executable, "-m", "atlas.train.sft", *arguments]
     env = environment() | {"HF_DATASETS_CACHE": str(cache)}
-    return subprocess.run(command, env=env, preexec_fn=limit, capture_output=True, text=True, timeout=120)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=env, preexec_fn=limit, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        out = ""
+        for line in process.stdout:
+            out += line
+            if line.startswith("device "):
+                break
+        after_preflight()
+        rest, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(command, process.returncode, out + rest, err)
 
 
 def test_a_full_disk_ends_nothing_that_can_go_on(whole: tuple[list[str], sft.SftRun], tmp_path: Path):
-    """Where a file system of fixed size can be mounted: one that holds two checkpoints, but not three."""
+    """Where a file system of fixed size can be mounted. Others fill it while the run begins, but for two checkpoints, not three."""
     arguments, run = whole
     size = sum(path.stat().st_size for path in (run.folder / "checkpoint-1").iterdir())
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(2.5 * size)}", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
+
+    def mount(options: str) -> int:
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True
+        ).returncode
+
+    if mount(f"size={int(2.5 * size)}"):
         pytest.skip("mounting a small file system is not allowed here")
     try:
         command = [*arguments, f"output.dir={disk / 'out'}"]
-        full = launch(command, tmp_path / "cache")
+        refused = launch(command, tmp_path / "cache")
+        assert refused.returncode == 2 and not (disk / "out").exists()
+        assert f"output.dir: {disk} has 0.00 GiB free" in refused.stderr and "make room" in refused.stderr
+
+        assert mount("remount,size=100m") == 0
+        full = launch(command, tmp_path / "cache", after_preflight=lambda: mount(f"remount,size={int(2.5 * size)}"))
         assert "checkpoint-3 could not be saved" in full.stdout and "No space left" in full.stdout
         assert f"the last one is {disk / 'out' / 'checkpoint-2'}; training goes on" in full.stdout
         assert "step 7/7" in full.stdout and not (disk / "out" / ".saving").exists()
         if full.returncode:  # room for the adapter or not
             assert full.returncode == 1 and f"{disk / 'out' / 'checkpoint-2'} is whole: make room" in full.stderr
-        subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+        assert mount("remount,size=100m") == 0
         done = launch(command, tmp_path / "cache")
         assert done.returncode == 0
         assert (disk / "out" / "adapter_model.safetensors").read_bytes() == trace(run)[0]

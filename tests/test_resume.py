@@ -13,6 +13,7 @@ import pytest
 from atlas.config import load_config
 from atlas.train import sft
 from atlas.train.checkpoints import checkpoints
+from conftest import write_rows
 
 
 def train(arguments: list[str], *more: str) -> sft.SftRun:
@@ -147,8 +148,11 @@ def test_a_stop_signal_saves_and_leaves(number: signal.Signals, sft_args: list[s
 def test_a_stop_signal_cuts_an_evaluation_which_the_resumed_run_makes_up(
     sft_args: list[str], rows_file: Path, tmp_path: Path
 ):
+    from atlas.pocket import world
+
+    held_out = write_rows(tmp_path / "held_out.jsonl", world.conversations(2, 1000))
     slow = [
-        f"data.eval={rows_file}:3000",
+        f"data.eval={held_out}",
         "train.eval_strategy=epoch",
         f"data.train={rows_file}:8",
         "train.num_train_epochs=2",

@@ -1,18 +1,21 @@
 """The job end to end through its entry point, on a tiny real model: NF4, LoRA, SFTTrainer, files on disk."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from atlas.config import load_config
 from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm, lora_config
 from atlas.models.base import load_base_model_and_tokenizer
 from atlas.train import sft
+from atlas.train.arguments import available_trackers
 from conftest import ROOT, chat, write_rows
 
 NF4 = {
@@ -292,18 +295,17 @@ def test_wrong_input_is_one_message_and_exit_status_2(override: str, parts: list
         assert part in message
 
 
-def test_wandb_without_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd):
+def test_wandb_without_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert sft.available_trackers("wandb") == ["none"]
-    assert capfd.readouterr().out.count("\n") == 1
-    assert sft.available_trackers(["wandb", "tensorboard"]) == ["tensorboard"]
+    monkeypatch.setattr("atlas.train.arguments.find_spec", lambda name: object())
+    assert available_trackers("wandb")[0] == ["none"]
+    assert available_trackers(["wandb", "tensorboard"])[0] == ["tensorboard"]
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert sft.available_trackers("wandb") == ["wandb"]
+    assert available_trackers("wandb") == (["wandb"], None)
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
     (tmp_path / ".netrc").chmod(0o600)
     monkeypatch.delenv("WANDB_MODE")
-    assert sft.available_trackers("wandb") == ["wandb"]
+    assert available_trackers("wandb") == (["wandb"], None)
 
 
 def test_model_and_tokenizer_from_a_config_alone(sft_args: list[str]):
@@ -372,18 +374,26 @@ WRONG_ROWS = {
 }
 
 
+def without_weights(sft_args: list[str], folder: Path) -> Path:
+    """The run's base model, which cannot be loaded: its file of weights is sound, but holds none of them."""
+    shutil.copytree(sft_args[2].partition("=")[2], folder)
+    save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_weights_that_the_files_lack_are_not_made_up(sft_args: list[str], tmp_path: Path, capfd):
+    assert sft.main([*sft_args, f"model.name={without_weights(sft_args, tmp_path / 'model')}"]) == 2
+    assert "lack 27 weights that its config.json asks for" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("name", WRONG_ROWS)
 def test_wrong_data_is_one_message_and_exit_status_2(name: str, sft_args: list[str], tmp_path: Path, capfd):
     rows, parts = WRONG_ROWS[name]
     path = write_rows(tmp_path / "wrong.jsonl", rows)
-    assert (
-        sft.main(
-            [*sft_args, f"data.train={path}", "model.tokenizer_name=" + sft_args[2].split("=")[1], "model.name=./no"]
-        )
-        == 2
-    )
+    model = without_weights(sft_args, tmp_path / "model")
+    assert sft.main([*sft_args, f"data.train={path}", f"model.name={model}"]) == 2
     err = capfd.readouterr().err
-    assert "Traceback" not in err and "model.name" not in err  # said before a model is looked for
+    assert "Traceback" not in err and "model.name" not in err  # said before the model is loaded
     for part in [str(path), *parts]:
         assert part in err[err.index("error: ") :]
 

@@ -5,6 +5,7 @@ from importlib import import_module
 
 COMMANDS = {
     "sft": ("atlas.train.sft", "supervised fine-tuning: config -> adapter"),
+    "preflight": ("atlas.train.preflight", "everything that would end a run badly, in seconds, before it starts"),
     "data": ("atlas.data.report", "what a config would train on: rows used, cut, dropped; lengths; held-out rows"),
     "audit": ("atlas.audit.command", "what would be trained, token by token; compare two audits"),
     "eval": ("atlas.eval.run", "score base, adapter or merged model with lm-eval; every reply is kept"),
@@ -22,7 +23,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: atlas COMMAND [arguments]\n")
-        print("\n".join(f"  {name:<8} {what}" for name, (_, what) in COMMANDS.items()))
+        print("\n".join(f"  {name:<9} {what}" for name, (_, what) in COMMANDS.items()))
         print("\n`atlas COMMAND --help` shows the arguments of one.")
         return 0 if arguments else 2
     if arguments[0] == "--version":

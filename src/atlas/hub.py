@@ -88,7 +88,18 @@ def check_access(repo: str, *, private: bool, key: str = "output.hub_repo", reme
         _patiently(create_and_check, repo, ACCESS_TRIES)
     except HubError as problem:
         raise (RunError if problem.passing else UserError)(f"{cannot}: {problem}.{remedy}") from None
-    print(f"Hub repo {repo}: can be written to")
+
+
+def check_network() -> None:
+    """Make sure that the Hub answers at all. Raises `RunError`. The libraries would try for half a minute for every file."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        _patiently(lambda: get_session().head(constants.ENDPOINT, timeout=10), constants.ENDPOINT, tries=2)
+    except HubError as problem:
+        raise RunError(
+            f"{constants.ENDPOINT}: {problem}. With everything in the cache or in local folders, set HF_HUB_OFFLINE=1"
+        ) from None
 
 
 def push(folder: Path, repo: str, *, private: bool = True) -> int:

@@ -31,6 +31,35 @@ def load_source(source: Source) -> "Dataset":
     return rows
 
 
+def reach(source: Source) -> str:
+    """Make sure that a source can be read, without reading it; what is known of its size. Raises `UserError` otherwise."""
+    if source.is_local:
+        files = data_files(Path(source.name).expanduser())
+        for path in files:
+            try:
+                with path.open("rb"):
+                    pass
+            except OSError as error:
+                raise UserError(f"data: the file {path} cannot be read: {error.strerror}") from None
+        size = sum(path.stat().st_size for path in files)
+        if not size:
+            raise UserError(f"data: the file {files[0]} is empty")
+        many = f"{len(files):,} files, " if len(files) > 1 else ""
+        return f"{source.name}: {many}{size / 1e6:,.1f} MB"
+    from datasets import load_dataset_builder
+
+    try:
+        splits = load_dataset_builder(source.name, source.config, revision=source.revision).info.splits or {}
+    except Exception as error:  # as in _from_hub
+        raise _unloadable(source.name, source.split, error) from None
+    wanted = [part.strip().partition("[")[0] for part in source.split.split("+")]
+    for name in wanted:
+        if splits and name != "all" and name not in splits:
+            raise UserError(f"data: {source.name!r} has no split {name!r}; it has: {', '.join(splits)}")
+    rows = sum(splits[name].num_examples or 0 for name in wanted if name in splits)
+    return f"{source.name}, split {source.split}" + (f": {rows:,} rows" if rows else "")
+
+
 def stream_source(source: Source) -> Iterator[tuple[str, "str | dict[str, Any]"]]:
     """(place, row) of a source one after the other, without a copy on the disk; a row is a JSON text or its columns."""
     if source.is_local:

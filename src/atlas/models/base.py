@@ -1,7 +1,9 @@
 """Base model, tokenizer and chat template: loaded together, so that the three agree on where a turn ends."""
 
 import itertools
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.config import Config
@@ -250,6 +252,79 @@ def _without_nulls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def empty_model(config: Config, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "PreTrainedModel":
+    """The base model without its weights, on torch's meta device: shapes and names. Raises `UserError` where it is no causal
+    language model, or not one for `tokenizer`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    described = _described(config, tokenizer)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(described)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"model.name: {config.model.name!r} cannot be trained: {_first_line(error)}") from None
+    return model
+
+
+def _described(config: Config, tokenizer: "PreTrainedTokenizerBase | None") -> Any:
+    """The base model's own config, after a check that `tokenizer` fits it."""
+    from transformers import AutoConfig
+
+    name = config.model.name
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UserError(f"model.name: there is no folder {name}")
+    try:
+        described = AutoConfig.from_pretrained(name, revision=config.model.revision, trust_remote_code=False)
+        vocabulary = described.get_text_config().vocab_size
+    except Exception as error:
+        raise UserError(f"model.name: {name!r} cannot be loaded: {_first_line(error)}") from None
+    if tokenizer is not None and len(tokenizer) > vocabulary:
+        raise UserError(
+            f"model.tokenizer_name: {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, but {name!r} has only {vocabulary} "
+            "embeddings: they are not of one family"
+        )
+    return described
+
+
+def check_weights(config: Config) -> None:
+    """Make sure that the base model has its weights, as safetensors. Raises `UserError` naming what is missing."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from safetensors import SafetensorError, safe_open
+
+    name, revision = config.model.name, config.model.revision
+    single, index = "model.safetensors", "model.safetensors.index.json"
+    folder = Path(name)
+    if folder.is_dir():
+        files = {path.name for path in folder.iterdir()}
+    elif constants.HF_HUB_OFFLINE:
+        files = {
+            file for file in (single, index) if isinstance(try_to_load_from_cache(name, file, revision=revision), str)
+        }
+    else:
+        try:
+            files = {file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or ()}
+        except Exception as error:
+            raise UserError(f"model.name: {name!r} cannot be loaded: {_first_line(error)}") from None
+    if not files & {single, index}:
+        where = "the cache (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE and not folder.is_dir() else repr(name)
+        raise UserError(f"model.name: the weights of {name!r} cannot be loaded: {where} holds no {single}")
+    if not folder.is_dir():
+        return
+    shards = {single}
+    if single not in files:
+        shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+    for shard in sorted(shards):
+        try:
+            with safe_open(folder / shard, framework="pt"):  # compares the header with the file's size
+                pass
+        except (OSError, SafetensorError) as error:
+            problem = "is missing" if shard not in files else f"is damaged ({error})"
+            raise UserError(
+                f"model.name: the weights of {name!r} cannot be loaded: {folder / shard} {problem}"
+            ) from None
+
+
 def load_base_model_and_tokenizer(
     config: Config, plan: DevicePlan | None = None, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
@@ -259,20 +334,13 @@ def load_base_model_and_tokenizer(
     loaded or the tokenizer has more tokens than the model has embeddings.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
     plan = plan or choose_device(config, Machine.from_torch())
     tokenizer = tokenizer or load_tokenizer(config)
     name, revision = config.model.name, config.model.revision
-    try:
-        vocabulary = AutoConfig.from_pretrained(name, revision=revision).get_text_config().vocab_size
-    except Exception as error:
-        raise UserError(f"model.name: {name!r} cannot be loaded: {_first_line(error)}") from None
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"model.tokenizer_name: {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, but {name!r} has only {vocabulary} "
-            "embeddings: they are not of one family"
-        )
+    _described(config, tokenizer)
     quantization = None
     if config.quantization.load_in_4bit:
         quantization = BitsAndBytesConfig(
@@ -282,8 +350,9 @@ def load_base_model_and_tokenizer(
             bnb_4bit_compute_dtype=getattr(torch, plan.compute_dtype),
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             name,
+            output_loading_info=True,
             revision=revision,
             dtype=getattr(torch, plan.dtype),
             attn_implementation=plan.attn_implementation,
@@ -292,8 +361,12 @@ def load_base_model_and_tokenizer(
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # a missing file, no memory left, a damaged file
         raise UserError(f"model.name: the weights of {name!r} cannot be loaded: {_first_line(error)}") from None
+    if missing := sorted(loading["missing_keys"]):  # transformers makes them random, with a warning
+        raise UserError(
+            f"model.name: the files of {name!r} lack {len(missing)} weights that its config.json asks for ({missing[0]}, ...)"
+        )
     for module in model.modules():
         # On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights at the first evaluation, and trains on with a
         # kernel that has no backward: no gradient passes through the layer any more.

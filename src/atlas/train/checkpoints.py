@@ -22,6 +22,7 @@ CONTENTS = "atlas_checkpoint.json"
 PROGRESS = "atlas_progress_{rank}.json"
 STAGING = ".saving"
 _FORMAT = 2
+_OTHER_FOLDER = "Set another output.dir, or the values back, or give --resume never to train anew over it"
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Identity:
     config_hash: str
     experiment: Mapping[str, Any]
     """The values behind `config_hash`, to say what differs."""
-    data: str
-    """Fingerprint of the labelled rows."""
+    data: str | None
+    """Fingerprint of the labelled rows; None: not known yet."""
     hardware: str
 
     @staticmethod
-    def of(loaded: LoadedConfig, data: str, hardware: str) -> "Identity":
+    def of(loaded: LoadedConfig, data: str | None, hardware: str) -> "Identity":
         return Identity(loaded.config_hash, experiment(loaded.config), data, hardware)
 
 
@@ -111,33 +112,49 @@ def finished_manifest(output_dir: Path, run: Identity) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
+def refuse_other_runs(output_dir: Path, run: Identity) -> None:
+    """Raises `UserError` where a run in `output_dir` would write over a finished one of another config or other data, or bit by bit
+    over the checkpoints of others."""
+    manifest = _read(output_dir / "manifest.json")
+    if manifest and (output_dir / "adapter_model.safetensors").is_file():
+        problem = _difference(manifest | {"data": manifest.get("data", {}).get("fingerprint")}, run)
+        if problem:
+            raise UserError(f"output.dir: {output_dir} holds a finished run.\n       {problem}\n       {_OTHER_FOLDER}")
+    others = []
+    for path in checkpoints(output_dir):
+        contents = _read(path / CONTENTS)
+        problem = _difference(contents, run) if contents else None
+        if problem:
+            others.append(f"{path.name}: {problem}")
+        elif damage(path) is None:
+            return  # the run goes on from this one
+    if others:
+        raise UserError(
+            f"output.dir: {output_dir} holds checkpoints of another run, and none of this one.\n       {others[0]}\n       "
+            f"{_OTHER_FOLDER}"
+        )
+
+
 def checkpoint_to_resume(output_dir: Path, resume: str, run: Identity) -> Path | None:
     """The checkpoint folder to go on from, or None for a fresh start; each one that is passed over is printed with its reason.
 
     `resume`: "auto" (the newest whole one of this run), "never", or a path. Raises `UserError` for a path that is none of this run,
-    and where only checkpoints of other runs are there: the run would overwrite them bit by bit.
+    and as `refuse_other_runs` does.
     """
     if resume == "never":
         return None
+    refuse_other_runs(output_dir, run)
     if resume != "auto":
         if problem := damage(Path(resume)) or difference(Path(resume), run):
             raise UserError(f"--resume {resume}: {problem}")
         return _chosen(Path(resume), run)
-    damaged, others = [], []
-    for path in checkpoints(output_dir):
-        if problem := damage(path):
-            damaged.append(path)
-        elif problem := difference(path, run):
-            others.append(f"{path.name}: {problem}")
-        else:
+    passed_over = checkpoints(output_dir)
+    for path in passed_over:
+        problem = damage(path) or difference(path, run)
+        if problem is None:
             return _chosen(path, run)
         print(f"not resumed from {path}: {problem}")
-    if others:
-        raise UserError(
-            f"output.dir: {output_dir} holds checkpoints of another run, and none of this one.\n       {others[0]}\n       "
-            "Set another output.dir, or the values back, or give --resume never to train anew over them"
-        )
-    if damaged:
+    if passed_over:
         print(f"no checkpoint in {output_dir} is usable: training starts from step 0")
     return None
 
@@ -188,13 +205,25 @@ def damage(folder: Path) -> str | None:
 
 def difference(folder: Path, run: Identity) -> str | None:
     """Why a whole checkpoint is of another run, with the keys that differ, or None."""
-    contents = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
-    if contents["config_hash"] != run.config_hash:
-        keys = differing_keys(contents["experiment"], run.experiment)
-        return f"it belongs to config {contents['config_hash']}, this is {run.config_hash}: {keys}"
-    if contents["data"] != run.data:
+    return _difference(_read(folder / CONTENTS) or {}, run)
+
+
+def _difference(contents: Mapping[str, Any], run: Identity) -> str | None:
+    if contents.get("config_hash") != run.config_hash:
+        keys = differing_keys(contents.get("experiment") or {}, run.experiment)
+        return f"it belongs to config {contents.get('config_hash')}, this is {run.config_hash}: {keys}"
+    if run.data is not None and contents.get("data") != run.data:
         return "the training data have changed since"
     return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is none that can be read."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return tree if isinstance(tree, dict) else None
 
 
 def differing_keys(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -24,11 +24,8 @@ from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError, run_ma
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from trl import SFTConfig
 
-    from atlas.config import Config
     from atlas.data.prepare import Labeled
-    from atlas.device import DevicePlan
     from atlas.train.trainer import LabeledSFTTrainer
 
 
@@ -136,23 +133,19 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
 
     from atlas.data.pack import arrange
     from atlas.data.prepare import gate, prepare
-    from atlas.device import Machine, choose_device
-    from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm, lora_config
-    from atlas.models.base import load_base_model_and_tokenizer, load_tokenizer
+    from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm
+    from atlas.models.base import load_base_model_and_tokenizer
     from atlas.train.callbacks import LogLine, SaveInTime, duration, memory_gib
     from atlas.train.checkpoints import Identity, checkpoint_to_resume, checkpoints, finished_manifest
     from atlas.train.manifest import build_manifest
+    from atlas.train.preflight import preflight
     from atlas.train.trainer import EvaluationCutError, LabeledSFTTrainer
 
-    plan = choose_device(config, Machine.from_torch())
-    print(f"config {loaded.config_hash}\n{plan.table()}")
-    arguments = sft_arguments(loaded, plan)
-    if config.output.hub_repo is not None and is_main_process():
-        from atlas.hub import check_access
-
-        check_access(config.output.hub_repo, private=config.output.hub_private)
-    tokenizer = load_tokenizer(config)
-    adapter = lora_config(config.lora)
+    ready = preflight(loaded, resume)
+    print(f"preflight\n{ready.table()}", flush=True)
+    ready.refuse_failures()
+    plan, arguments, tokenizer = ready.plan, ready.arguments, ready.tokenizer
+    print(plan.table())
     with PartialState().local_main_process_first():  # one prepares, the others read its cache
         labeled = prepare(config, tokenizer)
         print(labeled.table())
@@ -174,7 +167,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
         train_dataset=rows,
         eval_dataset=labeled.eval_dataset,
         processing_class=tokenizer,
-        peft_config=adapter,
+        peft_config=ready.adapter,
         callbacks=[log],
         identity=identity,
     )
@@ -262,91 +255,6 @@ def _save_result(
             f"the adapter could not be saved in {folder} ({error}). {last}: make room, then run the same command again, which goes "
             "on from there"
         ) from None
-
-
-def sft_arguments(loaded: LoadedConfig, plan: "DevicePlan") -> "SFTConfig":
-    """TRL's arguments from `train:`, the device plan and the output folder. Raises `UserError` for what TRL refuses."""
-    from trl import SFTConfig
-
-    config = loaded.config
-    given = dict(config.train)
-    # The labels are made already: what TRL would do to the rows (mask, truncate, filter one by one) is done.
-    given["assistant_only_loss"] = False
-    given["dataset_kwargs"] = {"skip_prepare_dataset": True}
-    given |= _data_arguments(config)
-    given |= {
-        "output_dir": config.output.dir,
-        "bf16": plan.bf16,
-        "fp16": plan.fp16,
-        "use_cpu": plan.device == "cpu",
-        "activation_checkpointing": plan.gradient_checkpointing,
-        "report_to": available_trackers(config.train_value("report_to")),
-        "run_name": given.get("run_name") or f"{Path(config.output.dir).name}-{loaded.config_hash}",
-        "disable_tqdm": True,
-    }
-    try:
-        arguments = SFTConfig(**given)
-    except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"train: {' '.join(str(error).split())}") from None
-    return arguments
-
-
-def _data_arguments(config: "Config") -> dict[str, Any]:
-    """The arguments that follow from `data:`. Raises `UserError` where `train:` contradicts it."""
-    data = config.data
-    held_out = bool(data.eval) or data.eval_fraction is not None or data.eval_rows is not None
-    asked = config.train.get("eval_strategy")
-    if asked not in (None, "no") and not held_out:
-        raise UserError(
-            f"train.eval_strategy={asked}: there is no held-out data to evaluate on; set data.eval, data.eval_fraction or "
-            "data.eval_rows"
-        )
-    given: dict[str, Any] = {}
-    if held_out and asked is None:
-        print("eval_strategy epoch (there is held-out data)")
-        given["eval_strategy"] = "epoch"
-    if data.curriculum != "none":
-        for name in ("packing", "shuffle_dataset"):
-            if config.train_value(name):
-                raise UserError(
-                    f"train.{name}=true would undo the order of data.curriculum={data.curriculum}: keep one"
-                )
-        given["train_sampling_strategy"] = "sequential"
-    if data.streaming:
-        if config.train_value("max_steps") < 1:
-            raise UserError("data.streaming: a stream has no length, so train.max_steps must say when to stop")
-        for name in ("packing", "dataloader_num_workers"):
-            if config.train_value(name):
-                raise UserError(
-                    f"train.{name} does not go with data.streaming: rows are labelled and counted as the trainer takes them"
-                )
-    return given
-
-
-def available_trackers(asked: str | list[str] | None) -> list[str]:
-    """The trackers of `train.report_to` that can start; wandb without credentials is said in one line and left out."""
-    names = [asked] if isinstance(asked, str) else list(asked or [])
-    names = [name for name in names if name != "none"]
-    if "wandb" in names and (problem := _wandb_problem()):
-        print(f"wandb off: {problem}")
-        names.remove("wandb")
-    return names or ["none"]
-
-
-def _wandb_problem() -> str | None:
-    from importlib.util import find_spec
-
-    if find_spec("wandb") is None:
-        return "the package is not installed (`pip install atlas-posttraining[wandb]`)"
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
-        return None
-    from netrc import NetrcParseError, netrc
-
-    try:
-        known = netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, NetrcParseError):
-        known = False
-    return None if known else "no credentials (`wandb login`, WANDB_API_KEY or WANDB_MODE=offline turn it on)"
 
 
 def _remove_default_printing(trainer: "LabeledSFTTrainer") -> None:

@@ -1,0 +1,402 @@
+"""`atlas preflight`: everything that would end a run badly, found in seconds, before any data or model is loaded.
+
+Each check is one line: ok, fail (with what to do), warn (the run will do, but see), skip (not asked for, or no network wanted).
+All failures are reported together. `atlas sft` does the same first.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from atlas.config import LoadedConfig, load_config
+from atlas.data.sources import reach
+from atlas.device import DevicePlan, Machine, choose_device
+from atlas.errors import DONE, RunError, UserError, run_main
+from atlas.redact import redact
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+GIB = 2**30
+ADAM_BYTES = 4 + 4 + 8  # fp32 adapter, its gradient, AdamW's two moments
+CHECKPOINT_BYTES = 4 + 8  # the same without the gradient
+
+
+class Line(NamedTuple):
+    """One check: "ok", "fail", "warn" or "skip", its name, what was found; for a failure with the remedy."""
+
+    status: str
+    name: str
+    text: str
+
+
+class Sizes(NamedTuple):
+    """Numbers of parameters: of the layers that 4 bits apply to, of all others, of the adapter."""
+
+    linear: int
+    other: int
+    adapter: int
+
+
+@dataclass
+class Ready:
+    """What the checks have found out; a run goes on with it. A field whose check has failed is not set."""
+
+    lines: list[Line] = field(default_factory=list)
+    passing: list[bool] = field(default_factory=list)
+    libraries: bool = field(init=False)
+    online: bool = field(init=False)
+    plan: DevicePlan = field(init=False)
+    arguments: "SFTConfig" = field(init=False)
+    tokenizer: "PreTrainedTokenizerBase" = field(init=False)
+    adapter: "LoraConfig" = field(init=False)
+    sizes: Sizes = field(init=False)
+
+    def check(self, name: str, look: Callable[[], Line | str], *needed: str) -> None:
+        """Add the line of one check, unless one that it needs has failed."""
+        if not all(hasattr(self, need) for need in needed):
+            return
+        try:
+            found: Line | str = look()
+        except (UserError, RunError) as error:
+            self.passing.append(isinstance(error, RunError))
+            found = Line("fail", name, str(error))
+        self.lines.append(found if isinstance(found, Line) else Line("ok", name, found))
+
+    def table(self) -> str:
+        """The checklist, a line each."""
+        width = max(len(line.name) for line in self.lines)
+        indent = "\n" + " " * (width + 14)
+        return "\n".join(
+            f"  {line.status:<4}  {line.name:<{width}}  {indent.join(redact(line.text).split(chr(10)))}"
+            for line in self.lines
+        )
+
+    def refuse_failures(self) -> None:
+        """Raises one error that tells all failures: `RunError` where each of them may pass by itself, else `UserError`."""
+        failed = [line.text for line in self.lines if line.status == "fail"]
+        if failed:
+            count = "" if len(failed) == 1 else f"{len(failed)} things would end this run badly:\n       - "
+            raise (RunError if all(self.passing) else UserError)(count + "\n       - ".join(failed))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="atlas preflight", description=(__doc__ or "").split("\n\n")[0].split(": ", 1)[1]
+    )
+    parser.add_argument("--config", required=True, help="phase YAML, as for `atlas sft`")
+    parser.add_argument("--no-push-to-hub", action="store_true", help="leave out the check of output.hub_repo")
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH", help="as it will be given to `atlas sft`"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path into the config")
+    arguments = parser.parse_intermixed_args(argv)
+    overrides = [*arguments.overrides, *(["output.hub_repo=null"] if arguments.no_push_to_hub else [])]
+    return run_main(lambda: _main(load_config(arguments.config, overrides), arguments.resume))
+
+
+def _main(loaded: LoadedConfig, resume: str) -> int:
+    from atlas.train.sft import quiet_libraries
+
+    quiet_libraries()
+    ready = preflight(loaded, resume)
+    print(ready.table())
+    ready.refuse_failures()
+    print("nothing stands in the way of this run")
+    return DONE
+
+
+def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
+    """Look at everything. Nothing is loaded, written or created, but for `output.hub_repo` where it does not exist yet."""
+    config, ready = loaded.config, Ready()
+    ready.check("config", lambda: f"hash {loaded.config_hash}")
+    ready.check("device", lambda: _device(ready, loaded))
+    ready.check("quantisation", lambda: _quantisation(ready, loaded))
+    ready.check("training", lambda: _training(ready, loaded), "plan", "libraries")
+    ready.check("output folder", lambda: _output_folder(loaded, resume))
+    ready.check("Hub", lambda: _hub(loaded))
+    ready.check("tracker", lambda: _tracker(loaded), "libraries")
+    sources = (*config.data.train, *config.data.eval)
+    tokenizer = config.model.tokenizer_name or config.model.name
+    of_hub = [name for name in (tokenizer, config.model.name) if not _is_path(name)]
+    of_hub += [source.name for source in sources if not source.is_local]
+    ready.check("network", lambda: _network(ready, of_hub))
+
+    def online(name: str) -> list[str]:
+        return ["online"] if name in of_hub else []
+
+    for source in sources:
+        ready.check("data", partial(reach, source), *online(source.name))
+    ready.check("tokenizer", lambda: _tokenizer(ready, loaded), "libraries", *online(tokenizer))
+    ready.check("base model", lambda: _base_model(ready, loaded), "libraries", *online(config.model.name))
+    ready.check("memory", lambda: _memory(ready, loaded), "plan", "sizes")
+    ready.check("disk", lambda: _disk(ready, loaded), "arguments", "tokenizer", "sizes")
+    return ready
+
+
+def _device(ready: Ready, loaded: LoadedConfig) -> str:
+    ready.plan = choose_device(loaded.config, Machine.from_torch())
+    return ready.plan.hardware
+
+
+def _quantisation(ready: Ready, loaded: LoadedConfig) -> Line | str:
+    asked, version = loaded.config.quantization, ""
+    if find_spec("bitsandbytes") is not None:  # that it is missing where it is needed has been said with the device
+        try:
+            import bitsandbytes
+        except (
+            Exception
+        ) as error:  # a wheel for another CUDA raises RuntimeError, OSError or its own; so does all that imports it
+            first = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"bitsandbytes is installed, but cannot be imported ({first}), and the other libraries not without it: install one "
+                "that fits this torch (`pip install -U bitsandbytes`), or remove it and set quantization.load_in_4bit=false"
+            ) from None
+        version = bitsandbytes.__version__
+    ready.libraries = True
+    if not asked.load_in_4bit:
+        return Line("skip", "quantisation", "load_in_4bit is off")
+    return f"{asked.bnb_4bit_quant_type}, bitsandbytes {version}"
+
+
+def _training(ready: Ready, loaded: LoadedConfig) -> str:
+    from atlas.train.arguments import sft_arguments
+
+    arguments = ready.arguments = sft_arguments(loaded, ready.plan)
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    longest = f", at most {arguments.max_length:,} tokens each" if arguments.max_length else ""
+    if arguments.max_steps > 0:
+        tokens = rows * arguments.max_steps * (arguments.max_length or 0)
+        many = f", {tokens:,} tokens at most" if tokens else ""
+        steps = f"{arguments.max_steps:,} steps of {rows} rows{longest}{many}"
+    else:
+        steps = (
+            f"{arguments.num_train_epochs:g} epochs in steps of {rows} rows{longest}; how many is known with the data"
+        )
+    held_out = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
+    return steps if held_out == "no" else f"{steps}; held-out loss every {held_out.removesuffix('s')}"
+
+
+def _output_folder(loaded: LoadedConfig, resume: str) -> Line | str:
+    from atlas.train.checkpoints import Identity, checkpoints, refuse_other_runs
+
+    folder = Path(loaded.config.output.dir)
+    try:
+        with tempfile.TemporaryFile(dir=_existing(folder)):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output.dir: nothing can be written to {_existing(folder)} ({error.strerror}): choose another output.dir"
+        ) from None
+    if resume != "never":
+        refuse_other_runs(folder, Identity.of(loaded, None, ""))
+    elif checkpoints(folder) or (folder / "manifest.json").exists():
+        return Line("warn", "output folder", f"{folder} holds a run, which --resume never trains over")
+    return str(folder)
+
+
+def _hub(loaded: LoadedConfig) -> Line | str:
+    from huggingface_hub import constants
+
+    from atlas.hub import check_access
+
+    output = loaded.config.output
+    if output.hub_repo is None:
+        return Line("skip", "Hub", "nothing is pushed (output.hub_repo is not set, or --no-push-to-hub)")
+    if os.environ.get("RANK", "0") != "0":
+        return Line("skip", "Hub", "the first process asks")
+    if constants.HF_HUB_OFFLINE:
+        return Line("skip", "Hub", f"HF_HUB_OFFLINE is set: the push to {output.hub_repo} will be left to do")
+    check_access(output.hub_repo, private=output.hub_private)
+    return f"{output.hub_repo} can be written to"
+
+
+def _tracker(loaded: LoadedConfig) -> Line | str:
+    from transformers.integrations import get_available_reporting_integrations
+
+    from atlas.train.arguments import available_trackers, wandb_is_offline
+
+    names, wandb_off = available_trackers(loaded.config.train_value("report_to"))
+    known = {"none", "all", *get_available_reporting_integrations()}
+    if missing := [name for name in names if name not in known]:
+        raise UserError(
+            f"train.report_to: {missing[0]!r} is not installed, or no tracker that transformers knows: install its package, or set "
+            "train.report_to=none"
+        )
+    if wandb_off:
+        return Line("warn", "tracker", f"wandb off: {wandb_off}")
+    if names == ["none"]:
+        return Line("skip", "tracker", "train.report_to is none")
+    if "wandb" in names and not wandb_is_offline() and os.environ.get("RANK", "0") == "0":
+        import wandb
+
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                wandb.login(verify=True)
+        except (
+            Exception
+        ) as error:  # AuthenticationError for a wrong key and a dead network alike, UsageError for a malformed key
+            first, refused = str(error).strip().split("\n")[0], not re.search(r"respond|connect|timed|50\d", str(error))
+            raise (UserError if refused else RunError)(
+                f"train.report_to: wandb cannot be used ({first}): log in again (`wandb login`), or set WANDB_MODE=offline, or "
+                "train.report_to=none"
+            ) from None
+    return ", ".join(names)
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).exists() or name.startswith((".", "/", "~"))
+
+
+def _network(ready: Ready, of_hub: list[str]) -> Line | str:
+    from huggingface_hub import constants
+
+    from atlas.hub import check_network
+
+    if not of_hub or constants.HF_HUB_OFFLINE:
+        ready.online = True
+        why = "HF_HUB_OFFLINE is set: what is cached is used" if of_hub else "everything is on this machine"
+        return Line("skip", "network", why)
+    check_network()
+    ready.online = True
+    return constants.ENDPOINT
+
+
+def _tokenizer(ready: Ready, loaded: LoadedConfig) -> str:
+    from atlas.models.base import load_tokenizer
+
+    tokenizer = ready.tokenizer = load_tokenizer(loaded.config)
+    return f"{tokenizer.name_or_path}: {len(tokenizer):,} tokens, stops with {tokenizer.eos_token}"
+
+
+def _base_model(ready: Ready, loaded: LoadedConfig) -> str:
+    from atlas.models.adapters import lora_config
+    from atlas.models.base import check_weights, empty_model
+
+    config = loaded.config
+    model = empty_model(config, getattr(ready, "tokenizer", None))
+    check_weights(config)
+    head = model.get_output_embeddings()
+    linear = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if type(module).__name__ == "Linear" and module is not head and "weight" in module._parameters
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    ready.adapter = lora_config(config.lora)
+    adapter = _adapter_size(model, ready.adapter)
+    ready.sizes = Sizes(linear, total - linear, adapter)
+    return f"{config.model.name}: {total / 1e6:,.1f} M parameters, {adapter / 1e6:,.2f} M in the adapter"
+
+
+def _adapter_size(model: Any, adapter: "LoraConfig") -> int:
+    import torch
+    from peft import get_peft_model
+
+    try:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, adapter)
+    except ValueError as error:
+        raise UserError(f"lora.target_modules: {str(error).strip().split(chr(10))[0]}") from None
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def _memory(ready: Ready, loaded: LoadedConfig) -> Line | str:
+    needed = static_bytes(loaded, ready.plan, ready.sizes)
+    said = f"{needed / GIB:.2f} GiB for weights, adapter and optimizer, before activations"
+    if ready.plan.device == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        if needed > free:
+            taken = (
+                f", of which {(total - free) / GIB:.1f} are taken (nvidia-smi shows by whom)"
+                if total - free > GIB
+                else ""
+            )
+            raise UserError(
+                f"memory: {said}, but the GPU has {total / GIB:.1f} GiB{taken}: use quantization.load_in_4bit=true, a smaller base "
+                "model or a smaller lora.r"
+            )
+        return f"{said}, of {free / GIB:.1f} GiB free"
+    ram = _free_ram()
+    if ram is not None and needed > ram:
+        raise UserError(f"memory: {said}, but only {ram / GIB:.1f} GiB are free: use a smaller base model")
+    return said if ram is None else f"{said}, of {ram / GIB:.1f} GiB free"
+
+
+def static_bytes(loaded: LoadedConfig, plan: DevicePlan, sizes: Sizes) -> int:
+    """Bytes that weights, adapter, its gradient and optimizer take whatever the batch is; activations come on top.
+
+    NF4: half a byte per weight and one constant per 64 of them, of 4 bytes, or, quantised again, of 1 byte and 4/256
+    (https://arxiv.org/abs/2305.14314, section 3).
+    """
+    quantization, width = loaded.config.quantization, 4 if plan.dtype == "float32" else 2
+    each = 0.5 + (1 + 4 / 256 if quantization.bnb_4bit_use_double_quant else 4) / 64
+    linear = sizes.linear * (each if quantization.load_in_4bit else width)
+    return int(linear + sizes.other * width + sizes.adapter * ADAM_BYTES)
+
+
+def _free_ram() -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _disk(ready: Ready, loaded: LoadedConfig) -> Line | str:
+    """Room for the checkpoints that are kept, one that is being written, and the final adapter."""
+    arguments, folder = ready.arguments, _existing(Path(loaded.config.output.dir))
+    tokenizer = 4 * len(ready.tokenizer) * 20  # tokenizer.json: vocabulary and merges, about 80 bytes a token
+    one = ready.sizes.adapter * CHECKPOINT_BYTES + tokenizer
+    kept = _checkpoints_kept(arguments)
+    needed = one * ((kept or 1) + 1) + ready.sizes.adapter * 4 + tokenizer
+    free = shutil.disk_usage(folder).free
+    many = f"{kept} checkpoints" if kept is not None else "each checkpoint"
+    said = (
+        f"{needed / GIB:.2f} GiB for {many} of {one / GIB:.2f} GiB and the adapter" if kept else f"{one / GIB:.2f} GiB"
+    )
+    if needed > free:
+        raise UserError(
+            f"output.dir: {folder} has {free / GIB:.2f} GiB free, the run needs {said}: make room, choose another output.dir, or "
+            "keep fewer checkpoints (train.save_total_limit)"
+        )
+    if kept is None and arguments.save_total_limit is None:
+        return Line(
+            "warn", "disk", f"{one / GIB:.2f} GiB for every checkpoint, none is removed: set train.save_total_limit"
+        )
+    return f"{said}, of {free / GIB:,.1f} GiB free"
+
+
+def _checkpoints_kept(arguments: "SFTConfig") -> int | None:
+    """How many there will be at most, or None where nothing limits them."""
+    if arguments.save_total_limit:
+        return int(arguments.save_total_limit) + int(arguments.load_best_model_at_end)
+    if arguments.max_steps > 0 and str(getattr(arguments.save_strategy, "value", "")) == "steps":
+        every = arguments.save_steps if arguments.save_steps >= 1 else arguments.save_steps * arguments.max_steps
+        return int(arguments.max_steps // max(every, 1)) + 1
+    return None
+
+
+def _existing(path: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    path = path.absolute()
+    return path if path.is_dir() else _existing(path.parent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

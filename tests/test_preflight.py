@@ -1,0 +1,238 @@
+"""Every way in which a run would end badly is found before data or a model is loaded, and all of them together."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from atlas.config import load_config
+from atlas.train import preflight, sft
+from conftest import write_rows
+from hub_server import HubServer
+from test_hub import WANDB, WRITE, atlas, hub  # noqa: F401 (a fixture)
+
+
+def test_a_sound_run_is_ready_and_nothing_is_written(sft_args: list[str], tmp_path: Path, capsys):
+    assert preflight.main(sft_args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "nothing stands in the way of this run"
+    status = {line[8:].split("  ")[0]: line[2:6].strip() for line in lines[:-1]}
+    skipped = {"Hub", "tracker", "network"}
+    named = ["config", "device", "quantisation", "training", "data", "tokenizer", "disk", "memory"]
+    assert status == dict.fromkeys((*named, "output folder", "base model"), "ok") | dict.fromkeys(skipped, "skip")
+    # 3 steps x 2 rows x gradient accumulation 1 of at most 256 tokens
+    assert "3 steps of 2 rows, at most 256 tokens each, 1,536 tokens at most" in "\n".join(lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def damaged_model(base: Path, folder: Path, damage: Callable[[Path], object]) -> str:
+    shutil.copytree(base, folder)
+    damage(folder)
+    return str(folder)
+
+
+def in_shards(folder: Path) -> None:
+    """Two files of weights, of which the second is missing."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    first = {name: weights[name] for name in names[:5]}
+    save_file(first, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    files = {name: f"model-0000{1 if name in first else 2}-of-00002.safetensors" for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def too_big(folder: Path) -> None:
+    path = folder / "config.json"
+    huge = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 100, "layer_types": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | huge))
+
+
+MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["holds no model.safetensors"]),
+    "half of them": (lambda f: os.truncate(f / "model.safetensors", 9000), ["model.safetensors is damaged"]),
+    "a shard missing": (in_shards, ["model-00002-of-00002.safetensors is missing"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["model.name", "cannot be loaded"]),
+    "unknown type": (lambda f: (f / "config.json").write_text('{"model_type": "nonsense"}'), ["cannot be loaded"]),
+    "not for text": (
+        lambda f: (f / "config.json").write_text('{"model_type": "vit", "vocab_size": 9999}'),
+        ["model.name", "cannot be trained"],
+    ),
+    "too big": (too_big, ["memory: ", "only", "GiB are free"]),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_base_model_that_cannot_be_trained(name: str, base_folder: Path, sft_args: list[str], tmp_path: Path, capsys):
+    damage, parts = MODELS[name]
+    model = damaged_model(base_folder, tmp_path / "model", damage)
+    began = time.monotonic()
+    assert preflight.main([*sft_args, f"model.name={model}", f"model.tokenizer_name={base_folder}"]) == 2
+    assert time.monotonic() - began < 20
+    out, err = capsys.readouterr()
+    assert "  fail  " in out and err.count("error: ") == 1 and "Traceback" not in err
+    for part in parts:
+        assert part in err
+
+
+OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
+    "no folder": (["model.name=./nowhere"], ["model.name: there is no folder ./nowhere"]),
+    "no such layers": (
+        ["lora.target_modules=[attention]"],
+        ["lora.target_modules: Target modules {'attention'} not found"],
+    ),
+    "no such file": (["data.train=./nowhere.jsonl"], ["data: the file nowhere.jsonl does not exist"]),
+    "nothing can be written": (["output.dir=/proc/out"], ["output.dir: nothing can be written to /proc"]),
+    "tracker": (["train.report_to=mlflow"], ["train.report_to: 'mlflow' is not installed", "report_to=none"]),
+    "nothing to evaluate on": (["train.eval_strategy=epoch"], ["there is no held-out data"]),
+    "precision": (["train.fp16=true"], ["train.fp16 asks for float16, which needs a GPU"]),
+    "a share of the disk": (["lora.r=4000000"], ["output.dir: ", "make room", "train.save_total_limit"]),
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_what_a_config_cannot_have(name: str, sft_args: list[str], capsys):
+    overrides, parts = OVERRIDES[name]
+    assert preflight.main([*sft_args, *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert "  fail  " in out
+    for part in parts:
+        assert part in err
+
+
+def test_all_failures_at_once_and_training_does_not_start(sft_args: list[str], tmp_path: Path, capsys):
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    wrong = [f"data.train={empty}", "lora.target_modules=[x]", "output.dir=/proc/out", "train.report_to=mlflow"]
+    for main in (preflight.main, sft.main):
+        assert main([*sft_args, *wrong]) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith("error: 4 things would end this run badly:\n       - output.dir: ")
+        assert err.count("\n       - ") == 4 and out.count("  fail  ") == 4
+        for part in ("report_to: 'mlflow'", f"the file {empty} is empty", "lora.target_modules"):
+            assert part in err
+        assert "step 1" not in out and "supervised" not in out
+
+
+def test_a_finished_run_of_another_config_is_not_overwritten(sft_args: list[str], tmp_path: Path, capsys):
+    assert sft.main(sft_args) == 0
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    other = [*sft_args, "train.learning_rate=1e-3"]
+    for main in (preflight.main, sft.main):
+        assert main(other) == 2
+        err = capsys.readouterr().err
+        assert f"{tmp_path / 'out'} holds a finished run" in err and "--resume never" in err
+        assert "train.learning_rate (0.004 there, 0.001 here)" in err
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+    assert preflight.main([*other, "--resume", "never"]) == 0
+    assert "  warn  output folder" in capsys.readouterr().out
+    assert preflight.main(sft_args) == 0  # its own
+
+    # The same config on other rows is seen as soon as the rows are known, before the model is loaded.
+    data = Path(sft_args[3].partition("=")[2])
+    rows = write_rows(tmp_path / data.name, data.read_text().splitlines()[:50])
+    assert sft.main([*sft_args, f"data.train={rows}"]) == 2
+    out, err = capsys.readouterr()
+    assert "holds a finished run" in err and "the training data have changed since" in err and "step 1" not in out
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+    assert sft.main([*other, "--resume", "never"]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_a_bitsandbytes_that_cannot_be_imported(sft_args: list[str], tmp_path: Path):
+    (tmp_path / "bitsandbytes.py").write_text("raise RuntimeError('CUDA Setup failed despite GPU being available')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "atlas.train.preflight", *sft_args]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "cannot be imported (CUDA Setup failed despite GPU being available)" in done.stderr
+    assert "quantization.load_in_4bit=false" in done.stderr and done.stdout.count("  fail  ") == 1
+
+
+def test_the_memory_of_a_quantised_model(sft_args: list[str]):
+    """Against the tensors of the model that the run then has."""
+    from bitsandbytes.nn import Params4bit
+
+    loaded = load_config(sft_args[1], sft_args[2:])
+    ready = preflight.preflight(loaded)
+    run = sft.train(loaded)
+    assert run.trainer is not None
+    parameters = list(run.trainer.model.parameters())
+    packed = [p for p in parameters if isinstance(p, Params4bit)]
+    constants = sum(p.quant_state.absmax.nbytes + p.quant_state.state2.absmax.nbytes for p in packed)
+    adapter = sum(p.numel() for p in parameters if p.requires_grad)
+    others = sum(p.nbytes for p in parameters if not isinstance(p, Params4bit) and not p.requires_grad)
+    assert ready.sizes.linear == 2 * sum(p.nbytes for p in packed) and ready.sizes.adapter == adapter
+    expected = sum(p.nbytes for p in packed) + constants + others + adapter * 16
+    assert preflight.static_bytes(loaded, ready.plan, ready.sizes) == pytest.approx(expected, rel=0.001)
+
+
+@pytest.fixture
+def wandb_server() -> Iterator[str]:
+    """What W&B answers to a key that it does not know."""
+
+    class Refuse(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length") or 0))
+            self.send_response(401)
+            self.send_header("content-length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Refuse)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_key_that_wandb_does_not_know(hub: HubServer, wandb_server: str, sft_args: list[str]):  # noqa: F811
+    asked = [*sft_args, "train.report_to=wandb"]
+    done = atlas(hub, "preflight", *asked, WANDB_API_KEY=WANDB, WANDB_BASE_URL=wandb_server)
+    assert done.status == 2 and "wandb cannot be used" in done.message and "401" in done.message
+    assert "WANDB_MODE=offline" in done.message and WANDB not in done.message + done.out
+    offline = atlas(hub, "preflight", *asked, WANDB_API_KEY=WANDB, WANDB_MODE="offline")
+    assert offline.status == 0 and "ok    tracker        wandb" in offline.out
+    without = atlas(hub, "preflight", *asked, HOME="/nonexistent")
+    assert without.status == 0 and "warn  tracker        wandb off: no credentials" in without.out
+
+
+UPLOAD = """
+import sys
+from huggingface_hub import HfApi
+for repo, ignored in (("ann/base", []), ("ann/bare", ["*.safetensors"])):
+    HfApi().create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=sys.argv[1], ignore_patterns=ignored)
+"""
+
+
+def test_names_of_the_hub(hub: HubServer, base_folder: Path, sft_args: list[str], tmp_path: Path):  # noqa: F811
+    assert atlas(hub, "-c", UPLOAD, str(base_folder)).status == 0
+    asked = [*sft_args, "output.hub_repo=ann/tuned"]
+    there = atlas(hub, "preflight", *asked, "model.name=ann/base")
+    assert there.status == 0 and "ok    base model     ann/base: 0." in there.out
+    assert f"ok    network        {hub.url}" in there.out and "ann/tuned can be written to" in there.out
+    bare = atlas(hub, "preflight", *asked, "model.name=ann/bare", "data.train=ann/rows")
+    assert bare.status == 2 and "'ann/bare' holds no model.safetensors" in bare.message
+    assert "data: 'ann/rows' (split 'train') cannot be loaded from the Hub" in bare.message
+
+    offline = atlas(hub, "preflight", *asked, "model.name=ann/base", HF_HUB_OFFLINE="1")
+    assert offline.status == 2  # its config.json is cached now, its weights are not
+    assert "the cache (HF_HUB_OFFLINE is set) holds no model.safetensors" in offline.message
+    assert "skip  Hub            HF_HUB_OFFLINE is set: the push to ann/tuned will be left to do" in offline.out
+    local = atlas(hub, "preflight", *asked, "--no-push-to-hub")
+    assert local.status == 0 and "skip  Hub            nothing is pushed" in local.out
+
+    gone = atlas(hub, "preflight", *sft_args, "model.name=ann/base", HF_ENDPOINT="http://127.0.0.1:9")
+    assert gone.status == 1 and gone.seconds < 30
+    assert "the Hub cannot be reached" in gone.message and "set HF_HUB_OFFLINE=1" in gone.message
+    assert WRITE not in gone.out + gone.message
