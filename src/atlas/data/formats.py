@@ -190,7 +190,7 @@ def _document(text: Any) -> Conversation:
 
 def _decode(line: str) -> Mapping[str, Any]:
     try:
-        row = json.loads(line, object_pairs_hook=_unique_keys)
+        row = _DECODER.decode(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise BadRowError("not JSON", f"{error}: {_short(line)}") from None
     if not isinstance(row, dict):
@@ -206,6 +206,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise BadRowError("not JSON", f"the key {twice!r} occurs twice in one object")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)  # json.loads makes one for every call
 
 
 def _refuse_surrogates(text: str, where: str) -> None:
