@@ -14,7 +14,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: setup pocket lessons test test-slow lint sft sft-smoke data audit eval compare config bench matrix results picture docs clean
+.PHONY: setup pocket lessons test test-slow lint sft sft-smoke data audit eval compare config preflight bench kill matrix results picture docs clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,9 @@ sft-smoke: setup        ## 50 steps of the real run, nothing pushed
 sft: setup              ## the whole run, pushed to output.hub_repo where that is set
 	$(RUN) -m atlas.train.sft --config $(CONFIG) $(ARGS)
 
+preflight: setup        ## everything that would end the run badly, in seconds
+	$(RUN) -m atlas.train.preflight --config $(CONFIG) $(ARGS)
+
 data: setup             ## what it would be trained on: rows used, cut, dropped, held out
 	$(RUN) -m atlas.data.report --config $(CONFIG) $(ARGS)
 
@@ -67,6 +70,10 @@ bench: setup            ## the benchmarks, into results/benchmarks.json (ROWS, T
 	$(RUN) benchmarks/prepare.py --million
 	$(if $(ROWS),$(RUN) benchmarks/audit.py --rows $(firstword $(ROWS)) --tokenizer $(TOKENIZER))
 	$(if $(ROWS),$(RUN) benchmarks/prepare.py --rows $(ROWS) --tokenizer $(TOKENIZER))
+
+kill: setup             ## twenty runs broken off with SIGKILL and resumed, against one that was left alone (about 15 minutes)
+	$(RUN) benchmarks/kills.py $(ARGS)
+	$(RUN) -m atlas.results
 
 matrix: setup           ## the audit's verdict on every template that TRL ships
 	$(RUN) -m atlas.audit.matrix

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+    from atlas.pocket.base import PocketPaths
+
 # Before any library reads them: nothing is fetched, and caches of test data stay out of the user's.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="atlas-test-cache-")
@@ -110,6 +112,17 @@ def run_arguments(base: Path, rows: Path, folder: Path) -> list[str]:
         "train.per_device_train_batch_size=2",
         "train.logging_steps=1",
     ]
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> "PocketPaths":
+    """A small pocket lab: a base model that has begun to learn words, rows and prompts."""
+    from atlas.pocket import base
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"DOCUMENTS": 400, "STEPS": 60, "TRAINING_ROWS": 8, "HELD_OUT_PROMPTS": 24}.items():
+            patch.setattr(base, name, value)
+        return base.build(tmp_path_factory.mktemp("lab") / "pocket")
 
 
 @pytest.fixture

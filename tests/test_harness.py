@@ -20,14 +20,6 @@ from atlas.pocket import base, world
 LETTER = "keywords:letter_frequency"
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> base.PocketPaths:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"DOCUMENTS": 400, "STEPS": 60, "TRAINING_ROWS": 8, "HELD_OUT_PROMPTS": 24}.items():
-            patch.setattr(base, name, value)
-        return base.build(tmp_path_factory.mktemp("lab") / "pocket")
-
-
 @pytest.fixture
 def loaded(lab: base.PocketPaths) -> tuple[Any, Any]:
     return harness.load_model(lab.base)

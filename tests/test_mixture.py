@@ -220,7 +220,7 @@ def test_a_stream_trains_the_same_rows(sft_args: list[str], base_folder: Path, r
         ([f"data.train=[{rows_file},{rows_file}]"], "needs a weight"),
     ):
         with pytest.raises(UserError, match=message):
-            sft.train(loaded([*sft_args, "data.streaming=true", *wrong]))
+            sft.train(loaded([*sft_args, "data.streaming=true", *wrong, f"output.dir={tmp_path}/other"]))
 
 
 def test_a_stream_mixes_by_weight_and_stops_at_a_bad_batch(base_folder: Path, tmp_path: Path):

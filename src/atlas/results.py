@@ -94,6 +94,24 @@ def lessons(results: Path) -> str:
     return "\n".join(lines)
 
 
+def kills(results: Path) -> str:
+    """Runs broken off with SIGKILL and resumed."""
+    report = _read(results / "kills.json")
+    lines = ["| killed | at | resumed | same adapter, log and push |", "|---" * 4 + "|"]
+    for trial in report["trials"]:
+        same = "yes" if trial["same"] else "**no**"
+        lines.append(f"| {trial['kind']} | {trial['killed']} | {trial['resumed']} | {same} |")
+    alike = sum(trial["same"] for trial in report["trials"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{alike} of {len(report['trials'])} the same as the run that was left alone ({report['what']}). {report['hardware']}, "
+            f"{report['date'][:10]}, `{report['command']}`.",
+        ]
+    )
+
+
 def audit_cost_table(results: Path) -> str:
     """The benchmark of the audit."""
     lines = [
@@ -179,6 +197,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "pocket-table": pocket_table,
     "pocket-seeds": pocket_seeds,
     "lessons": lessons,
+    "kills": kills,
     "audit-cost": audit_cost_table,
     "prepare-speed": prepare_speed,
     "template-matrix": template_matrix,

@@ -1,0 +1,195 @@
+"""A run of the pocket lab, broken off with SIGKILL at random moments and resumed, is the run that was left alone: `make kill`.
+
+Each trial is a run of its own with checkpoints, evaluations, dropout, NF4 and a push to a stand-in of the Hub. It is killed at a
+moment of a given kind (any, while a checkpoint is written, around its rename, in an evaluation, in the push), started again with
+the same command until it ends, and its adapter, log and pushed files are compared with those of the run that was left alone. The
+result goes into results/kills.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from hub_server import HubServer, User
+
+OUT = Path("results/kills.json")
+LAB = Path("outputs/pocket/lab")
+CONFIG = Path(__file__).parent.parent / "configs" / "sft_pocket.yaml"
+TOKEN = "hf_" + "k" * 34
+STEPS, SAVE_STEPS, EVAL_STEPS = 30, 3, 5
+KINDS = ("any moment", "save", "rename", "evaluation", "push")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    from atlas.device import Machine
+    from atlas.pocket.base import build
+    from atlas.train.manifest import versions, write_json
+
+    build(LAB, 0)
+    began, draw = time.monotonic(), random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        with Trial(Path(folder) / "alone") as alone:
+            alone.run()
+        print(f"left alone: {alone.seconds:.0f} s", flush=True)
+        trials = []
+        for number in range(arguments.trials):
+            kind = KINDS[number % len(KINDS)]
+            with Trial(Path(folder) / f"trial{number}") as trial:
+                trial.kill(kind, draw)
+                trial.run()
+            trials.append({"kind": kind, "killed": trial.moment, "resumed": trial.resumed, "same": trial.same(alone)})
+            print(f"{number + 1:>2} {trials[-1]}", flush=True)
+    report = {
+        "what": f"{STEPS} steps, a checkpoint every {SAVE_STEPS}, an evaluation every {EVAL_STEPS}, NF4, dropout, a push",
+        "trials": trials,
+        "seconds": round(time.monotonic() - began),
+        "hardware": f"CPU, {Machine.without_torch().cpus} cores",
+        "versions": versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"python benchmarks/kills.py --trials {arguments.trials} --seed {arguments.seed}",
+    }
+    write_json(OUT, report)
+    if not all(trial["same"] for trial in trials):
+        raise SystemExit("an adapter differs from that of the run that was left alone")
+
+
+class Trial:
+    """A run in a folder of its own, with a Hub of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out, self.hub = folder, folder / "out", HubServer(folder / "hub")
+        self.hub.users[TOKEN] = User("ann")
+        self.moment, self.resumed, self.seconds = "", "", 0.0
+
+    def __enter__(self) -> "Trial":
+        self.hub.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hub.__exit__()
+
+    def start(self) -> "subprocess.Popen[str]":
+        settings = {
+            "HF_ENDPOINT": self.hub.url,
+            "HF_HOME": str(self.folder / "home"),
+            "HF_DATASETS_CACHE": str(self.folder.parent / "cache"),
+            "HF_TOKEN": TOKEN,
+            "ATLAS_RETRY_SECONDS": "0.1",
+        }
+        overrides = {
+            "model.name": LAB / "base",
+            "data.train": f"{LAB}/train.jsonl:600",
+            "data.eval_rows": 100,
+            "lora.lora_dropout": 0.1,
+            "train.max_steps": STEPS,
+            "train.per_device_train_batch_size": 2,
+            "train.gradient_accumulation_steps": 2,
+            "train.logging_steps": 1,
+            "train.save_strategy": "steps",
+            "train.save_steps": SAVE_STEPS,
+            "train.save_total_limit": 2,
+            "train.eval_strategy": "steps",
+            "train.eval_steps": EVAL_STEPS,
+            "output.dir": self.out,
+            "output.hub_repo": "ann/tuned",
+        }
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-u", "-m", "atlas.train.sft", "--config", str(CONFIG)),
+                *(f"{key}={value}" for key, value in overrides.items()),
+            ],
+            env=os.environ | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self) -> None:
+        """To its end."""
+        began = time.monotonic()
+        process = self.start()
+        out, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(out)
+        self.seconds = time.monotonic() - began
+        found = [
+            line for line in out.splitlines() if line.startswith(("resume from", "this run is finished", "no check"))
+        ]
+        self.resumed = " ".join(found).replace(f"{self.out}/", "").replace(str(self.out), "out") or "from step 0"
+
+    def kill(self, kind: str, draw: random.Random) -> None:
+        """Start, and kill at a moment of the kind."""
+        process = self.start()
+        said: list[str] = []
+        reader = threading.Thread(target=lambda: said.extend(process.stdout or ()))
+        reader.start()
+        begun = self._begin(kind, draw, said)
+        while not begun() and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(*{"any moment": (0, 6), "save": (0, 0.02), "rename": (0, 0.004)}.get(kind, (0, 0.3))))
+        saving = sorted(path.name for path in self.out.glob(".saving/**/*") if path.is_file())
+        process.kill()
+        process.wait()
+        reader.join()
+        last = next((line.split("  ")[0] for line in reversed(said) if line.startswith("step ")), "before step 1")
+        self.moment = last + (f", {len(saving)} files being saved" if saving else "")
+        self.moment += f", {self.hub.log[-1]} was the Hub's last request" if kind == "push" else ""
+
+    def _begin(self, kind: str, draw: random.Random, said: list[str]) -> Callable[[], bool]:
+        """Is this the beginning of a moment of the kind?"""
+        step = draw.randrange(1, STEPS)
+        save = SAVE_STEPS * draw.randrange(1, STEPS // SAVE_STEPS)
+        evaluation = EVAL_STEPS * draw.randrange(1, STEPS // EVAL_STEPS)
+        request = draw.randrange(2, 8)
+
+        def at(number: int) -> bool:
+            return any(line.split("/")[0].split() == ["step", str(number)] for line in said)
+
+        staged = self.out / ".saving"
+        return {
+            "any moment": lambda: at(step),
+            "save": lambda: at(save) and any(staged.glob("*")),
+            "rename": lambda: at(save) and any(staged.glob("**/atlas_checkpoint.json")),
+            "evaluation": lambda: at(evaluation),
+            "push": lambda: (self.out / "manifest.json").exists() and len(self.hub.log) >= request,
+        }[kind]
+
+    def same(self, alone: "Trial") -> bool:
+        """Adapter, log and tokenizer byte for byte, and the Hub's files those of the folder, in one commit."""
+        return all(
+            (
+                self._bytes("adapter_model.safetensors") == alone._bytes("adapter_model.safetensors"),
+                self._bytes("tokenizer.json") == alone._bytes("tokenizer.json"),
+                self._log() == alone._log(),
+                self.hub.commits("ann/tuned") == 1,
+                self.hub.files("ann/tuned")["adapter_config.json"].content == self._bytes("adapter_config.json"),
+            )
+        )
+
+    def _bytes(self, name: str) -> bytes:
+        return (self.out / name).read_bytes()
+
+    def _log(self) -> list[dict[str, Any]]:
+        """Losses, learning rates and counts of each step; the times are not the same."""
+        state = json.loads((self.out / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+        timed = ("_runtime", "_per_second", "grad_norm_time")
+        return [{k: v for k, v in line.items() if not k.endswith(timed)} for line in state["log_history"]]
+
+
+if __name__ == "__main__":
+    main()
