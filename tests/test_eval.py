@@ -18,14 +18,6 @@ from conftest import ROOT, write_rows
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> base.PocketPaths:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"DOCUMENTS": 400, "STEPS": 60, "TRAINING_ROWS": 8, "HELD_OUT_PROMPTS": 20}.items():
-            patch.setattr(base, name, value)
-        return base.build(tmp_path_factory.mktemp("lab") / "pocket")
-
-
-@pytest.fixture(scope="module")
 def adapter(lab: base.PocketPaths, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A strong random adapter with the tokenizer that training would save."""
     import torch
@@ -89,19 +81,19 @@ def test_a_run_is_recorded_and_done_only_once(
     assert row["adapter_sha256"] and row["model_revision"].startswith("sha256:") and row["versions"]["lm_eval"]
     task = row["tasks"]["ifeval"]
     records = [json.loads(line) for line in run.records_file(tmp_path, "tuned", "ifeval").read_text().splitlines()]
-    assert task["n"] == len(records) == 20 and task["version"] == 4.0 and task["generation"]["max_gen_toks"] == 16
+    assert task["n"] == len(records) == 24 and task["version"] == 4.0 and task["generation"]["max_gen_toks"] == 16
     strict = task["metrics"]["prompt_strict"]
-    assert strict["score"] == sum(r["scores"]["prompt_strict"] for r in records) / 20
+    assert strict["score"] == sum(r["scores"]["prompt_strict"] for r in records) / 24
     assert strict["interval"][0] <= strict["score"] <= strict["interval"][1]
-    assert task["stop_rate"] == sum(r["stopped"] for r in records) / 20
-    assert task["mean_tokens"] == sum(r["tokens"] for r in records) / 20
+    assert task["stop_rate"] == sum(r["stopped"] for r in records) / 24
+    assert task["mean_tokens"] == sum(r["tokens"] for r in records) / 24
     assert all("<|im_start|>assistant" in r["prompt"] and "<|im_end|>" not in r["text"] for r in records)
     assert metrics["runs"][0]["template_sha256"] == row["template_sha256"]  # the base is asked in the same words
     written = (tmp_path / "metrics.json").read_bytes()
     capsys.readouterr()
     assert run.main(arguments(lab, tmp_path, "--adapter", str(adapter))) == 0
     assert "is done already" in capsys.readouterr().out and (tmp_path / "metrics.json").read_bytes() == written
-    assert compare.comparison(tmp_path, ["base", "tuned"])[0].n == 20
+    assert compare.comparison(tmp_path, ["base", "tuned"])[0].n == 24
 
 
 def test_another_model_never_adds_to_a_row(

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TrainedRun
+from atlas.pocket.base import PocketPaths
+from conftest import ROOT, TrainedRun
 from hub_server import FOREVER, HubServer, User
 
 WRITE, READ, BOB, WRONG = (f"hf_{letter * 34}" for letter in "wrbx")
@@ -338,7 +339,7 @@ merge(pinned[0], Path(out).with_name("merged"))
 
 
 def test_loaded_by_repo_id_in_another_process_the_logits_are_the_same(
-    hub: HubServer, trained_run: TrainedRun, run: Path, tmp_path: Path
+    hub: HubServer, trained_run: TrainedRun, run: Path, lab: PocketPaths, tmp_path: Path
 ):
     atlas(hub, "push", str(run), "ann/lfs", **LFS)
     first = atlas(hub, "push", str(run), "ann/xet").revision
@@ -358,6 +359,22 @@ def test_loaded_by_repo_id_in_another_process_the_logits_are_the_same(
     merged = json.loads((tmp_path / "merged" / "merge.json").read_text())
     assert (merged["adapter"], merged["adapter_revision"]) == (f"ann/xet@{first}", first)
     assert merged["relative_difference"]["merged"] < 1e-5
+
+    # lm-eval scores what came back from the Hub as it scores the folder; the other revision answers otherwise.
+    asked = ["--config", str(ROOT / "configs" / "sft_pocket.yaml"), f"model.name={trained_run.base}", "--limit", "3"]
+    asked += [
+        f"eval.data.ifeval={lab.eval}",
+        "eval.tasks=[{name: ifeval, max_gen_toks: 8}]",
+        "quantization.load_in_4bit=false",
+    ]
+    replies = {}
+    for name, adapter in {"folder": str(run), "first": f"ann/xet@{first}", "newest": "ann/xet"}.items():
+        scored = atlas(hub, "eval", *asked, f"output.results_dir={tmp_path}", "--adapter", adapter, "--name", name)
+        assert scored.status == 0, scored.message
+        replies[name] = (tmp_path / "eval" / name / "ifeval.jsonl").read_text()
+    assert replies["folder"] == replies["first"] != replies["newest"]
+    rows = json.loads((tmp_path / "metrics.json").read_text())["runs"]
+    assert [row["adapter_revision"] for row in rows] == [None, first, second]
 
 
 def test_pull_gives_the_revision_back(hub: HubServer, run: Path, tmp_path: Path):

@@ -21,7 +21,7 @@ SCHEMA = 1
 METRICS = "metrics.json"
 # What makes two runs of one name the same: a row of another is never added to.
 _IDENTITY = (
-    *("model", "model_revision", "adapter", "adapter_sha256", "config_hash", "template_sha256"),
+    *("model", "model_revision", "adapter", "adapter_revision", "adapter_sha256", "config_hash", "template_sha256"),
     *("backend", "dtype", "quantization"),
 )
 
@@ -185,6 +185,8 @@ def _runner(config: Config, target: Target, dtype: Any, device: str, tokenizer: 
 
 
 def _row(config: Config, target: Target, dtype: str, hardware: str, tokenizer: Any) -> dict[str, Any]:
+    from transformers.utils.hub import extract_commit_hash
+
     from atlas.train.manifest import command_line, versions
 
     manifest: dict[str, Any] = {}
@@ -200,6 +202,7 @@ def _row(config: Config, target: Target, dtype: str, hardware: str, tokenizer: A
         "model": target.model,
         "model_revision": _revision(target.model, target.model_revision),
         "adapter": target.adapter,
+        "adapter_revision": extract_commit_hash(str(weights), None) if weights else None,
         "adapter_sha256": _sha256(weights) if weights else None,
         "template_sha256": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest(),
         "backend": config.eval.backend,
