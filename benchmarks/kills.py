@@ -141,13 +141,13 @@ class Trial:
         begun = self._begin(kind, draw, said)
         while not begun() and process.poll() is None:
             time.sleep(0.001)
-        time.sleep(draw.uniform(*{"any moment": (0, 6), "save": (0, 0.02), "rename": (0, 0.004)}.get(kind, (0, 0.3))))
+        time.sleep(draw.uniform(*{"any moment": (0, 1), "save": (0, 0.02), "rename": (0, 0.004)}.get(kind, (0, 0.3))))
         saving = sorted(path.name for path in self.out.glob(".saving/**/*") if path.is_file())
         process.kill()
         process.wait()
         reader.join()
-        last = next((line.split("  ")[0] for line in reversed(said) if line.startswith("step ")), "before step 1")
-        self.moment = last + (f", {len(saving)} files being saved" if saving else "")
+        last = next((line[5:].split("/")[0].strip() for line in reversed(said) if line.startswith("step ")), "0")
+        self.moment = f"after step {last}" + (f", {len(saving)} files being saved" if saving else "")
         self.moment += f", {self.hub.log[-1]} was the Hub's last request" if kind == "push" else ""
 
     def _begin(self, kind: str, draw: random.Random, said: list[str]) -> Callable[[], bool]:

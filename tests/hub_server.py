@@ -11,6 +11,7 @@ import json
 import re
 import socket
 import struct
+import sys
 import threading
 import traceback
 from dataclasses import dataclass, field
@@ -98,6 +99,12 @@ class _Reply(Exception):  # noqa: N818 (an answer, not an error)
         self.body = body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # else the client has gone away
+            super().handle_error(request, client_address)
+
+
 class HubServer:
     """`with HubServer(folder) as hub:` serves at `hub.url` until the end. `users` maps tokens to users."""
 
@@ -112,7 +119,7 @@ class HubServer:
         self.store = folder / "xet"
         self.store.mkdir(parents=True)
         self.lock = threading.RLock()
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, name)) for name in ("hub", "blobs")]
+        self._servers = [_Server(("127.0.0.1", 0), _handler(self, name)) for name in ("hub", "blobs")]
         self.url, self.blob_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
 
     def __enter__(self) -> "HubServer":

@@ -253,7 +253,7 @@ def _known_row(results: Path, row: dict[str, Any], replace: bool) -> dict[str, A
     known = next((known for known in read_metrics(results)["runs"] if known["name"] == row["name"]), None)
     if known is None or replace:
         return None
-    different = [key for key in _IDENTITY if known[key] != row[key]]
+    different = [key for key in _IDENTITY if known.get(key) != row[key]]
     if different:
         raise UserError(
             f"{results / METRICS} has results of another {row['name']!r} ("
