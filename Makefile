@@ -41,7 +41,7 @@ lessons: setup          ## five lessons of the recipe on the pocket lab, each wi
 	$(RUN) -m atlas.results
 
 sft-smoke: setup        ## 50 steps of the real run, nothing pushed
-	$(RUN) -m atlas.train.sft --config $(CONFIG) --max-steps 50 --no-push-to-hub --resume never output.dir=outputs/sft_smoke $(ARGS)
+	$(RUN) -m atlas.train.sft --config $(CONFIG) --max-steps 50 --no-push-to-hub --resume never $(ARGS) output.dir=outputs/sft_smoke
 
 sft: setup              ## the whole run, pushed to output.hub_repo where that is set
 	$(RUN) -m atlas.train.sft --config $(CONFIG) $(ARGS)

@@ -26,6 +26,7 @@ def test_notebook_runs_with_the_pocket_config(sft_args: list[str], tmp_path: Pat
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
     text = str([output for cell in notebook.cells for output in cell.get("outputs", [])])
     assert "no GPU: this will run on the CPU" in text and "# device: CPU" in text
+    assert "nothing stands in the way of this run" in text
     assert "step 2/2" in text and "step 3/3" in text and "LoRA B norm" in text
     assert "iframe srcdoc" in text and "the loss falls on exactly what the model must generate" in text
     assert (tmp_path / "out" / "manifest.json").is_file()
