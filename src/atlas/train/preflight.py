@@ -177,17 +177,20 @@ def _training(ready: Ready, loaded: LoadedConfig) -> str:
 
     arguments = ready.arguments = sft_arguments(loaded, ready.plan)
     rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    longest = f", at most {arguments.max_length:,} tokens each" if arguments.max_length else ""
+    size = f"{rows} {'packs' if arguments.packing else 'rows'}"
+    size += f", at most {arguments.max_length:,} tokens each" if arguments.max_length else ""
     if arguments.max_steps > 0:
         tokens = rows * arguments.max_steps * (arguments.max_length or 0)
-        many = f", {tokens:,} tokens at most" if tokens else ""
-        steps = f"{arguments.max_steps:,} steps of {rows} rows{longest}{many}"
+        steps = f"{arguments.max_steps:,} steps of {size}" + (f", {tokens:,} tokens at most" if tokens else "")
     else:
-        steps = (
-            f"{arguments.num_train_epochs:g} epochs in steps of {rows} rows{longest}; how many is known with the data"
-        )
-    held_out = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
-    return steps if held_out == "no" else f"{steps}; held-out loss every {held_out.removesuffix('s')}"
+        epochs = f"{arguments.num_train_epochs:g} epoch{'s' * (arguments.num_train_epochs != 1)}"
+        steps = f"{epochs} in steps of {size}; how many is known with the data"
+    every = {
+        "no": "",
+        "epoch": "; held-out loss every epoch",
+        "steps": f"; held-out loss every {arguments.eval_steps:g} steps",
+    }
+    return steps + every[str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))]
 
 
 def _output_folder(loaded: LoadedConfig, resume: str) -> Line | str:
