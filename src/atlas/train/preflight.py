@@ -185,12 +185,10 @@ def _training(ready: Ready, loaded: LoadedConfig) -> str:
     else:
         epochs = f"{arguments.num_train_epochs:g} epoch{'s' * (arguments.num_train_epochs != 1)}"
         steps = f"{epochs} in steps of {size}; how many is known with the data"
-    every = {
-        "no": "",
-        "epoch": "; held-out loss every epoch",
-        "steps": f"; held-out loss every {arguments.eval_steps:g} steps",
-    }
-    return steps + every[str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))]
+    evaluated = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
+    if evaluated == "no":
+        return steps
+    return f"{steps}; held-out loss every {f'{arguments.eval_steps:g} steps' if evaluated == 'steps' else evaluated}"
 
 
 def _output_folder(loaded: LoadedConfig, resume: str) -> Line | str:
