@@ -104,6 +104,9 @@ def test_the_same_run_twice_differs_by_exactly_nothing():
     found = stats.paired_difference(same, same)
     assert (found.value, found.interval, found.p, found.needed) == (0.0, (0.0, 0.0), 1.0, None)
     assert found.verdict.startswith("no difference shown (could have shown 1.4 points")
+    # Six instructions of 834 have to change, each in another prompt, before the test can see it.
+    of = np.array([1.0, 2.0, 1.0] * 180 + [114.0])
+    assert stats.paired_difference(same, same, of).verdict == "no difference shown (could have shown 0.7 points)"
 
 
 def test_a_real_gain_and_its_mirror():

@@ -103,6 +103,8 @@ def paired_difference(
         residuals = d - value * k
         spread = float(np.sqrt((residuals**2).mean()) / k.mean())  # of one prompt, linearised as in ratio_estimate
         smallest = _z_sum() * spread / len(d) ** 0.5
+        if of is not None or not spread:  # fewer than that many prompts, by one instruction each, cannot pass the test
+            smallest = max(smallest, _LEAST_DISCORDANT / float(k.sum()))
         needed = max(2, _ceil((_z_sum() * spread / abs(value)) ** 2)) if value else None
     return Difference(value, bootstrap_interval(d, k, seed), p, smallest, needed)
 
