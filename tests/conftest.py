@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -128,6 +129,16 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> "PocketPaths":
 @pytest.fixture
 def sft_args(base_folder: Path, rows_file: Path, tmp_path: Path) -> list[str]:
     return run_arguments(base_folder, rows_file, tmp_path)
+
+
+def without_weights(sft_args: list[str], folder: Path) -> Path:
+    """A run's base model, which cannot be loaded: its file of weights is sound, but holds none of them."""
+    import torch
+    from safetensors.torch import save_file
+
+    shutil.copytree(sft_args[2].partition("=")[2], folder)
+    save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 class TrainedRun(NamedTuple):

@@ -12,7 +12,7 @@ import pytest
 from atlas.audit import command
 from atlas.audit.report import diff
 from atlas.train import sft
-from conftest import ROOT, chat, write_rows
+from conftest import ROOT, chat, without_weights, write_rows
 
 NASTY = chat(
     "<script>document.title='pwned'</script> & <b>", "\n<script>document.title='pwned'</script>\tHé 你\n  end "
@@ -136,14 +136,14 @@ def test_browser_shows_the_trained_text(audit_args: list[str], tmp_path: Path):
 
 
 def test_gate_stops_the_run_before_a_model_is_loaded(sft_args: list[str], leaky: str, tmp_path: Path, capfd):
-    arguments = [*sft_args, leaky, "model.name=./no-such-model"]
+    arguments = [*sft_args, leaky, f"model.name={without_weights(sft_args, tmp_path / 'model')}"]
     assert sft.main(arguments) == 2
     err = capfd.readouterr().err
     assert "leak: 120 rows" in err and "line 1, message 1, bytes " in err and "remedy: move the template's" in err
-    assert "no-such-model" not in err and not (tmp_path / "out").exists()
+    assert "model.name" not in err and not (tmp_path / "out").exists()
     # The two ways out that the message names.
     assert sft.main([*sft_args, leaky, "data.mask=rendered"]) == 0
-    assert sft.main([*sft_args, leaky, "audit.gate=warn", "train.seed=1"]) == 0
+    assert sft.main([*sft_args, leaky, "audit.gate=warn", f"output.dir={tmp_path / 'other'}"]) == 0
     assert "warning (audit.gate=warn)" in capfd.readouterr().out
     assert sft.main([*sft_args, leaky, "audit.gate=off", "train.seed=2"]) == 0
     assert "leak" not in capfd.readouterr().out

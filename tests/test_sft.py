@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from atlas.config import load_config
@@ -16,7 +15,7 @@ from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm, lora_conf
 from atlas.models.base import load_base_model_and_tokenizer
 from atlas.train import sft
 from atlas.train.arguments import available_trackers
-from conftest import ROOT, chat, write_rows
+from conftest import ROOT, chat, without_weights, write_rows
 
 NF4 = {
     "load_in_4bit": True,
@@ -374,13 +373,6 @@ WRONG_ROWS = {
 }
 
 
-def without_weights(sft_args: list[str], folder: Path) -> Path:
-    """The run's base model, which cannot be loaded: its file of weights is sound, but holds none of them."""
-    shutil.copytree(sft_args[2].partition("=")[2], folder)
-    save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 def test_weights_that_the_files_lack_are_not_made_up(sft_args: list[str], tmp_path: Path, capfd):
     assert sft.main([*sft_args, f"model.name={without_weights(sft_args, tmp_path / 'model')}"]) == 2
     assert "lack 27 weights that its config.json asks for" in capfd.readouterr().err
@@ -409,7 +401,6 @@ def test_wrong_data_is_one_message_and_exit_status_2(name: str, sft_args: list[s
 def test_unusable_templates_are_exit_status_2(
     template: str | None, part: str, sft_args: list[str], tmp_path: Path, capfd
 ):
-    import shutil
 
     shutil.copytree(sft_args[2].split("=")[1], tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "chat_template.jinja").unlink()
@@ -424,7 +415,6 @@ def test_unusable_templates_are_exit_status_2(
     ("missing", "part"), [("model.safetensors", "the weights of"), ("tokenizer.json", "vocabulary files")]
 )
 def test_base_model_without_weights_or_tokenizer(missing: str, part: str, sft_args: list[str], tmp_path: Path, capfd):
-    import shutil
 
     folder = tmp_path / "model"
     shutil.copytree(sft_args[2].split("=")[1], folder)

@@ -187,7 +187,7 @@ def card(manifest: dict[str, Any], repo: str, runs: list[dict[str, Any]], audit:
                 ["atlas commit", _code((manifest.get("git") or {}).get("commit", "unknown"))],
                 ["config hash", _code(manifest["config_hash"])],
                 ["data fingerprint", _code(manifest["data"]["fingerprint"][:16])],
-                ["loss", f"{result['loss_first']} -> {result['loss_last']}"],
+                ["loss", " -> ".join(_text(_rounded(result[key])) for key in ("loss_first", "loss_last"))],
                 ["date", _text(manifest["date"])],
             ],
         ),
@@ -236,6 +236,10 @@ def _on_hub(name: str, local: set[str]) -> bool:
 def _last_part(name: str) -> str:
     """A local path says nothing to others, and a good deal about its owner."""
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def _rounded(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _plain(value: Any) -> str:

@@ -27,6 +27,10 @@ class LogLine(TrainerCallback):
         self._last = (time.perf_counter(), *tokens)
         self._began = (time.perf_counter(), trainer.state.global_step)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:  # `logging_steps` may not meet the last one, whose loss is the result
+            control.should_log = True
+
     def on_log(
         self,
         args: TrainingArguments,
