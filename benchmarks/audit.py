@@ -24,7 +24,7 @@ from atlas.pocket import world
 from atlas.pocket.base import train_tokenizer
 from atlas.train.manifest import versions, write_json
 
-ROWS, ROUNDS = 2000, 9
+ROWS, ROUNDS = 2000, 25
 OUT = Path("results/benchmarks.json")
 
 
@@ -62,6 +62,7 @@ def main() -> None:
     result = {
         "what": "time of auditing every row / time of tokenizing the same rows (reading to labels on disk, as `prepare` does it)",
         "rows": ROWS,
+        "rounds": ROUNDS,
         "tokens": sum(labeled["length"]),
         "source": arguments.rows.name if arguments.rows else "pocket lab",
         "share_median": round(statistics.median(shares), 3),
