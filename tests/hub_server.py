@@ -217,7 +217,10 @@ class HubServer:
         found = self._repo(user, repo)
         sha, files = self._at(found, rev)
         about = {"id": repo, "modelId": repo, "sha": sha, "private": found.private, "tags": []}
-        raise _Reply(200, about | {"siblings": [{"rfilename": path} for path in files]})
+        raise _Reply(
+            200,
+            about | {"siblings": [{"rfilename": path, "size": e.size or len(e.content)} for path, e in files.items()]},
+        )
 
     def preupload(self, user: User, body: bytes, repo: str, rev: str) -> None:
         files = self._at(self._repo(user, repo, write=True), rev)[1]

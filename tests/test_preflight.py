@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -215,11 +216,20 @@ for repo, ignored in (("ann/base", []), ("ann/bare", ["*.safetensors"])):
 """
 
 
+def test_a_base_model_that_does_not_fit_the_cache(hub: HubServer, base_folder: Path, sft_args: list[str]):  # noqa: F811
+    assert atlas(hub, "-c", UPLOAD, str(base_folder)).status == 0
+    files = hub.repos["ann/base"].commits[hub.repos["ann/base"].head]
+    files["model.safetensors"] = replace(files["model.safetensors"], size=2**60)
+    done = atlas(hub, "preflight", *sft_args, "model.name=ann/base", f"model.tokenizer_name={base_folder}")
+    assert done.status == 2 and "the base model takes 1073741824.0 GiB" in done.message and "HF_HOME" in done.message
+
+
 def test_names_of_the_hub(hub: HubServer, base_folder: Path, sft_args: list[str], tmp_path: Path):  # noqa: F811
     assert atlas(hub, "-c", UPLOAD, str(base_folder)).status == 0
     asked = [*sft_args, "output.hub_repo=ann/tuned"]
     there = atlas(hub, "preflight", *asked, "model.name=ann/base")
     assert there.status == 0 and "ok    base model     ann/base: 0." in there.out
+    assert "ok    cache          0.0 GiB of base model to download; about 0.0 GiB for the prepared data" in there.out
     assert f"ok    network        {hub.url}" in there.out and "ann/tuned can be written to" in there.out
     bare = atlas(hub, "preflight", *asked, "model.name=ann/bare", "data.train=ann/rows")
     assert bare.status == 2 and "'ann/bare' holds no model.safetensors" in bare.message

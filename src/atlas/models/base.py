@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -287,30 +288,36 @@ def _described(config: Config, tokenizer: "PreTrainedTokenizerBase | None") -> A
     return described
 
 
-def check_weights(config: Config) -> None:
-    """Make sure that the base model has its weights, as safetensors. Raises `UserError` naming what is missing."""
+def check_weights(config: Config) -> int:
+    """Make sure that the base model has its weights, as safetensors; returns how many bytes of them have yet to be downloaded.
+    Raises `UserError` naming what is missing."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from safetensors import SafetensorError, safe_open
 
     name, revision = config.model.name, config.model.revision
     single, index = "model.safetensors", "model.safetensors.index.json"
-    folder = Path(name)
+    folder, download = Path(name), 0
+
+    def cached(file: str) -> bool:
+        return isinstance(try_to_load_from_cache(name, file, revision=revision), str)
+
     if folder.is_dir():
         files = {path.name for path in folder.iterdir()}
     elif constants.HF_HUB_OFFLINE:
-        files = {
-            file for file in (single, index) if isinstance(try_to_load_from_cache(name, file, revision=revision), str)
-        }
+        files = {file for file in (single, index) if cached(file)}
     else:
         try:
-            files = {file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or ()}
+            there = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
         except Exception as error:
             raise UserError(f"model.name: {name!r} cannot be loaded: {_first_line(error)}") from None
+        files = {file.rfilename for file in there}
+        wanted = [file for file in there if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file.rfilename)]
+        download = sum(file.size or 0 for file in wanted if not cached(file.rfilename))
     if not files & {single, index}:
         where = "the cache (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE and not folder.is_dir() else repr(name)
         raise UserError(f"model.name: the weights of {name!r} cannot be loaded: {where} holds no {single}")
     if not folder.is_dir():
-        return
+        return download
     shards = {single}
     if single not in files:
         shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
@@ -323,6 +330,7 @@ def check_weights(config: Config) -> None:
             raise UserError(
                 f"model.name: the weights of {name!r} cannot be loaded: {folder / shard} {problem}"
             ) from None
+    return 0
 
 
 def load_base_model_and_tokenizer(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas.config import LoadedConfig, load_config
-from atlas.data.sources import reach
+from atlas.data.sources import data_files, reach
 from atlas.device import DevicePlan, Machine, choose_device
 from atlas.errors import DONE, RunError, UserError, run_main
 from atlas.redact import redact
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 ADAM_BYTES = 4 + 4 + 8  # fp32 adapter, its gradient, AdamW's two moments
 CHECKPOINT_BYTES = 4 + 8  # the same without the gradient
+PREPARED = 3  # times the source: a copy of its text, and 8 bytes for each token of about 4 characters
 
 
 class Line(NamedTuple):
@@ -64,6 +65,8 @@ class Ready:
     tokenizer: "PreTrainedTokenizerBase" = field(init=False)
     adapter: "LoraConfig" = field(init=False)
     sizes: Sizes = field(init=False)
+    download: int = field(init=False)
+    """Bytes of the base model that are not on this machine yet."""
 
     def check(self, name: str, look: Callable[[], Line | str], *needed: str) -> None:
         """Add the line of one check, unless one that it needs has failed."""
@@ -143,6 +146,7 @@ def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
     ready.check("tokenizer", lambda: _tokenizer(ready, loaded), "libraries", *online(tokenizer))
     ready.check("base model", lambda: _base_model(ready, loaded), "libraries", *online(config.model.name))
     ready.check("memory", lambda: _memory(ready, loaded), "plan", "sizes")
+    ready.check("cache", lambda: _cache(ready, loaded), "download")
     ready.check("disk", lambda: _disk(ready, loaded), "arguments", "tokenizer", "sizes")
     return ready
 
@@ -195,13 +199,7 @@ def _output_folder(loaded: LoadedConfig, resume: str) -> Line | str:
     from atlas.train.checkpoints import Identity, checkpoints, refuse_other_runs
 
     folder = Path(loaded.config.output.dir)
-    try:
-        with tempfile.TemporaryFile(dir=_existing(folder)):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"output.dir: nothing can be written to {_existing(folder)} ({error.strerror}): choose another output.dir"
-        ) from None
+    _can_write(folder, "output.dir", "choose another output.dir")
     if resume != "never":
         refuse_other_runs(folder, Identity.of(loaded, None, ""))
     elif checkpoints(folder) or (folder / "manifest.json").exists():
@@ -284,18 +282,17 @@ def _tokenizer(ready: Ready, loaded: LoadedConfig) -> str:
 
 
 def _base_model(ready: Ready, loaded: LoadedConfig) -> str:
+    import torch
+
     from atlas.models.adapters import lora_config
     from atlas.models.base import check_weights, empty_model
 
     config = loaded.config
     model = empty_model(config, getattr(ready, "tokenizer", None))
-    check_weights(config)
+    ready.download = check_weights(config)
     head = model.get_output_embeddings()
-    linear = sum(
-        module.weight.numel()
-        for module in model.modules()
-        if type(module).__name__ == "Linear" and module is not head and "weight" in module._parameters
-    )
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    linear = sum(layer.weight.numel() for layer in layers)
     total = sum(parameter.numel() for parameter in model.parameters())
     ready.adapter = lora_config(config.lora)
     adapter = _adapter_size(model, ready.adapter)
@@ -359,6 +356,36 @@ def _free_ram() -> int | None:
     return None
 
 
+def _cache(ready: Ready, loaded: LoadedConfig) -> Line | str:
+    """Room for the base model, where it has to be downloaded, and for the prepared data."""
+    import datasets
+    from huggingface_hub import constants
+
+    data = loaded.config.data
+    models, rows = Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
+    for folder in (models, rows):
+        _can_write(folder, "cache", "set HF_HOME to a folder with room")
+    free = shutil.disk_usage(_existing(models)).free
+    if ready.download > free:
+        raise UserError(
+            f"cache: the base model takes {ready.download / GIB:.1f} GiB, {_existing(models)} has {free / GIB:.1f} GiB free: make "
+            "room, or set HF_HOME to a folder with room"
+        )
+    files: set[Path] = set()
+    for source in (*data.train, *data.eval):
+        if source.is_local and not data.streaming:
+            with contextlib.suppress(UserError):  # said in the source's own line
+                files.update(data_files(Path(source.name).expanduser()))
+    prepared = PREPARED * sum(path.stat().st_size for path in files)
+    free = shutil.disk_usage(_existing(rows)).free
+    said = f"about {prepared / GIB:.1f} GiB for the prepared data in {rows}, {free / GIB:,.1f} GiB free"
+    if prepared > free:
+        return Line(
+            "warn", "cache", f"{said}: unless they are there already, set HF_DATASETS_CACHE or data.streaming=true"
+        )
+    return (f"{ready.download / GIB:.1f} GiB of base model to download; " if ready.download else "") + said
+
+
 def _disk(ready: Ready, loaded: LoadedConfig) -> Line | str:
     """Room for the checkpoints that are kept, one that is being written, and the final adapter."""
     arguments, folder = ready.arguments, _existing(Path(loaded.config.output.dir))
@@ -391,6 +418,14 @@ def _checkpoints_kept(arguments: "SFTConfig") -> int | None:
         every = arguments.save_steps if arguments.save_steps >= 1 else arguments.save_steps * arguments.max_steps
         return int(arguments.max_steps // max(every, 1)) + 1
     return None
+
+
+def _can_write(folder: Path, key: str, remedy: str) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=_existing(folder)):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: nothing can be written to {_existing(folder)} ({error.strerror}): {remedy}") from None
 
 
 def _existing(path: Path) -> Path:
