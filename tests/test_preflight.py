@@ -28,7 +28,7 @@ def test_a_sound_run_is_ready_and_nothing_is_written(sft_args: list[str], tmp_pa
     assert lines[-1] == "nothing stands in the way of this run"
     status = {line[8:].split("  ")[0]: line[2:6].strip() for line in lines[:-1]}
     skipped = {"Hub", "tracker", "network"}
-    named = ["config", "device", "quantisation", "training", "data", "tokenizer", "disk", "memory"]
+    named = ["config", "device", "quantisation", "training", "data", "tokenizer", "disk", "memory", "cache"]
     assert status == dict.fromkeys((*named, "output folder", "base model"), "ok") | dict.fromkeys(skipped, "skip")
     # 3 steps x 2 rows x gradient accumulation 1 of at most 256 tokens
     assert "3 steps of 2 rows, at most 256 tokens each, 1,536 tokens at most" in "\n".join(lines)
@@ -221,7 +221,7 @@ def test_a_base_model_that_does_not_fit_the_cache(hub: HubServer, base_folder: P
     files = hub.repos["ann/base"].commits[hub.repos["ann/base"].head]
     files["model.safetensors"] = replace(files["model.safetensors"], size=2**60)
     done = atlas(hub, "preflight", *sft_args, "model.name=ann/base", f"model.tokenizer_name={base_folder}")
-    assert done.status == 2 and "the base model takes 1073741824.0 GiB" in done.message and "HF_HOME" in done.message
+    assert done.status == 2 and "the base model takes 1,073,741,824.0 GiB" in done.message and "HF_HOME" in done.message
 
 
 def test_names_of_the_hub(hub: HubServer, base_folder: Path, sft_args: list[str], tmp_path: Path):  # noqa: F811
@@ -229,7 +229,7 @@ def test_names_of_the_hub(hub: HubServer, base_folder: Path, sft_args: list[str]
     asked = [*sft_args, "output.hub_repo=ann/tuned"]
     there = atlas(hub, "preflight", *asked, "model.name=ann/base")
     assert there.status == 0 and "ok    base model     ann/base: 0." in there.out
-    assert "ok    cache          0.0 GiB of base model to download; about 0.0 GiB for the prepared data" in there.out
+    assert "ok    cache          0.5 MiB of base model to download; about 0.1 MiB for the prepared data" in there.out
     assert f"ok    network        {hub.url}" in there.out and "ann/tuned can be written to" in there.out
     bare = atlas(hub, "preflight", *asked, "model.name=ann/bare", "data.train=ann/rows")
     assert bare.status == 2 and "'ann/bare' holds no model.safetensors" in bare.message

@@ -314,26 +314,24 @@ def _adapter_size(model: Any, adapter: "LoraConfig") -> int:
 
 def _memory(ready: Ready, loaded: LoadedConfig) -> Line | str:
     needed = static_bytes(loaded, ready.plan, ready.sizes)
-    said = f"{needed / GIB:.2f} GiB for weights, adapter and optimizer, before activations"
+    said = f"{_size(needed)} for weights, adapter and optimizer, before activations"
     if ready.plan.device == "cuda":
         import torch
 
         free, total = torch.cuda.mem_get_info()
         if needed > free:
             taken = (
-                f", of which {(total - free) / GIB:.1f} are taken (nvidia-smi shows by whom)"
-                if total - free > GIB
-                else ""
+                f", of which {_size(total - free)} are taken (nvidia-smi shows by whom)" if total - free > GIB else ""
             )
             raise UserError(
-                f"memory: {said}, but the GPU has {total / GIB:.1f} GiB{taken}: use quantization.load_in_4bit=true, a smaller base "
+                f"memory: {said}, but the GPU has {_size(total)}{taken}: use quantization.load_in_4bit=true, a smaller base "
                 "model or a smaller lora.r"
             )
-        return f"{said}, of {free / GIB:.1f} GiB free"
+        return f"{said}, of {_size(free)} free"
     ram = _free_ram()
     if ram is not None and needed > ram:
-        raise UserError(f"memory: {said}, but only {ram / GIB:.1f} GiB are free: use a smaller base model")
-    return said if ram is None else f"{said}, of {ram / GIB:.1f} GiB free"
+        raise UserError(f"memory: {said}, but only {_size(ram)} are free: use a smaller base model")
+    return said if ram is None else f"{said}, of {_size(ram)} free"
 
 
 def static_bytes(loaded: LoadedConfig, plan: DevicePlan, sizes: Sizes) -> int:
@@ -368,7 +366,7 @@ def _cache(ready: Ready, loaded: LoadedConfig) -> Line | str:
     free = shutil.disk_usage(_existing(models)).free
     if ready.download > free:
         raise UserError(
-            f"cache: the base model takes {ready.download / GIB:.1f} GiB, {_existing(models)} has {free / GIB:.1f} GiB free: make "
+            f"cache: the base model takes {_size(ready.download)}, {_existing(models)} has {_size(free)} free: make "
             "room, or set HF_HOME to a folder with room"
         )
     files: set[Path] = set()
@@ -378,12 +376,12 @@ def _cache(ready: Ready, loaded: LoadedConfig) -> Line | str:
                 files.update(data_files(Path(source.name).expanduser()))
     prepared = PREPARED * sum(path.stat().st_size for path in files)
     free = shutil.disk_usage(_existing(rows)).free
-    said = f"about {prepared / GIB:.1f} GiB for the prepared data in {rows}, {free / GIB:,.1f} GiB free"
+    said = f"about {_size(prepared)} for the prepared data in {rows}, {_size(free)} free"
     if prepared > free:
         return Line(
             "warn", "cache", f"{said}: unless they are there already, set HF_DATASETS_CACHE or data.streaming=true"
         )
-    return (f"{ready.download / GIB:.1f} GiB of base model to download; " if ready.download else "") + said
+    return (f"{_size(ready.download)} of base model to download; " if ready.download else "") + said
 
 
 def _disk(ready: Ready, loaded: LoadedConfig) -> Line | str:
@@ -395,19 +393,15 @@ def _disk(ready: Ready, loaded: LoadedConfig) -> Line | str:
     needed = one * ((kept or 1) + 1) + ready.sizes.adapter * 4 + tokenizer
     free = shutil.disk_usage(folder).free
     many = f"{kept} checkpoints" if kept is not None else "each checkpoint"
-    said = (
-        f"{needed / GIB:.2f} GiB for {many} of {one / GIB:.2f} GiB and the adapter" if kept else f"{one / GIB:.2f} GiB"
-    )
+    said = f"{_size(needed)} for {many} of {_size(one)} and the adapter" if kept else f"{_size(one)}"
     if needed > free:
         raise UserError(
-            f"output.dir: {folder} has {free / GIB:.2f} GiB free, the run needs {said}: make room, choose another output.dir, or "
+            f"output.dir: {folder} has {_size(free)} free, the run needs {said}: make room, choose another output.dir, or "
             "keep fewer checkpoints (train.save_total_limit)"
         )
     if kept is None and arguments.save_total_limit is None:
-        return Line(
-            "warn", "disk", f"{one / GIB:.2f} GiB for every checkpoint, none is removed: set train.save_total_limit"
-        )
-    return f"{said}, of {free / GIB:,.1f} GiB free"
+        return Line("warn", "disk", f"{_size(one)} for every checkpoint, none is removed: set train.save_total_limit")
+    return f"{said}, of {_size(free)} free"
 
 
 def _checkpoints_kept(arguments: "SFTConfig") -> int | None:
@@ -426,6 +420,10 @@ def _can_write(folder: Path, key: str, remedy: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{key}: nothing can be written to {_existing(folder)} ({error.strerror}): {remedy}") from None
+
+
+def _size(count: float) -> str:
+    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
 
 
 def _existing(path: Path) -> Path:
