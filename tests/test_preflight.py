@@ -148,6 +148,17 @@ def test_a_finished_run_of_another_config_is_not_overwritten(sft_args: list[str]
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != before
 
 
+def test_a_run_that_goes_on_needs_no_room_for_what_it_has(sft_args: list[str], monkeypatch, capsys):
+    asked = [*sft_args, "train.save_strategy=steps", "train.save_steps=1", "train.save_total_limit=3"]
+    assert sft.main(asked) == 0
+    usage = shutil.disk_usage("/")._replace(free=900_000)  # one checkpoint and the adapter; four take 2 MB
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert preflight.main(asked) == 0
+    capsys.readouterr()
+    assert preflight.main([*asked, "output.dir=" + asked[4].partition("=")[2] + "_elsewhere"]) == 2
+    assert "make room" in capsys.readouterr().err
+
+
 def test_a_bitsandbytes_that_cannot_be_imported(sft_args: list[str], tmp_path: Path):
     (tmp_path / "bitsandbytes.py").write_text("raise RuntimeError('CUDA Setup failed despite GPU being available')")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}

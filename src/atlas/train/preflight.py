@@ -391,15 +391,17 @@ def _disk(ready: Ready, loaded: LoadedConfig) -> Line | str:
     one = ready.sizes.adapter * CHECKPOINT_BYTES + tokenizer
     kept = _checkpoints_kept(arguments)
     needed = one * ((kept or 1) + 1) + ready.sizes.adapter * 4 + tokenizer
+    # A run that goes on has some of them already, and removes the oldest for each new one.
+    own = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*") if path.is_file())
     free = shutil.disk_usage(folder).free
     many = f"{kept} checkpoints" if kept is not None else "each checkpoint"
     said = f"{_size(needed)} for {many} of {_size(one)} and the adapter" if kept else f"{_size(one)}"
-    if needed > free:
+    if needed > free + own:
         raise UserError(
             f"output.dir: {folder} has {_size(free)} free, the run needs {said}: make room, choose another output.dir, or "
             "keep fewer checkpoints (train.save_total_limit)"
         )
-    if kept is None and arguments.save_total_limit is None:
+    if kept is None:
         return Line("warn", "disk", f"{_size(one)} for every checkpoint, none is removed: set train.save_total_limit")
     return f"{said}, of {_size(free)} free"
 
