@@ -137,6 +137,15 @@ def test_a_finished_run_of_another_config_is_not_overwritten(sft_args: list[str]
     assert "  warn  output folder" in capsys.readouterr().out
     assert preflight.main(sft_args) == 0  # its own
 
+    # Of a manifest that atlas did not write, or not whole, nothing is known but that it is not this run's.
+    manifest = tmp_path / "out" / "manifest.json"
+    whole = manifest.read_text()
+    for strange in ('{"data": null}', '{"config_hash": "0", "data": [], "experiment": []}'):
+        manifest.write_text(strange)
+        assert preflight.main(sft_args) == 2
+        assert "what differs is not recorded" in capsys.readouterr().err
+    manifest.write_text(whole)
+
     # The same config on other rows is seen as soon as the rows are known, before the model is loaded.
     data = Path(sft_args[3].partition("=")[2])
     rows = write_rows(tmp_path / data.name, data.read_text().splitlines()[:50])

@@ -112,6 +112,19 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def stopped(arguments: list[str], line: str, seconds: float, number: signal.Signals) -> tuple[str, str]:
+    """What a run says that is told to stop so many seconds after it has said `line`; within 10 seconds it has to be gone."""
+    process = start(arguments)
+    assert process.stdout is not None
+    next(said for said in process.stdout if said.startswith(line))
+    time.sleep(seconds)
+    told = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and time.monotonic() - told < 10, (out, err)
+    return out, err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_saves_and_leaves(number: signal.Signals, sft_args: list[str], rows_file: Path, tmp_path: Path):
     """In the middle of a step: the micro-batches done of it are undone, and done again by the resumed run."""
@@ -124,17 +137,7 @@ def test_a_stop_signal_saves_and_leaves(number: signal.Signals, sft_args: list[s
     ]
     whole = train([*sft_args, *slow])
     arguments = [*sft_args, *slow, f"output.dir={tmp_path / 'stopped'}"]
-    process = start(arguments)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 2/4"):
-            break
-    time.sleep(0.3)
-    told = time.monotonic()
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    took = time.monotonic() - told
-    assert process.returncode == 128 + number and took < 10, (out, err)
+    out, err = stopped(arguments, "step 2/4", 0.3, number)
     assert "step 3/4" not in out and "Traceback" not in err
     folder = tmp_path / "stopped"
     assert f"stopped by {number.name} after step 2/4: {folder / 'checkpoint-2'} is whole" in err
@@ -159,16 +162,7 @@ def test_a_stop_signal_cuts_an_evaluation_which_the_resumed_run_makes_up(
     ]
     arguments = [*sft_args, *slow, "train.max_steps=-1", "lora.lora_dropout=0.1"]
     folder = tmp_path / "stopped"
-    process = start([*arguments, f"output.dir={folder}"])
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 4/8"):
-            break
-    time.sleep(1)
-    told = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and time.monotonic() - told < 10
+    out, err = stopped([*arguments, f"output.dir={folder}"], "step 4/8", 1, signal.SIGTERM)
     assert "held-out loss" not in out and f"{folder / 'checkpoint-4'} is whole" in err
     resumed, whole = train(arguments, f"output.dir={folder}"), train(arguments)
     assert trace(resumed) == trace(whole) and sum("eval_loss" in line for line in trace(whole)[1]) == 2

@@ -6,7 +6,6 @@ Nothing here imports torch, so `--help` and `--print-config` answer at once. YAM
 import difflib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,7 +133,7 @@ class Source(_Section):
     @property
     def is_local(self) -> bool:
         """A path that exists, or one that is written as a path, so that a typo is not looked up on the Hub."""
-        return Path(self.name).exists() or self.name.startswith((".", "/", "~")) or bool(Path(self.name).suffix)
+        return is_path(self.name) or bool(Path(self.name).suffix)
 
 
 class DataConfig(_Section):
@@ -534,8 +533,13 @@ def experiment(config: Config) -> dict[str, Any]:
     return {section: values for section, values in tree.items() if values}
 
 
+def is_path(name: str) -> bool:
+    """A path that exists, or one that is written as a path; else it is a Hub id."""
+    return Path(name).exists() or name.startswith((".", "/", "~"))
+
+
 def _without_folder(name: str) -> str:
-    return Path(name).resolve().name if os.path.exists(name) or name.startswith((".", "/", "~")) else name  # noqa: PTH110
+    return Path(name).resolve().name if is_path(name) else name
 
 
 def render_config(loaded: LoadedConfig, decided: Mapping[str, tuple[Any, str]] | None = None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.config import Config
+from atlas.config import Config, is_path
 from atlas.device import DevicePlan, Machine, choose_device
 from atlas.errors import UserError
 
@@ -273,7 +273,7 @@ def _described(config: Config, tokenizer: "PreTrainedTokenizerBase | None") -> A
     from transformers import AutoConfig
 
     name = config.model.name
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+    if is_path(name) and not Path(name).is_dir():
         raise UserError(f"model.name: there is no folder {name}")
     try:
         described = AutoConfig.from_pretrained(name, revision=config.model.revision, trust_remote_code=False)

@@ -103,11 +103,11 @@ def sha256(path: Path) -> str:
 
 def finished_manifest(output_dir: Path, run: Identity) -> dict[str, Any] | None:
     """The manifest of a run that has come to its end in `output_dir`, if it is this one and its adapter is whole, or None."""
+    manifest = _read(output_dir / "manifest.json") or {}
     try:
-        manifest = json.loads((output_dir / "manifest.json").read_text(encoding="utf-8"))
         same = (manifest["config_hash"], manifest["data"]["fingerprint"]) == (run.config_hash, run.data)
         whole = same and sha256(output_dir / "adapter_model.safetensors") == manifest["adapter_sha256"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, LookupError, TypeError):
         return None
     return manifest if whole else None
 
@@ -117,18 +117,19 @@ def refuse_other_runs(output_dir: Path, run: Identity) -> None:
     over the checkpoints of others."""
     manifest = _read(output_dir / "manifest.json")
     if manifest and (output_dir / "adapter_model.safetensors").is_file():
-        problem = _difference(manifest | {"data": manifest.get("data", {}).get("fingerprint")}, run)
+        data = manifest.get("data")
+        problem = _difference(manifest | {"data": data.get("fingerprint") if isinstance(data, dict) else None}, run)
         if problem:
             raise UserError(f"output.dir: {output_dir} holds a finished run.\n       {problem}\n       {_OTHER_FOLDER}")
-    others = []
+    others, own = [], []
     for path in checkpoints(output_dir):
         contents = _read(path / CONTENTS)
         problem = _difference(contents, run) if contents else None
         if problem:
             others.append(f"{path.name}: {problem}")
-        elif damage(path) is None:
-            return  # the run goes on from this one
-    if others:
+        else:
+            own.append(path)
+    if others and all(damage(path) for path in own):
         raise UserError(
             f"output.dir: {output_dir} holds checkpoints of another run, and none of this one.\n       {others[0]}\n       "
             f"{_OTHER_FOLDER}"
@@ -210,7 +211,8 @@ def difference(folder: Path, run: Identity) -> str | None:
 
 def _difference(contents: Mapping[str, Any], run: Identity) -> str | None:
     if contents.get("config_hash") != run.config_hash:
-        keys = differing_keys(contents.get("experiment") or {}, run.experiment)
+        there = contents.get("experiment")
+        keys = differing_keys(there, run.experiment) if isinstance(there, dict) else "what differs is not recorded"
         return f"it belongs to config {contents.get('config_hash')}, this is {run.config_hash}: {keys}"
     if run.data is not None and contents.get("data") != run.data:
         return "the training data have changed since"

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from atlas.config import LoadedConfig, load_config
+from atlas.config import LoadedConfig, is_path, load_config
 from atlas.data.sources import data_files, reach
 from atlas.device import DevicePlan, Machine, choose_device
 from atlas.errors import DONE, RunError, UserError, run_main
@@ -57,7 +57,7 @@ class Ready:
     """What the checks have found out; a run goes on with it. A field whose check has failed is not set."""
 
     lines: list[Line] = field(default_factory=list)
-    passing: list[bool] = field(default_factory=list)
+    failures: list[UserError | RunError] = field(default_factory=list)
     libraries: bool = field(init=False)
     online: bool = field(init=False)
     plan: DevicePlan = field(init=False)
@@ -75,7 +75,7 @@ class Ready:
         try:
             found: Line | str = look()
         except (UserError, RunError) as error:
-            self.passing.append(isinstance(error, RunError))
+            self.failures.append(error)
             found = Line("fail", name, str(error))
         self.lines.append(found if isinstance(found, Line) else Line("ok", name, found))
 
@@ -90,10 +90,11 @@ class Ready:
 
     def refuse_failures(self) -> None:
         """Raises one error that tells all failures: `RunError` where each of them may pass by itself, else `UserError`."""
-        failed = [line.text for line in self.lines if line.status == "fail"]
-        if failed:
-            count = "" if len(failed) == 1 else f"{len(failed)} things would end this run badly:\n       - "
-            raise (RunError if all(self.passing) else UserError)(count + "\n       - ".join(failed))
+        if self.failures:
+            many = len(self.failures) > 1
+            begin = f"{len(self.failures)} things would end this run badly:\n       - " if many else ""
+            kind = RunError if all(isinstance(error, RunError) for error in self.failures) else UserError
+            raise kind(begin + "\n       - ".join(map(str, self.failures)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,7 +135,7 @@ def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
     ready.check("tracker", lambda: _tracker(loaded), "libraries")
     sources = (*config.data.train, *config.data.eval)
     tokenizer = config.model.tokenizer_name or config.model.name
-    of_hub = [name for name in (tokenizer, config.model.name) if not _is_path(name)]
+    of_hub = [name for name in (tokenizer, config.model.name) if not is_path(name)]
     of_hub += [source.name for source in sources if not source.is_local]
     ready.check("network", lambda: _network(ready, of_hub))
 
@@ -254,10 +255,6 @@ def _tracker(loaded: LoadedConfig) -> Line | str:
                 "train.report_to=none"
             ) from None
     return ", ".join(names)
-
-
-def _is_path(name: str) -> bool:
-    return Path(name).exists() or name.startswith((".", "/", "~"))
 
 
 def _network(ready: Ready, of_hub: list[str]) -> Line | str:
