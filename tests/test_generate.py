@@ -1,6 +1,7 @@
 """Replies of `atlas generate` and `atlas chat` against a decoding loop written out here."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,17 @@ def test_a_conversation_remembers_until_it_is_reset(reference: Reference, lab: P
     assert capsys.readouterr().out == f"{first}\n{then}\n{first}\n"
 
 
+def test_a_question_that_is_too_long_does_not_end_the_conversation(
+    reference: Reference, lab: PocketPaths, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n{'a ' * 40_000}\nAnd who is with her?\n/quit\n"))
+    assert generate.main(["--model", str(lab.base), "--max-new-tokens", "6"]) == 0
+    out, err = capsys.readouterr()
+    first = reference.reply([user(QUESTION)], 6)[0]
+    then = [user(QUESTION), {"role": "assistant", "content": first}, user("And who is with her?")]
+    assert out == f"{first}\n{reference.reply(then, 6)[0]}\n" and "/reset, or ask less" in err
+
+
 def test_what_cannot_be_asked(trained_run: TrainedRun, tmp_path: Path, capsys):
     adapter = ["--adapter", str(trained_run.folder)]
     for arguments, said in (
@@ -121,8 +133,28 @@ def test_what_cannot_be_asked(trained_run: TrainedRun, tmp_path: Path, capsys):
         (["--adapter", str(tmp_path / "nowhere"), QUESTION], "the model cannot be loaded"),
         (["--model", str(tmp_path), QUESTION], "the model cannot be loaded"),
         ([*adapter, "--max-new-tokens", "0", QUESTION], "--max-new-tokens must be at least 1"),
-        ([*adapter, "a " * 40_000], "/reset, or ask less"),
+        ([*adapter, "a " * 40_000], "tokens, and the model takes 32768"),
     ):
         assert generate.main(arguments) == 2
         out, err = capsys.readouterr()
         assert said in err and "Traceback" not in err and out == ""
+
+
+@pytest.mark.parametrize("error", [OSError(), ValueError(" \n "), OSError("\n\nthe first\nthe second")])
+def test_an_error_that_says_nothing_is_named(error: Exception, lab: PocketPaths, monkeypatch, capsys):
+    def fail(*given: object, **named: object) -> None:
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    assert generate.main(["--model", str(lab.base), QUESTION]) == 2
+    said = "the first" if "first" in str(error) else type(error).__name__
+    assert capsys.readouterr().err.endswith(f": {said}\n")
+
+
+def test_one_place_takes_the_first_line_of_an_error():
+    own = re.compile(r"""error\)\S*\.(splitlines\(\)|split\((chr\(10\)|"\\\\n")\))|partition\("\\\\n"\)""")
+    source = Path(generate.__file__).parents[1]
+    assert [path.name for path in sorted(source.rglob("*.py")) if own.search(path.read_text())] == [
+        "errors.py",
+        "hub.py",
+    ]

@@ -25,6 +25,11 @@ class StoppedError(Exception):
         self.status = 128 + number  # what a shell expects
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line: its first, or its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def run_main(main: Callable[[], int]) -> int:
     """Run `main`; a `UserError` becomes one message on stderr and exit status 2, a `RunError` status 1, without a traceback."""
     try:

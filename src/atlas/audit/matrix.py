@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.errors import DONE
+from atlas.errors import DONE, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,8 +134,7 @@ def judge(template: str, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]
 
 
 def _short(error: Exception) -> str:
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    return re.sub(r"the chat template of '[^']*'", "it", f"{type(error).__name__}: {first_line}")[:100]
+    return re.sub(r"the chat template of '[^']*'", "it", f"{type(error).__name__}: {first_line(error)}")[:100]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from atlas.config import Source
-from atlas.errors import UserError
+from atlas.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -244,8 +244,7 @@ def _from_hub(source: Source) -> "Dataset":
 
 
 def _unloadable(name: str, split: str, error: Exception) -> UserError:
-    first = str(error).strip().split("\n")[0]
     return UserError(
-        f"data: {name!r} (split {split!r}) cannot be loaded from the Hub: {first}. A local file is named by its path, with its "
-        f"ending ({', '.join(_LOCAL_KINDS)})"
+        f"data: {name!r} (split {split!r}) cannot be loaded from the Hub: {first_line(error)}. A local file is named "
+        f"by its path, with its ending ({', '.join(_LOCAL_KINDS)})"
     )

@@ -5,12 +5,16 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from atlas.errors import DONE, UserError, run_main
+from atlas.errors import DONE, UserError, first_line, run_main
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHAT_HELP = "an empty line or /quit ends, /reset starts anew"
+
+
+class TooLongError(UserError):
+    """What is asked, with what was said before, leaves no room for a reply."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,8 +67,13 @@ def _main(arguments: argparse.Namespace) -> int:
         if asked.strip() == "/reset":
             messages = list(beginning)
             continue
-        messages.append({"role": "user", "content": asked})
-        messages.append({"role": "assistant", "content": reply(model, tokenizer, messages, arguments)})
+        turn = {"role": "user", "content": asked}
+        try:
+            said = reply(model, tokenizer, [*messages, turn], arguments)
+        except TooLongError as error:
+            print(f"{error}: /reset, or ask less", file=sys.stderr)
+            continue
+        messages += [turn, {"role": "assistant", "content": said}]
 
 
 def reply(
@@ -80,7 +89,7 @@ def reply(
     length = prompt["input_ids"].shape[1]
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and length >= room:
-        raise UserError(f"the conversation has {length} tokens, and the model takes {room}: /reset, or ask less")
+        raise TooLongError(f"the conversation has {length} tokens, and the model takes {room}")
     sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = model.generate(
@@ -110,8 +119,7 @@ def _load(adapter: str | None, model: str | None) -> "tuple[PreTrainedModel, Pre
         device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded = load_model(str(base), name, revision=revision, adapter_revision=of_adapter, device=device)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"the model cannot be loaded ({base}, adapter {name}): {first}") from None
+        raise UserError(f"the model cannot be loaded ({base}, adapter {name}): {first_line(error)}") from None
     if loaded[1].chat_template is None:
         raise UserError(f"the tokenizer of {name or base} has no chat template: give --adapter, or an instruct model")
     set_generation(*loaded)

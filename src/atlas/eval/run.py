@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas.config import Config, EvalTask
-from atlas.errors import DONE, UserError, run_main
+from atlas.errors import DONE, UserError, first_line, run_main
 from atlas.hub import split_revision
 
 SCHEMA = 1
@@ -144,8 +144,9 @@ def _base_tokenizer(config: Config, target: Target) -> Any:
         try:
             return AutoTokenizer.from_pretrained(target.adapter, revision=target.adapter_revision or "main")
         except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"the adapter {target.adapter} cannot be loaded (its tokenizer): {first}") from None
+            raise UserError(
+                f"the adapter {target.adapter} cannot be loaded (its tokenizer): {first_line(error)}"
+            ) from None
     if target.method == "merged":
         model = config.model.model_copy(update={"name": target.model, "revision": target.model_revision})
         model = model.model_copy(update={"tokenizer_name": None, "tokenizer_revision": None})
@@ -179,8 +180,9 @@ def _runner(config: Config, target: Target, dtype: Any, device: str, tokenizer: 
             load_in_4bit=config.eval.load_in_4bit,
         )
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"the model {target.model} (adapter {target.adapter}) cannot be loaded: {first}") from None
+        raise UserError(
+            f"the model {target.model} (adapter {target.adapter}) cannot be loaded: {first_line(error)}"
+        ) from None
     return lambda task: run_task(model, tokenizer, task, batch_size=config.eval.batch_size)
 
 
@@ -233,8 +235,7 @@ def _revision(model: str, asked: str | None) -> str | None:
         try:
             commit: str | None = extract_commit_hash(cached_file(model, "config.json", revision=asked), None)
         except OSError as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"model.name: {model!r} cannot be found: {first}") from None
+            raise UserError(f"model.name: {model!r} cannot be found: {first_line(error)}") from None
         return commit or asked
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas.config import EvalTask
-from atlas.errors import UserError
+from atlas.errors import UserError, first_line
 
 # The only checkers of lm-eval 0.4.13 that split sentences or words with NLTK's model; the others need no data.
 NEEDS_PUNKT = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
@@ -153,9 +153,9 @@ def load_task(settings: EvalTask, data: str | None) -> LoadedTask:
         with contextlib.redirect_stdout(io.StringIO()):
             parts = {name: manager.load([task])["tasks"][task] for name, task in files.items()}
     except Exception as error:  # datasets raises about ten kinds where the Hub cannot be reached
-        first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"eval.tasks: the data of {settings.name} cannot be loaded: {first}. Local data: eval.data.{settings.name}=PATH"
+            f"eval.tasks: the data of {settings.name} cannot be loaded: {first_line(error)}. Local data: "
+            f"eval.data.{settings.name}=PATH"
         ) from None
     documents = {name: _documents(task, settings.limit) for name, task in parts.items()}
     first_part = next(iter(parts.values()))

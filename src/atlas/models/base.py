@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from atlas.config import Config, is_path
 from atlas.device import DevicePlan, Machine, choose_device
-from atlas.errors import UserError
+from atlas.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -140,7 +140,7 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{key}: the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{key}: the tokenizer of {name!r} cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(
             f"{key}: {name!r} has no fast tokenizer (tokenizer.json), which atlas needs to tokenize in batches"
@@ -264,7 +264,7 @@ def empty_model(config: Config, tokenizer: "PreTrainedTokenizerBase | None" = No
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(described)
     except (ValueError, ImportError) as error:
-        raise UserError(f"model.name: {config.model.name!r} cannot be trained: {_first_line(error)}") from None
+        raise UserError(f"model.name: {config.model.name!r} cannot be trained: {first_line(error)}") from None
     return model
 
 
@@ -279,7 +279,7 @@ def _described(config: Config, tokenizer: "PreTrainedTokenizerBase | None") -> A
         described = AutoConfig.from_pretrained(name, revision=config.model.revision, trust_remote_code=False)
         vocabulary = described.get_text_config().vocab_size
     except Exception as error:
-        raise UserError(f"model.name: {name!r} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"model.name: {name!r} cannot be loaded: {first_line(error)}") from None
     if tokenizer is not None and len(tokenizer) > vocabulary:
         raise UserError(
             f"model.tokenizer_name: {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, but {name!r} has only {vocabulary} "
@@ -309,7 +309,7 @@ def check_weights(config: Config) -> int:
         try:
             there = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
         except Exception as error:
-            raise UserError(f"model.name: {name!r} cannot be loaded: {_first_line(error)}") from None
+            raise UserError(f"model.name: {name!r} cannot be loaded: {first_line(error)}") from None
         files = {file.rfilename for file in there}
         wanted = [file for file in there if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file.rfilename)]
         download = sum(file.size or 0 for file in wanted if not cached(file.rfilename))
@@ -370,7 +370,7 @@ def load_base_model_and_tokenizer(
             trust_remote_code=False,
         )
     except (OSError, RuntimeError, SafetensorError) as error:  # a missing file, no memory left, a damaged file
-        raise UserError(f"model.name: the weights of {name!r} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"model.name: the weights of {name!r} cannot be loaded: {first_line(error)}") from None
     if missing := sorted(loading["missing_keys"]):  # transformers makes them random, with a warning
         raise UserError(
             f"model.name: the files of {name!r} lack {len(missing)} weights that its config.json asks for ({missing[0]}, ...)"
@@ -392,7 +392,3 @@ def load_base_model_and_tokenizer(
         bos_token_id=model.generation_config.bos_token_id,
     )
     return model, tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

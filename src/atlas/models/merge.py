@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.errors import DONE, RunError, UserError, run_main
+from atlas.errors import DONE, RunError, UserError, first_line, run_main
 from atlas.train.manifest import write_json
 
 if TYPE_CHECKING:
@@ -62,14 +62,12 @@ def merge(adapter: str, to: Path, dtype: str = "auto", base: str | None = None) 
         stored = AutoConfig.from_pretrained(name, revision=base_revision).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(name, revision=base_revision, dtype=torch.float32)
     except Exception as error:
-        raise UserError(
-            f"the base model {name!r} cannot be loaded: {_first_line(error)}. Name it with --base"
-        ) from None
+        raise UserError(f"the base model {name!r} cannot be loaded: {first_line(error)}. Name it with --base") from None
     try:
         model = PeftModel.from_pretrained(model, folder).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # PEFT raises RuntimeError for other shapes, ValueError for other names of modules
-        raise UserError(f"{adapter} does not fit on the base model {name!r}: {_first_line(error)}") from None
+        raise UserError(f"{adapter} does not fit on the base model {name!r}: {first_line(error)}") from None
 
     prompts = [_prompt(tokenizer, text) for text in PROMPTS]
     with model.disable_adapter():
@@ -141,10 +139,6 @@ def _prompt(tokenizer: Any, text: str) -> "torch.Tensor":
 def _difference(logits: "torch.Tensor", expected: "torch.Tensor") -> float:
     """The largest difference, as a part of the largest logit."""
     return float((logits - expected).abs().max() / expected.abs().max())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _logits(model: Any, prompts: Sequence["torch.Tensor"]) -> "torch.Tensor":

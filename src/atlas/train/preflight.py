@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from atlas.config import LoadedConfig, is_path, load_config
 from atlas.data.sources import data_files, reach
 from atlas.device import DevicePlan, Machine, choose_device
-from atlas.errors import DONE, RunError, UserError, run_main
+from atlas.errors import DONE, RunError, UserError, first_line, run_main
 from atlas.redact import redact
 
 if TYPE_CHECKING:
@@ -165,10 +165,10 @@ def _quantisation(ready: Ready, loaded: LoadedConfig) -> Line | str:
         except (
             Exception
         ) as error:  # a wheel for another CUDA raises RuntimeError, OSError or its own; so does all that imports it
-            first = str(error).strip().split("\n")[0]
             raise UserError(
-                f"bitsandbytes is installed, but cannot be imported ({first}), and the other libraries not without it: install one "
-                "that fits this torch (`pip install -U bitsandbytes`), or remove it and set quantization.load_in_4bit=false"
+                f"bitsandbytes is installed, but cannot be imported ({first_line(error)}), and the other libraries not without it: "
+                "install one that fits this torch (`pip install -U bitsandbytes`), or remove it and set "
+                "quantization.load_in_4bit=false"
             ) from None
         version = bitsandbytes.__version__
     ready.libraries = True
@@ -249,10 +249,10 @@ def _tracker(loaded: LoadedConfig) -> Line | str:
         except (
             Exception
         ) as error:  # AuthenticationError for a wrong key and a dead network alike, UsageError for a malformed key
-            first, refused = str(error).strip().split("\n")[0], not re.search(r"respond|connect|timed|50\d", str(error))
+            refused = not re.search(r"respond|connect|timed|50\d", str(error))
             raise (UserError if refused else RunError)(
-                f"train.report_to: wandb cannot be used ({first}): log in again (`wandb login`), or set WANDB_MODE=offline, or "
-                "train.report_to=none"
+                f"train.report_to: wandb cannot be used ({first_line(error)}): log in again (`wandb login`), or set "
+                "WANDB_MODE=offline, or train.report_to=none"
             ) from None
     return ", ".join(names)
 
@@ -305,7 +305,7 @@ def _adapter_size(model: Any, adapter: "LoraConfig") -> int:
         with torch.device("meta"):
             adapted = get_peft_model(model, adapter)
     except ValueError as error:
-        raise UserError(f"lora.target_modules: {str(error).strip().split(chr(10))[0]}") from None
+        raise UserError(f"lora.target_modules: {first_line(error)}") from None
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer, TrainerState
 from trl import SFTTrainer
 
+from atlas.errors import first_line
 from atlas.train import checkpoints
 from atlas.train.manifest import write_json
 
@@ -99,8 +100,7 @@ class LabeledSFTTrainer(SFTTrainer):
             last = next(
                 (f"the last one is {path}" for path in checkpoints.checkpoints(output_dir)), "there is none yet"
             )
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"{name} could not be saved ({first}); {last}; training goes on", flush=True)
+            print(f"{name} could not be saved ({first_line(error)}); {last}; training goes on", flush=True)
         else:
             if self.args.should_save:
                 keep = {output_dir / name, Path(self.state.best_model_checkpoint or output_dir / name)}
