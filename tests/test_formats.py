@@ -1,14 +1,18 @@
 """Data sets as people have them: each format becomes the conversation that it says, and nothing is guessed."""
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
+from atlas.config import config_hash
 from atlas.data.formats import FORMATS, BadRowError, conversation, detect
+from atlas.data.prepare import Labeled
 from atlas.errors import UserError
 from conftest import write_rows
-from test_labels import label
+from test_labels import config, label
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 # format -> (row, its messages as (role, content))
@@ -40,6 +44,10 @@ ROWS = {
     "openorca": (
         {"id": "1", "system_prompt": "s", "question": " a", "response": "b\n"},
         [("system", "s"), ("user", " a"), ("assistant", "b\n")],
+    ),
+    "prompt-response": (
+        {"system": "s", "prompt": "a", "response": "b"},
+        [("system", "s"), ("user", "a"), ("assistant", "b")],
     ),
     "prompt-completion": ({"prompt": "a", "completion": "b"}, [("user", "a"), ("assistant", "b")]),
     "preference": (
@@ -80,8 +88,11 @@ def test_a_few_odd_rows_do_not_change_what_is_detected():
     [
         (
             {"body": "x", "title": "y"},
-            ["rows.jsonl fits no known format", "body, title", "alpaca (instruction, output)", "`format:`"],
+            ["rows.jsonl fits no known format", "body, title", "alpaca (instruction, output)", 'prompt: "COLUMN"'],
         ),
+        ({"id": 1, "Question": "x", "best answer": "y"}, ['columns: {prompt: "Question", response: "best answer"}']),
+        ({"body": "x"}, ['    - name: "rows.jsonl"\n      columns: {text: "body"}']),
+        ({"id": 1, "dialog": [{"role": "user"}]}, ['columns: {messages: "dialog"}']),
         (ROWS["messages"][0] | ROWS["alpaca"][0], ["several formats (alpaca, messages)", "`format:`"]),
         ({}, ["Columns seen: none"]),
     ],
@@ -91,6 +102,114 @@ def test_no_format_or_two_is_an_error(row: dict, parts: list[str]):
         detect([row] * 4, "rows.jsonl")
     for part in parts:
         assert part in str(error.value)
+
+
+def test_the_advice_of_the_error_is_a_config_that_trains(base_folder: Path, tmp_path: Path):
+    path = write_rows(tmp_path / "qa.jsonl", [{"id": 1, "Question": "a", "best answer": "b"}] * 3)
+    with pytest.raises(UserError) as error:
+        label(base_folder, path)
+    written = str(error.value).partition("what they are:\n")[2]
+    given = YAML(typ="safe").load(written)["data"]["train"]
+    labeled, tokenizer = label(base_folder, given)
+    assert labeled.ledgers[0].used == 3 and labeled.ledgers[0].format == "prompt-response"
+    assert tokenizer.decode(labeled.dataset[0]["input_ids"]).endswith(
+        "user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    )
+
+
+MAPPED = [
+    ({"question": "a", "answer": "b"}, {"prompt": "question", "response": "answer"}),
+    ({"input": "a", "target": "b"}, {"instruction": "input", "output": "target"}),  # not alpaca's `input` as well
+    ({"response": "a", "prompt": "b"}, {"prompt": "response", "response": "prompt"}),
+    ({"question": "a", "answer": "b", "prompt": "Asked: a"}, {"response": "answer"}),
+    ({"dialog": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, {"messages": "dialog"}),
+]
+
+
+@pytest.mark.parametrize(("row", "columns"), MAPPED)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "stream", "parquet stream"])
+def test_columns_of_other_names_are_mapped(kind: str, row: dict, columns: dict, base_folder: Path, tmp_path: Path):
+    from datasets import Dataset
+
+    plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
+    path = tmp_path / f"rows.{kind.split()[0].replace('stream', 'jsonl')}"
+    rows = [row] * 3
+    if kind == "csv":
+        if "dialog" in row:
+            pytest.skip("a cell of a CSV file is a text")
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        write_rows(path, rows)
+    more = [f"data.streaming={'stream' in kind}", "train.max_steps=1"]
+    labeled, _ = label(base_folder, [{"name": str(path), "columns": columns}], *more)
+    assert list(labeled.dataset) == list(label(base_folder, plain)[0].dataset)
+    assert labeled.ledgers[0].used == 3
+    _, given, format_name = labeled.first[0]  # what the audit's record is made of
+    assert labeled.labeler.label([given], format_name)[0].ids == next(iter(labeled.dataset))["input_ids"]
+
+
+def test_a_mapping_has_known_names_and_columns_that_are_there(base_folder: Path, tmp_path: Path):
+    path = write_rows(tmp_path / "qa.jsonl", [{"question": f"q{i}", "answer": "b", "about": i % 4} for i in range(20)])
+
+    def given(columns: dict, *more: str, **keys: str) -> Labeled:
+        return label(base_folder, [{"name": str(path), "columns": columns, **keys}], *more)[0]
+
+    for columns, keys, message in [
+        ({"promt": "question"}, {}, "'promt' is no name that a format reads; did you mean 'prompt'"),
+        ({"answer": "response"}, {}, r"the other way round, \{response: answer\}"),
+        ({"prompt": "question"}, {"format": "alpaca"}, "'prompt' is no name that alpaca reads; known: input, inst"),
+        ({"prompt": "question", "response": "anwser"}, {}, "no column 'anwser'.*Columns seen: 'about', 'answer', 'qu"),
+        ({"response": "anwser"}, {"format": "openorca"}, "no column 'anwser'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            given(columns, **keys)
+    columns = {"prompt": "question", "response": "answer"}
+    labeled = given(columns)
+    assert given({"prompt": "answer", "response": "question"}).fingerprint != labeled.fingerprint  # not a stale cache
+    for by in ("about", "question", "prompt"):
+        held = given(columns, "data.eval_rows=5", f"data.group_by={by}").held_out
+        assert held is not None and held.rows == 5
+    hashes = {
+        config_hash(config(base_folder, [{"name": str(path), "columns": given}]))
+        for given in ({}, columns, {"prompt": "answer", "response": "question"})
+    }
+    assert len(hashes) == 3
+
+
+def test_content_parts_of_text_are_their_text(base_folder: Path, tmp_path: Path):
+    def said(*parts: object) -> dict:
+        return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": [text("b")]}]}
+
+    def text(of: object) -> dict:
+        return {"type": "text", "text": of}
+
+    good = [
+        said(text("a\n"), text(" c")),
+        {"messages": [{"role": "user", "content": "a\n c"}, said(text("x"))["messages"][1]]},
+    ]
+    bad = [
+        said(text("a"), {"type": "image_url", "image_url": {"url": "x"}}),
+        said(),
+        said(text(None)),
+        said("a"),
+        said(3),
+    ]
+    labeled, _ = label(base_folder, write_rows(tmp_path / "r.jsonl", [*good, *bad]), "data.max_bad_fraction=1")
+    assert labeled.ledgers[0].dropped == {"not text": len(bad)}
+    assert labeled.dataset[0] == labeled.dataset[1]
+    parts = [
+        {"instruction": [text("a")], "input": [text("c")], "output": [text("b")]},
+        {"instruction": "a", "input": "c", "output": "b"},
+    ]
+    labeled, _ = label(base_folder, write_rows(tmp_path / "a.jsonl", parts))
+    assert labeled.dataset[0] == labeled.dataset[1]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,39 @@ def test_odd_files(name: str, content: str | bytes, good: int, bad: int, base_fo
         return
     found, dropped, _ = used(base_folder, path, "data.max_bad_fraction=1")
     assert (found, sum(dropped.values())) == (good, bad)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "\ufeffquestion;answer\r\na, b;c\r\n".encode(),
+            "separated by ';'.*'question;answer'",
+        ),  # Excel, in half of Europe
+        (b"question\tanswer\na\tb\n", r"separated by '\\t'"),
+        ("question,answer\r\na,b\r\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_spreadsheet_saved_otherwise_is_told_how_to_save_it(
+    content: bytes, message: str, streaming: bool, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qa.csv").write_bytes(content)
+    data = [{"name": "qa.csv", "columns": {"prompt": "question", "response": "answer"}}]
+    with pytest.raises(UserError, match=message) as error:
+        label(base_folder, data, f"data.streaming={streaming}")
+    command = str(error.value).partition("python -c ")[2]
+    if command:  # which does what it says
+        subprocess.run(f"{sys.executable} -c {command}", shell=True, check=True)
+        data[0]["name"] = "commas.csv"
+        assert used(base_folder, data)[:2] == (1, {})
+
+
+def test_a_spreadsheet_with_a_mark_crlf_and_an_open_end(base_folder: Path, tmp_path: Path):
+    path = tmp_path / "qa.csv"
+    path.write_bytes('\ufeffprompt,response\r\n"a, é","b\r\nc"\r\n\r\nd,e'.encode())
+    assert used(base_folder, path)[:2] == (2, {})
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])

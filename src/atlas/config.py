@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from atlas.data.formats import refuse_columns
 from atlas.errors import UserError
 from atlas.redact import find_secret, redact
 from atlas.trainfields import train_fields
@@ -120,14 +121,28 @@ class Source(_Section):
     weight: float | None = Field(default=None, gt=0)
     """Its part of the mixture in proportion to the weights of the others. Nothing repeats: the scarcest source is taken whole."""
     format: (
-        Literal["messages", "sharegpt", "alpaca", "dolly", "openorca", "prompt-completion", "preference", "text"] | None
+        Literal[
+            "messages",
+            "sharegpt",
+            "alpaca",
+            "dolly",
+            "openorca",
+            "prompt-response",
+            "prompt-completion",
+            "preference",
+            "text",
+        ]
+        | None
     ) = None
     """How rows are written; null: told by the columns of the first rows."""
+    columns: Mapping[str, str] = Field(default_factory=dict)
+    """Which column is what, where they have other names: {prompt: question, response: answer}, {messages: dialog}, {text: body}."""
 
     @model_validator(mode="after")
-    def _one_amount(self) -> "Source":
+    def _consistent(self) -> "Source":
         if self.rows is not None and self.share is not None:
             raise ValueError("rows and share are two ways to say how much: keep one")
+        refuse_columns(self.columns, self.format)
         return self
 
     @property
@@ -488,6 +503,8 @@ def _explain(error: ValidationError, sources: Mapping[str, str], path: Path) -> 
     for problem in error.errors():
         dotted = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "too_short" and problem["input"]:
+            continue  # of items that another line finds wrong
         if problem["type"] == "missing":
             lines.append(f"{path}: {dotted} is missing: give it there or on the command line ({dotted}=...)")
             continue

@@ -41,11 +41,18 @@ class BadRowError(Exception):
 
 @dataclass(frozen=True)
 class Format:
-    """How a data set writes conversations: the columns that tell it, and a row as (unchecked) messages."""
+    """How a data set writes conversations: the columns that tell it, a row as (unchecked) messages, and the columns that it reads
+    where they are there."""
 
     name: str
     columns: tuple[str, ...]
     messages: Callable[[Mapping[str, Any]], Any]
+    optional: tuple[str, ...] = ("tools",)
+
+    @property
+    def known(self) -> set[str]:
+        """All columns that it reads."""
+        return {*self.columns, *self.optional}
 
 
 def _turns(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
@@ -54,6 +61,7 @@ def _turns(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
 
 def _with(text: Any, more: Any) -> Any:
     """`text` with the optional `more` after an empty line; both as they are where they cannot be joined."""
+    text, more = _joined(text), _joined(more)
     return f"{text}\n\n{more}" if isinstance(text, str) and isinstance(more, str) and more else text
 
 
@@ -61,8 +69,7 @@ def _sharegpt(row: Mapping[str, Any]) -> Any:
     turns = row["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         return turns
-    system = [("system", row["system"])] if row.get("system") else []
-    return _turns(*system) + [_sharegpt_turn(turn) for turn in turns]
+    return _system(row, "system") + [_sharegpt_turn(turn) for turn in turns]
 
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
@@ -88,39 +95,94 @@ def _either(prompt: Any, answer: Any) -> Any:
     return prompt + (answer if isinstance(answer, list) else _turns(("assistant", answer)))
 
 
+def _system(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+    return _turns(("system", row[column])) if row.get(column) else []
+
+
 def _openorca(row: Mapping[str, Any]) -> Any:
-    system = [("system", row["system_prompt"])] if row.get("system_prompt") else []
-    return _turns(*system, ("user", row["question"]), ("assistant", row["response"]))
+    return _system(row, "system_prompt") + _turns(("user", row["question"]), ("assistant", row["response"]))
 
 
 FORMATS = {
     known.name: known
     for known in (
         Format("messages", ("messages",), lambda row: row["messages"]),
-        Format("sharegpt", ("conversations",), _sharegpt),
+        Format("sharegpt", ("conversations",), _sharegpt, ("system", "tools")),
         Format(
             "alpaca",
             ("instruction", "output"),
             lambda row: _turns(("user", _with(row["instruction"], row.get("input"))), ("assistant", row["output"])),
+            ("input", "tools"),
         ),
         Format(
             "dolly",
             ("instruction", "response"),
             lambda row: _turns(("user", _with(row["instruction"], row.get("context"))), ("assistant", row["response"])),
+            ("context", "tools"),
         ),
-        Format("openorca", ("question", "response"), _openorca),
+        Format("openorca", ("question", "response"), _openorca, ("system_prompt", "tools")),
+        Format(
+            "prompt-response",
+            ("prompt", "response"),
+            lambda row: _system(row, "system") + _either(row["prompt"], row["response"]),
+            ("system", "tools"),
+        ),
         Format("prompt-completion", ("prompt", "completion"), lambda row: _either(row["prompt"], row["completion"])),
         Format("preference", ("prompt", "chosen", "rejected"), lambda row: _either(row["prompt"], row["chosen"])),
-        Format(TEXT, ("text",), lambda row: row["text"]),
+        Format(TEXT, ("text",), lambda row: row["text"], ()),
     )
 }
 
 
-def detect(rows: Iterable[str | Mapping[str, Any]], place: str) -> str:
-    """The name of the format of which most of these (first) rows have the columns.
+COLUMNS = sorted({column for known in FORMATS.values() for column in known.known})
 
-    Raises `UserError` where there is none or more than one, with what was seen and what is known.
+
+def refuse_columns(columns: Mapping[str, str], format_name: str | None) -> None:
+    """Raise `ValueError` where a name in `columns` is none that a format reads, or none of the format that is asked for."""
+    known = sorted(FORMATS[format_name].known) if format_name in FORMATS else COLUMNS
+    for name, column in columns.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            if column in known and not near:
+                meant = f"write it the other way round, {{{column}: {name}}}"
+            raise ValueError(f"columns: {name!r} is no name that {format_name or 'a format'} reads; {meant}")
+
+
+def renamed(row: str | Mapping[str, Any], columns: Mapping[str, str]) -> str | Mapping[str, Any]:
+    """`row` with the names that formats read; `columns` says under which name each stands in the source.
+
+    A text that is no JSON object stays as it is, to be counted when it is labelled.
     """
+    if not columns:
+        return row
+    if isinstance(row, str):
+        try:
+            row = _decode(row)
+        except BadRowError:
+            return row
+    return _rename(row, columns)
+
+
+def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    taken = {*columns, *columns.values()}
+    others = {name: value for name, value in row.items() if name not in taken}
+    return others | {name: row[column] for name, column in columns.items() if column in row}
+
+
+def detect(
+    rows: Iterable[str | Mapping[str, Any]],
+    place: str,
+    columns: Mapping[str, str] | None = None,
+    format_name: str | None = None,
+) -> str:
+    """The name of the format of which most of these (first) rows, as they stand in the source, have the columns; or
+    `format_name`, where the config says it.
+
+    Raises `UserError` where there is none or more than one, with what was seen and what to write, and where no row has one of the
+    columns that `columns` names.
+    """
+    columns = columns or {}
     readable = []
     for row in rows:
         try:
@@ -128,24 +190,63 @@ def detect(rows: Iterable[str | Mapping[str, Any]], place: str) -> str:
         except BadRowError:
             continue  # counted when the rows are labelled
     if not readable:
-        return "messages"  # no row is readable in any format, which the ledger will say row by row
+        return format_name or "messages"  # no row is readable in any format, which the ledger will say row by row
+    seen = {key for row in readable for key in row}
+    if absent := [column for column in columns.values() if column not in seen]:
+        raise UserError(
+            f"data: {place} has no column {absent[0]!r}, which `columns` of the source names. Columns seen: "
+            f"{', '.join(map(repr, sorted(seen))) or 'none'}"
+        )
+    if format_name is not None:
+        return format_name
+    given = [_rename(row, columns) for row in readable]
     # A column that is null everywhere says nothing: tables that were joined have the other's columns so.
-    seen = {key for row in readable for key, value in row.items() if value is not None}
+    filled = {key for row in given for key, value in row.items() if value is not None}
     fits: Counter[str] = Counter()
-    for row in readable:
-        columns = seen & row.keys()
-        fits.update(known.name for known in FORMATS.values() if columns.issuperset(known.columns))
-    found = [name for name, count in fits.items() if 2 * count > len(readable)]
-    if len(found) > 1 and TEXT in found:
-        found.remove(TEXT)  # many data sets keep the rendered conversation in a column `text` beside its parts
+    for row in given:
+        present = filled & row.keys()
+        fits.update(
+            known.name
+            for known in FORMATS.values()
+            if present.issuperset(known.columns) and known.known.issuperset(columns)
+        )
+    found = [name for name, count in fits.items() if 2 * count > len(given)]
+    for name in (TEXT, "prompt-response"):  # many data sets keep the rendered conversation, or prompt, beside its parts
+        if len(found) > 1 and name in found:
+            found.remove(name)
     if len(found) == 1:
         return found[0]
     formats = "; ".join(f"{known.name} ({', '.join(known.columns)})" for known in FORMATS.values())
     what = f"fits several formats ({', '.join(sorted(found))})" if found else "fits no known format"
     raise UserError(
-        f"data.train: {place} {what}. Columns seen: {', '.join(sorted(seen)) or 'none'}. Known: {formats}. Name one with "
-        "`format:` in the source, or rename the columns"
+        f"data.train: {place} {what}. Columns seen: {', '.join(sorted(seen)) or 'none'}. Known: {formats}. "
+        + (
+            "Name one with `format:` in the source"
+            if found
+            else f"Say in the source what they are:\n{_advice(place, readable[0])}"
+        )
     )
+
+
+_ASKED = ("prompt", "question", "query", "instruction", "user", "input", "human", "request")
+_ANSWERED = ("response", "answer", "output", "completion", "reply", "target", "assistant", "gpt")
+
+
+def _advice(place: str, row: Mapping[str, Any]) -> str:
+    """The YAML to write for a source of such rows, with the columns that are the likeliest by their names."""
+
+    def column_of(words: Sequence[str], else_: str) -> str:
+        return next((name for word in words for name in row if word in str(name).lower()), else_)
+
+    turns = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)]
+    if turns:
+        columns = {"messages": turns[0]}
+    elif len(row) == 1:
+        columns = {"text": next(iter(row))}
+    else:
+        columns = {"prompt": column_of(_ASKED, "COLUMN"), "response": column_of(_ANSWERED, "OTHER_COLUMN")}
+    written = ", ".join(f"{name}: {json.dumps(column, ensure_ascii=False)}" for name, column in columns.items())
+    return f"data:\n  train:\n    - name: {json.dumps(place, ensure_ascii=False)}\n      columns: {{{written}}}"
 
 
 def conversation(row: str | Mapping[str, Any], format_name: str = "messages") -> Conversation:
@@ -169,14 +270,29 @@ def conversation(row: str | Mapping[str, Any], format_name: str = "messages") ->
         )
     if not messages:
         raise BadRowError("empty", f"{wanted.columns[0]!r} is an empty list")
+    messages = [dict(message) for message in messages]
     for index, message in enumerate(messages):
+        if isinstance(message.get("content"), list):
+            message["content"] = _joined(message["content"])
         _check(message, index)
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise BadRowError("no assistant turn", f"roles: {', '.join(message['role'] for message in messages)}")
     if not any(answer.get("tool_calls") or answer["content"].strip() for answer in answers):
         raise BadRowError("empty", "no answer holds a word: it would teach to say nothing")
-    return Conversation([dict(message) for message in messages], _tools(row.get("tools")))
+    return Conversation(messages, _tools(row.get("tools")))
+
+
+def _joined(content: Any) -> Any:
+    """OpenAI's content parts as their text, where all of them are text; anything else as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            return content
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _document(text: Any) -> Conversation:

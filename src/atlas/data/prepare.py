@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from atlas.audit.spans import REMEDIES, Finding, tokenizer_findings
 from atlas.config import Config, Source
 from atlas.data import mixture, sources
-from atlas.data.formats import detect
+from atlas.data.formats import detect, renamed
 from atlas.data.ledger import (
     DUPLICATE,
     EXAMPLES,
@@ -91,10 +91,16 @@ class Part:
         if limit < len(rows):
             rows = rows.shuffle(seed=config.data.seed).select(range(limit))
         self.name, self.wanted, self.rows = source.name, limit, rows
-        self.format = source.format or detect(_raw(rows, range(min(len(rows), DETECT_ROWS))), source.name)
-        known = f"{rows._fingerprint} {labeler.fingerprint} {self.format} {config.data.group_by}"
+        self.columns = dict(source.columns)
+        first = _raw(rows, range(min(len(rows), DETECT_ROWS)))
+        self.format = detect(first, source.name, self.columns, source.format)
+        # As a column is called once it is renamed.
+        by = next(
+            (name for name, column in self.columns.items() if column == config.data.group_by), config.data.group_by
+        )
+        known = f"{rows._fingerprint} {labeler.fingerprint} {self.format} {by} {sorted(self.columns.items())}"
         fingerprint = hashlib.sha256(known.encode()).hexdigest()[:32]
-        self.labeled = label_rows(rows, labeler, fingerprint, self.format, config.data.num_proc, config.data.group_by)
+        self.labeled = label_rows(rows, labeler, fingerprint, self.format, config.data.num_proc, by, self.columns)
         facts = self.labeled.select_columns([*_NUMBERS, "reason", "detail", "findings"]).with_format("arrow")[:]
         self.numbers = {name: facts[name].to_numpy() for name in _NUMBERS if name != "group"}
         grouped = facts["group"].is_valid().to_numpy()
@@ -291,7 +297,7 @@ def _first(parts: Sequence[Part], order: np.ndarray) -> Iterable[tuple[str, Any,
         number = int(np.searchsorted(ends, at, side="right"))
         part = parts[number]
         index = int(part.good[at - (ends[number] - len(part.good))])
-        yield part.place(index), _raw(part.rows, [index])[0], part.format
+        yield part.place(index), renamed(_raw(part.rows, [index])[0], part.columns), part.format
 
 
 def _raw(rows: "Dataset", indices: Iterable[int]) -> list[Any]:
@@ -306,11 +312,12 @@ def label_rows(
     format_name: str = "messages",
     num_proc: int | None = None,
     group_by: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> "Dataset":
     """A source's rows with the columns of `_features`, one for one; cached on disk under `fingerprint`."""
     return rows.map(
         labeler,
-        fn_kwargs={"format_name": format_name, "group_by": group_by},
+        fn_kwargs={"format_name": format_name, "group_by": group_by, "renaming": columns},
         batched=True,
         batch_size=BATCH_ROWS,
         remove_columns=rows.column_names,

@@ -67,6 +67,7 @@ def stream_source(source: Source) -> Iterator[tuple[str, "str | dict[str, Any]"]
             if path.suffix == ".parquet":
                 yield from _columns(f"{path} row", _streamed("parquet", path.name, data_files=str(path)))
             else:
+                _refuse_odd_text(path)
                 for row in _text_rows(str(path), ""):
                     yield f"{path} line {row['line']}", row["json"]
         return
@@ -120,9 +121,29 @@ def data_files(path: Path) -> list[Path]:
     return found
 
 
+def _refuse_odd_text(path: Path) -> None:
+    """Raise `UserError` for a text file that only looks like one of ours: UTF-16, or a CSV file with another separator."""
+    with path.open("rb") as file:
+        head = file.readline(_CHUNK)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(
+            f"data: {path} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path.name} > utf8{path.suffix})"
+        )
+    separator = next((mark for mark in (b";", b"\t", b"|") if mark in head), b",").decode()
+    if path.suffix == ".csv" and b"," not in head and separator != ",":
+        shown = head[:80].decode("utf-8-sig", "replace").strip()
+        raise UserError(
+            f"data: the columns of {path} are separated by {separator!r}, not by commas (its first line: {shown!r}). Save it with "
+            f'commas: python -c "import pandas; pandas.read_csv({path.name!r}, sep={separator!r}, dtype=str, '
+            "keep_default_na=False).to_csv('commas.csv', index=False)\""
+        )
+
+
 def _file(path: Path) -> "Dataset":
     from datasets import Dataset, load_dataset
 
+    if path.suffix in _TEXT_KINDS:
+        _refuse_odd_text(path)
     try:
         if path.suffix == ".parquet":
             return load_dataset("parquet", data_files=str(path), split="train")

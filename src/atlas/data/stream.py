@@ -11,7 +11,7 @@ import numpy as np
 
 from atlas.audit.spans import tokenizer_findings
 from atlas.config import Config, Source
-from atlas.data.formats import detect
+from atlas.data.formats import detect, renamed
 from atlas.data.ledger import SHARED_PROMPT, SourceLedger, percentiles
 from atlas.data.prepare import BATCH_ROWS, DETECT_ROWS, Labeled, complaints, hold_out, label_all, refuse_if_bad
 from atlas.data.sources import data_files, stream_source
@@ -75,7 +75,9 @@ class _Stream:
         rows = list(islice(stream_source(self.source), BATCH_ROWS))
         if not rows:
             raise UserError(f"data: {self.source.name} holds no rows")
-        self.ledger.format = self.source.format or detect([row for _, row in rows[:DETECT_ROWS]], self.source.name)
+        first = [row for _, row in rows[:DETECT_ROWS]]
+        self.ledger.format = detect(first, self.source.name, self.source.columns, self.source.format)
+        rows = list(self._renamed(rows))
         preview = SourceLedger(self.source.name, 0, self.ledger.format)
         used = list(self._labelled(rows, preview))
         refuse_if_bad(preview, self.config.data.max_bad_fraction)
@@ -84,7 +86,7 @@ class _Stream:
         return shown, [length for _, _, length in used]
 
     def __call__(self) -> Iterator[dict[str, list[int]]]:
-        rows = stream_source(self.source)
+        rows = self._renamed(stream_source(self.source))
         if self.source.rows is not None:
             rows = islice(rows, self.source.rows)
         again = self.ledger.rows > 0
@@ -98,6 +100,9 @@ class _Stream:
                 refuse_if_bad(self.ledger, self.config.data.max_bad_fraction)
             if self.config.audit.gate == "error" and (complaint := complaints([self.ledger])):
                 raise UserError(complaint)
+
+    def _renamed(self, rows: Iterable[Row]) -> Iterator[Row]:
+        return ((place, renamed(row, self.source.columns)) for place, row in rows)
 
     def _labelled(self, batch: list[Row], ledger: SourceLedger) -> Iterable[tuple[int, dict[str, list[int]], int]]:
         """(number in the batch, ids and labels, tokens before truncation) of the rows that can be trained on."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from atlas.audit import spans
 from atlas.audit.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, special_token_texts
 from atlas.data import formats, sources
-from atlas.data.formats import BadRowError, Conversation, conversation, refuse_special_tokens
+from atlas.data.formats import BadRowError, Conversation, conversation, refuse_special_tokens, renamed
 from atlas.models import base
 from atlas.models.base import Renderer
 
@@ -161,12 +161,17 @@ class Labeler:
                 row.audit = audit
 
     def __call__(
-        self, batch: Mapping[str, list[Any]], format_name: str = "messages", group_by: str | None = None
+        self,
+        batch: Mapping[str, list[Any]],
+        format_name: str = "messages",
+        group_by: str | None = None,
+        renaming: Mapping[str, str] | None = None,
     ) -> "pa.Table":
         """`columns` as a table: Arrow takes over ids and labels as they lie in memory, not number by number."""
         import pyarrow as pa
 
-        rows, facts = self._facts(list(_rows(batch)), format_name, group_by)
+        given = [renamed(row, renaming or {}) for row in _rows(batch)]
+        rows, facts = self._facts(given, format_name, group_by)
         columns: dict[str, Any] = {}
         for name, packed in (
             ("input_ids", [row.packed_ids for row in rows]),
