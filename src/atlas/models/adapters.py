@@ -1,8 +1,10 @@
-"""The LoRA adapter: its configuration, its precision, and whether it has learned anything."""
+"""The LoRA adapter: its configuration, its precision, whether it has learned anything, and whether its numbers are numbers."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.config import LoraSettings
+from atlas.errors import UserError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -45,3 +47,17 @@ def lora_b_norm(model: Any) -> float:
         if "lora_B" in name:
             total += float(parameter.detach().double().pow(2).sum())
     return total**0.5
+
+
+def refuse_non_finite(folder: Path) -> None:
+    """Raises `UserError` where the adapter saved in `folder` holds a number that is not finite: its run has diverged, and every
+    reply of it would be noise."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+            if not tensors.get_tensor(name).isfinite().all():
+                raise UserError(
+                    f"{folder}: the adapter is broken: {name} holds numbers that are not finite (nan or inf), so the run "
+                    "that made it has diverged. Take an earlier checkpoint of it, or train again with a lower train.learning_rate"
+                )

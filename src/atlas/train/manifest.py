@@ -60,10 +60,11 @@ def command_line() -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all: a temporary file, flushed to disk, then renamed over `path`."""
+    """Write whole or not at all: a temporary file, flushed to disk, then renamed over `path`. Raises `ValueError` for a number that
+    is not finite, which JSON does not have."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
+        json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
