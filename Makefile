@@ -1,4 +1,5 @@
-# Every target sets up what it needs. `make pocket` and `make test` need nothing but Python >= 3.11 and a package index.
+# `make help` lists what there is. Every target sets up what it needs; `make pocket` and `make test` need nothing but
+# Python >= 3.11 and a package index.
 #
 # RUNNER is put before every `python`. The default is the virtual environment .venv. In an environment that has torch already
 # (Kaggle, a container) `make RUNNER= ...` installs into it, without touching its torch, and skips the virtual environment.
@@ -10,13 +11,18 @@ RUN = $(RUNNER) python
 
 ifeq ($(strip $(RUNNER)),)
 STAMP = outputs/.installed
+# This folder may outlive the packages (a notebook's machine is replaced): the environment is asked, not the stamp alone.
+$(shell cd / && python -c 'import atlas' 2>/dev/null || rm -f "$(CURDIR)/$(STAMP)")
 else
 STAMP = .venv/.installed
 endif
 
-.PHONY: setup pocket lessons test test-slow lint sft sft-smoke data audit eval compare config preflight bench kill matrix results picture docs clean
+.PHONY: help setup pocket lessons test test-slow lint sft sft-smoke data audit eval compare config preflight bench kill matrix figures picture docs clean
 
-setup: $(STAMP)
+help:                   ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)         ## an environment with everything in it (.venv)
 
 # Exact tested versions; the index decides which build of torch (CPU or CUDA) it is.
 .venv/.installed: pyproject.toml constraints.txt
@@ -34,11 +40,9 @@ outputs/.installed: pyproject.toml
 
 pocket: setup           ## base -> audit -> SFT -> IFEval of base and tuned -> gain or luck, on two CPU cores
 	$(RUN) -m atlas.pocket.lab $(ARGS)
-	$(RUN) -m atlas.results
 
 lessons: setup          ## five lessons of the recipe on the pocket lab, each with its verdict (about 15 minutes)
-	$(RUN) -m atlas.pocket.lessons $(ARGS)
-	$(RUN) -m atlas.results
+	$(RUN) benchmarks/lessons.py $(ARGS)
 
 sft-smoke: setup        ## 50 steps of the real run, nothing pushed
 	$(RUN) -m atlas.train.sft --config $(CONFIG) --max-steps 50 --no-push-to-hub --resume never $(ARGS) output.dir=outputs/sft_smoke
@@ -64,7 +68,7 @@ compare: setup          ## is it luck? ARGS="A B": names of runs in results/metr
 config: setup           ## the resolved config, each value with its source
 	@$(RUN) -m atlas.train.sft --config $(CONFIG) --print-config $(ARGS)
 
-bench: setup            ## the benchmarks, into results/benchmarks.json (ROWS, TOKENIZER: real ones as well)
+bench: setup            ## the benchmarks, of audit and preparation (ROWS, TOKENIZER: on real ones as well)
 	$(RUN) benchmarks/audit.py
 	$(RUN) benchmarks/prepare.py --count 20000
 	$(RUN) benchmarks/prepare.py --million
@@ -73,15 +77,14 @@ bench: setup            ## the benchmarks, into results/benchmarks.json (ROWS, T
 
 kill: setup             ## twenty runs broken off with SIGKILL and resumed, against one that was left alone (about 15 minutes)
 	$(RUN) benchmarks/kills.py $(ARGS)
-	$(RUN) -m atlas.results
 
 matrix: setup           ## the audit's verdict on every template that TRL ships
-	$(RUN) -m atlas.audit.matrix
+	$(RUN) benchmarks/matrix.py
 
-results: setup          ## the tables of README and docs, from results/
-	$(RUN) -m atlas.results $(ARGS)
+figures: setup          ## for maintainers: take over what was measured here into figures/, and renew the tables of README and docs
+	$(RUN) benchmarks/tables.py --collect
 
-picture: results/sft_template_audit.html   ## the README's picture, with Chromium
+picture: outputs/pocket/results/sft_template_audit.html   ## for maintainers: the README's picture, with Chromium
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir="$$(mktemp -d)" \
 	  --window-size=1000,700 --screenshot=docs/img/audit.png "file://$(CURDIR)/$<"
 
@@ -102,5 +105,5 @@ lint: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-clean:
+clean:                  ## remove everything that was made here, runs included
 	rm -rf .venv outputs build site .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """What auditing every row costs, as a share of tokenizing the same rows: `make bench`.
 
 Both are timed in one process, alternating, on the same 2,000 rows: conversations of the pocket lab, or, where a file of real ones
-is given, those (repeated to 2,000). The result goes into results/benchmarks.json under the name `audit`.
+is given, those (repeated to 2,000). The result goes into outputs/figures/benchmarks.json.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import itertools
 import json
 import statistics
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import datasets
@@ -18,14 +17,12 @@ from datasets import Dataset
 
 from atlas.data.prepare import label_rows
 from atlas.data.tokenize import Labeler
-from atlas.device import Machine
 from atlas.models.base import patch_chat_template_for_assistant_mask, stop_token
 from atlas.pocket import world
 from atlas.pocket.base import train_tokenizer
-from atlas.train.manifest import versions, write_json
+from measured import record_benchmark
 
 ROWS, ROUNDS = 2000, 25
-OUT = Path("results/benchmarks.json")
 
 
 def main() -> None:
@@ -68,15 +65,10 @@ def main() -> None:
         "share_median": round(statistics.median(shares), 3),
         "share_min_max": [round(min(shares), 3), round(max(shares), 3)],
         "rows_per_second": {name: round(ROWS / statistics.median(values)) for name, values in seconds.items()},
-        "hardware": f"CPU, {Machine.without_torch().cpus} cores",
-        "versions": versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python benchmarks/audit.py"
-        + (f" --rows {arguments.rows.name} --tokenizer ..." if arguments.rows else ""),
     }
-    known = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}
-    write_json(OUT, known | {f"audit, {result['source']}": result})
-    print(json.dumps(result, indent=1))
+    command = "python benchmarks/audit.py"
+    command += f" --rows {arguments.rows.name} --tokenizer ..." if arguments.rows else ""
+    record_benchmark(f"audit, {result['source']}", result, command)
 
 
 if __name__ == "__main__":

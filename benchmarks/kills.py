@@ -3,7 +3,7 @@
 Each trial is a run of its own with checkpoints, evaluations, dropout, NF4 and a push to a stand-in of the Hub. It is killed at a
 moment of a given kind (any, while a checkpoint is written, around its rename, in an evaluation, in the push), started again with
 the same command until it ends, and its adapter, log and pushed files are compared with those of the run that was left alone. The
-result goes into results/kills.json.
+result goes into outputs/figures/kills.json.
 """
 
 import argparse
@@ -16,14 +16,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from hub_server import HubServer, User
+from measured import record
 
-OUT = Path("results/kills.json")
 LAB = Path("outputs/pocket/lab")
 CONFIG = Path(__file__).parent.parent / "configs" / "sft_pocket.yaml"
 TOKEN = "hf_" + "k" * 34
@@ -36,9 +35,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    from atlas.device import Machine
     from atlas.pocket.base import build
-    from atlas.train.manifest import versions, write_json
 
     build(LAB, 0)
     began, draw = time.monotonic(), random.Random(arguments.seed)
@@ -58,12 +55,8 @@ def main() -> None:
         "what": f"{STEPS} steps, a checkpoint every {SAVE_STEPS}, an evaluation every {EVAL_STEPS}, NF4, dropout, a push",
         "trials": trials,
         "seconds": round(time.monotonic() - began),
-        "hardware": f"CPU, {Machine.without_torch().cpus} cores",
-        "versions": versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python benchmarks/kills.py --trials {arguments.trials} --seed {arguments.seed}",
     }
-    write_json(OUT, report)
+    record("kills", report, f"python benchmarks/kills.py --trials {arguments.trials} --seed {arguments.seed}")
     if not all(trial["same"] for trial in trials):
         raise SystemExit("an adapter differs from that of the run that was left alone")
 

@@ -3,7 +3,7 @@
 The same conversations, tokenizer and patched template, from a JSONL file to tokens and labels on the disk: TRL's `SFTTrainer`
 constructor (assistant-only loss, max_length 1024) with a model of almost no size, and atlas' `prepare`, which audits every row as
 well. Each measurement is a process of its own with an empty cache; TRL and atlas alternate. The result goes into
-results/benchmarks.json.
+outputs/figures/benchmarks.json.
 """
 
 import argparse
@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-OUT = Path("results/benchmarks.json")
+from measured import record_benchmark
+
 MAX_LENGTH = 1024
 
 
@@ -44,21 +44,11 @@ def main() -> None:
             if arguments.million
             else compare(Path(folder), tokenizer, arguments.rows, arguments.count, arguments.rounds)
         )
-    from atlas.device import Machine
-    from atlas.train.manifest import versions, write_json
-
-    entry |= {
-        "hardware": f"CPU, {Machine.without_torch().cpus} cores",
-        "versions": versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python benchmarks/prepare.py"
-        + (" --million" if arguments.million else "")
-        + (f" --rows {' '.join(path.name for path in arguments.rows)}" if arguments.rows else "")
-        + (" --tokenizer ..." if arguments.tokenizer else ""),
-    }
-    known = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}
-    write_json(OUT, known | {name: entry})
-    print(json.dumps(entry, indent=1))
+    command = "python benchmarks/prepare.py"
+    command += " --million" if arguments.million else ""
+    command += f" --rows {' '.join(path.name for path in arguments.rows)}" if arguments.rows else ""
+    command += " --tokenizer ..." if arguments.tokenizer else ""
+    record_benchmark(name, entry, command)
 
 
 def compare(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from atlas.pocket import base, world
+from conftest import ROOT
 
 
 def test_every_training_reply_passes_its_own_checkers() -> None:
@@ -95,6 +98,25 @@ def test_build_is_deterministic_cached_and_whole(
     with pytest.raises(KeyboardInterrupt):
         base.build(tmp_path / "c")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_the_lab_writes_under_outputs_alone(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a user's figures never stand where the project's own do, and a checkout stays clean."""
+    from atlas.pocket import lab
+
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    tiny = ["train.max_steps=2", "train.per_device_train_batch_size=2", "eval.tasks=[{name: ifeval, max_gen_toks: 8}]"]
+    assert lab.main(tiny) == 1  # nothing is learned
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["configs", "outputs"]
+    results = tmp_path / "outputs" / "pocket" / "results"
+    report = json.loads((results / "pocket.json").read_text())
+    assert report["scores"]["tuned"]["n"] == 8 and report["difference"]["verdict"].startswith("no difference shown")
+    assert {"metrics.json", "comparison.md", "sft_template_audit.html"} <= {path.name for path in results.iterdir()}
+    ignored = subprocess.run(
+        ["git", "check-ignore", "outputs/x", "results/x"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ignored.stdout.split() == ["outputs/x", "results/x"] or not (ROOT / ".git").exists()
 
 
 def test_build_leaves_a_strange_folder_alone(tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atlas.config import load_config
 from atlas.errors import DONE, FAILED, run_main
+
+if TYPE_CHECKING:
+    from atlas.eval.compare import Comparison
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,9 +45,9 @@ def _main(arguments: argparse.Namespace) -> int:
             *(f"eval.data.ifeval={home}/lab/eval.jsonl", f"output.results_dir={home}", f"train.seed={arguments.seed}"),
         )
         overrides = [*of_seed, *overrides]
-    result_file = Path("results") / ("pocket.json" if not arguments.seed else f"pocket_seed_{arguments.seed}.json")
     loaded = load_config(arguments.config, overrides)
     results_dir = Path(loaded.config.output.results_dir)
+    result_file = results_dir / "pocket.json"
     lab = Path(loaded.config.model.name).parent
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
@@ -87,7 +90,7 @@ def _main(arguments: argparse.Namespace) -> int:
     show(found, results_dir)
 
     scores = {name: _scores(row, results_dir) for name, row in rows.items()}
-    report = _report(scores, seconds, run.manifest, arguments.seed)
+    report = _report(scores, seconds, run.manifest, arguments.seed) | {"difference": difference_row(found[0])}
     from atlas.train.manifest import write_json
 
     result_file.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +133,12 @@ def _scores(row: dict[str, Any], results: Path) -> dict[str, Any]:
         "mean_tokens": round(task["mean_tokens"], 1),
         "by_instruction": {kind: [sum(passed), len(passed)] for kind, passed in sorted(kinds.items())},
     }
+
+
+def difference_row(compared: "Comparison") -> dict[str, Any]:
+    """The difference of the task's main metric, for a report."""
+    found = compared.metrics[0].difference
+    return {"value": found.value, "interval": found.interval, "p": found.p, "verdict": found.verdict}
 
 
 def table(report: dict[str, Any]) -> str:

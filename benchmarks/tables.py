@@ -1,7 +1,7 @@
-"""Fill the tables of README and docs from the files in results/, so that no figure there is typed by hand.
+"""Fill the tables of README and docs from the files in figures/, so that no figure there is typed by hand.
 
-    make results            rewrite the tables
-    make results ARGS=--check    exit status 1 where one differs (the suite runs this)
+    make figures              take over what was measured here (outputs/), rewrite the tables
+    python benchmarks/tables.py --check      change nothing; exit status 1 where a table differs (the suite runs this)
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, on lines of their own.
 """
@@ -17,15 +17,15 @@ from typing import Any
 
 from atlas.errors import DONE, FAILED
 from atlas.eval.stats import wilson
+from measured import MEASURED
 
+FIGURES = Path("figures")
 PAGES = ("README.md", "docs/*.md")
 
 
-def pocket_table(results: Path) -> str:
+def pocket_table(figures: Path) -> str:
     """Scores and times of the pocket lab, and whether they are luck."""
-    from atlas.eval.compare import comparison
-
-    report = _read(results / "pocket.json")
+    report = _read(figures / "pocket.json")
     base, tuned = report["scores"]["base"], report["scores"]["tuned"]
     lines = [f"| IFEval, {tuned['n']} held-out prompts | base | tuned |", "|---|---|---|"]
     for key, name in (
@@ -35,12 +35,13 @@ def pocket_table(results: Path) -> str:
     ):
         lines.append(f"| {name} | {base[key]:.1%} | {tuned[key]:.1%} |")
     lines.append(f"| mean tokens of a reply | {base['mean_tokens']} | {tuned['mean_tokens']} |")
-    found = comparison(results, ["pocket-base", "pocket-tuned"], "ifeval")[0].metrics[0].difference
-    low, high = (100 * end for end in found.interval)
+    found = report["difference"]
+    low, high = (100 * end for end in found["interval"])
+    p = "< 0.0001" if found["p"] < 0.0001 else f"= {found['p']:.4f}"
     lines += [
         "",
-        f"`atlas compare` on the strict score, prompt by prompt: {100 * found.value:+.1f} points (95 % interval {low:+.1f} to "
-        f"{high:+.1f}), p {'< 0.0001' if found.p < 0.0001 else f'= {found.p:.4f}'}: **{found.verdict}**.",
+        f"`atlas compare` on the strict score, prompt by prompt: {100 * found['value']:+.1f} points (95 % interval {low:+.1f} "
+        f"to {high:+.1f}), p {p}: **{found['verdict']}**.",
     ]
     seconds = report["seconds"]
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
@@ -53,10 +54,10 @@ def pocket_table(results: Path) -> str:
     return "\n".join(lines)
 
 
-def pocket_seeds(results: Path) -> str:
+def pocket_seeds(figures: Path) -> str:
     """Strict scores of the pocket lab with other seeds."""
     lines = ["| lab seed | n | base | tuned | 95 % interval of tuned |", "|---|---|---|---|---|"]
-    for path in sorted(results.glob("pocket_seed_*.json")):
+    for path in sorted(figures.glob("pocket_seed_*.json")):
         report = _read(path)
         base, tuned = report["scores"]["base"], report["scores"]["tuned"]
         low, high = wilson(tuned["prompt_strict"], tuned["n"])
@@ -65,9 +66,9 @@ def pocket_seeds(results: Path) -> str:
     return "\n".join(lines)
 
 
-def lessons(results: Path) -> str:
+def lessons(figures: Path) -> str:
     """The lessons of the recipe."""
-    report = _read(results / "lessons.json")
+    report = _read(figures / "lessons.json")
     lines = [
         "| run | IFEval strict (95 %) | stops by itself | tokens | difference (95 %) | verdict |",
         "|---" * 6 + "|",
@@ -94,9 +95,9 @@ def lessons(results: Path) -> str:
     return "\n".join(lines)
 
 
-def kills(results: Path) -> str:
+def kills(figures: Path) -> str:
     """Runs broken off with SIGKILL and resumed."""
-    report = _read(results / "kills.json")
+    report = _read(figures / "kills.json")
     lines = ["| killed | at | resumed | same adapter, log and push |", "|---" * 4 + "|"]
     for trial in report["trials"]:
         same = "yes" if trial["same"] else "**no**"
@@ -112,9 +113,9 @@ def kills(results: Path) -> str:
     )
 
 
-def audit_cost_table(results: Path) -> str:
+def audit_cost_table(figures: Path) -> str:
     """The benchmark of the audit."""
-    known = _read(results / "benchmarks.json")
+    known = _read(figures / "benchmarks.json")
     measured = [entry for name, entry in sorted(known.items()) if name.startswith("audit, ")]
     share = f"audit / tokenizing, median of {measured[0]['rounds']} (min-max)"
     lines = [
@@ -132,9 +133,9 @@ def audit_cost_table(results: Path) -> str:
     return "\n".join([*lines, "", f"{last['hardware']}, {last['date'][:10]}, `make bench`."])
 
 
-def prepare_speed(results: Path) -> str:
+def prepare_speed(figures: Path) -> str:
     """The benchmark of preparing data against TRL's preparation."""
-    known = _read(results / "benchmarks.json")
+    known = _read(figures / "benchmarks.json")
     measured = [
         entry for name, entry in sorted(known.items()) if name.startswith("prepare, ") and "speedup_median" in entry
     ]
@@ -166,9 +167,9 @@ def prepare_speed(results: Path) -> str:
     )
 
 
-def template_matrix(results: Path) -> str:
+def template_matrix(figures: Path) -> str:
     """The audit's verdict on each of TRL's templates."""
-    report = _read(results / "template_matrix.json")
+    report = _read(figures / "template_matrix.json")
     cases = report["cases"]
     lines = [f"| template | labels from | stop token | {' | '.join(cases)} |", "|---" * (3 + len(cases)) + "|"]
     for entry in report["templates"]:
@@ -209,36 +210,52 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def filled(page: str, results: Path) -> str:
+def filled(page: str, figures: Path) -> str:
     """`page` with each known block's content made anew."""
 
     def block(match: re.Match[str]) -> str:
         name = match[1]
-        return f"<!-- {name} -->\n{TABLES[name](results)}\n<!-- /{name} -->"
+        return f"<!-- {name} -->\n{TABLES[name](figures)}\n<!-- /{name} -->"
 
     names = "|".join(TABLES)
     return re.sub(rf"<!-- ({names}) -->\n.*?<!-- /\1 -->", block, page, flags=re.DOTALL)
 
 
+def collect() -> None:
+    """Take over into figures/ what `make pocket`, `lessons`, `bench`, `kill` and `matrix` have measured in this folder."""
+    pocket = Path("outputs/pocket")
+    found = {"pocket.json": pocket / "results" / "pocket.json"}
+    found |= {f"pocket_{path.parent.name}.json": path for path in pocket.glob("seed_*/pocket.json")}
+    found |= {path.name: path for path in MEASURED.glob("*.json")}
+    for name, path in sorted(found.items()):
+        if path.is_file():
+            new = _read(path)
+            if name == "benchmarks.json":  # each benchmark is an entry of its own
+                new = _read(FIGURES / name) | new
+            text = json.dumps(new, indent=1, ensure_ascii=False) + "\n"
+            (FIGURES / name).write_text(text, encoding="utf-8")
+            print(f"{FIGURES / name}: from {path}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="atlas results", description="Fill the tables of README and docs from results/."
-    )
+    parser = argparse.ArgumentParser(description="Fill the tables of README and docs from figures/.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where a table differs")
-    check = parser.parse_args(argv).check
-    root = Path.cwd()
+    parser.add_argument("--collect", action="store_true", help="first take over what was measured here (outputs/)")
+    arguments = parser.parse_args(argv)
+    if arguments.collect:
+        collect()
     different = []
     for pattern in PAGES:
-        for path in sorted(root.glob(pattern)):
+        for path in sorted(Path().glob(pattern)):
             old = path.read_text(encoding="utf-8")
-            new = filled(old, root / "results")
+            new = filled(old, FIGURES)
             if new != old:
-                different.append(path.relative_to(root))
-                if not check:
+                different.append(path)
+                if not arguments.check:
                     path.write_text(new, encoding="utf-8")
-    for name in different:
-        print(f"{name}: {'differs from results/' if check else 'rewritten'}")
-    return FAILED if check and different else DONE
+    for path in different:
+        print(f"{path}: {'differs from figures/' if arguments.check else 'rewritten'}")
+    return FAILED if arguments.check and different else DONE
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
-"""What the audit says of every chat template that the installed TRL ships: `python -m atlas.audit.matrix`.
+"""What the audit says of every chat template that the installed TRL ships: `make matrix`.
 
-Writes results/template_matrix.json; `make results` makes the table in docs/audit.md from it. Each template is rendered with a
-small tokenizer that atlas makes itself, with the template's own special tokens added, since the real ones are on the Hub.
+Each template is rendered with a small tokenizer that atlas makes itself, with the template's own special tokens added, since
+the real ones are on the Hub.
 Templates with generation markers are judged by them, the others by the labels that `data.mask=rendered` gives.
 """
 
-import argparse
 import re
-import sys
 import tempfile
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.errors import DONE, first_line
+from atlas.errors import first_line
+from measured import record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,25 +55,10 @@ _SPECIAL = re.compile(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="atlas.audit.matrix", description=(__doc__ or "").split(":")[0])
-    parser.add_argument("--out", type=Path, default=Path("results/template_matrix.json"))
-    out: Path = parser.parse_args(argv).out
-    from atlas.train.manifest import versions, write_json
-
-    report: dict[str, Any] = {
-        "format": 1,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m atlas.audit.matrix",
-        "versions": versions(),
-        "tokenizer": "byte-level BPE of the pocket lab, with the template's special tokens added",
-        "cases": list(CASES),
-        "templates": judge_all(),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, report)
-    print(f"{len(report['templates'])} templates: {out}")
-    return DONE
+def main() -> None:
+    templates = judge_all()
+    tokenizer = "byte-level BPE of the pocket lab, with the template's special tokens added"
+    record("template_matrix", {"tokenizer": tokenizer, "cases": list(CASES), "templates": templates}, "make matrix")
 
 
 def judge_all() -> list[dict[str, Any]]:
@@ -138,4 +119,4 @@ def _short(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,7 @@
 """Five lessons of the SFT recipe, each run on the pocket lab with one thing changed: `make lessons`.
 
 Every run starts from the same base model, has the same number of rows and steps, and is scored on the same held-out prompts; the
-verdicts are paired. Whatever comes out is written to results/lessons.json.
+verdicts are paired. Whatever comes out is written to outputs/figures/lessons.json, and printed.
 """
 
 import argparse
@@ -11,15 +11,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from atlas.errors import DONE, run_main
+from measured import record
 
 HOME = Path("outputs/pocket/lessons")
 LAB = Path("outputs/pocket/lab")
-OUT = Path("results/lessons.json")
 ROWS = 4800
 
 
@@ -68,18 +67,17 @@ LESSONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="atlas.pocket.lessons", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="train only these (and what they are compared with)")
     arguments = parser.parse_args(argv)
     return run_main(lambda: _main(arguments.only))
 
 
 def _main(only: Sequence[str] | None) -> int:
-    from atlas.device import Machine
     from atlas.eval.compare import comparison
     from atlas.pocket import world
     from atlas.pocket.base import build
-    from atlas.train.manifest import versions, write_json
+    from atlas.pocket.lab import difference_row
 
     began = time.perf_counter()
     build(LAB, 0)
@@ -100,24 +98,10 @@ def _main(only: Sequence[str] | None) -> int:
             "mean_tokens": task["mean_tokens"],
         }
         if lesson.name not in ("base", "recipe"):
-            found = comparison(HOME, [lesson.against, lesson.name], "ifeval")[0].metrics[0].difference
             entry["against"] = lesson.against
-            entry["difference"] = {
-                "value": found.value,
-                "interval": found.interval,
-                "p": found.p,
-                "verdict": found.verdict,
-            }
+            entry["difference"] = difference_row(comparison(HOME, [lesson.against, lesson.name], "ifeval")[0])
         rows.append(entry)
-    report = {
-        "runs": rows,
-        "seconds": round(time.perf_counter() - began),
-        "hardware": f"CPU, {Machine.without_torch().cpus} cores",
-        "versions": versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "make lessons",
-    }
-    write_json(OUT, report)
+    record("lessons", {"runs": rows, "seconds": round(time.perf_counter() - began)}, "make lessons")
     print("\n" + "\n".join(line(entry) for entry in rows))
     return DONE
 

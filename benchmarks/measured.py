@@ -1,0 +1,44 @@
+"""Where a measurement goes: outputs/figures/NAME.json. `make figures` takes it over into figures/, which is committed."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+MEASURED = Path("outputs/figures")
+
+
+def stamp(command: str) -> dict[str, Any]:
+    """What every measurement carries: hardware, versions, date, command."""
+    from atlas.device import Machine
+    from atlas.train.manifest import versions
+
+    return {
+        "hardware": f"CPU, {Machine.without_torch().cpus} cores",
+        "versions": versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def record(name: str, report: dict[str, Any], command: str) -> dict[str, Any]:
+    """Write `report` with its stamp."""
+    from atlas.train.manifest import write_json
+
+    path = MEASURED / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamped = report | stamp(command)
+    write_json(path, stamped)
+    print(f"written: {path}")
+    return stamped
+
+
+def record_benchmark(name: str, entry: dict[str, Any], command: str) -> None:
+    """Put `entry` beside the other benchmarks."""
+    from atlas.train.manifest import write_json
+
+    path = MEASURED / "benchmarks.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, known | {name: entry | stamp(command)})
+    print(json.dumps(entry, indent=1))
