@@ -1,6 +1,7 @@
 """Config: merging, typing, provenance, hash; fast and without torch."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 
 from atlas.config import load_config, render_config
 from atlas.errors import UserError
+from atlas.train import sft
 from atlas.trainfields import train_fields
 from conftest import ROOT
 
@@ -61,6 +63,26 @@ def test_overrides_win_and_are_typed():
         ("train.learning_rate=fast", ["train.learning_rate", "float", "'fast'"]),
         ("train.max_steps=1.5", ["train.max_steps", "int", "1.5"]),
         ("train.seed=true", ["train.seed", "int", "True"]),
+        ("train.lr_scheduler_type=[1]", ["train.lr_scheduler_type", "got list"]),
+        ("train.learning_rate=-1", ["train.learning_rate must be above 0, got -1"]),
+        ("train.learning_rate=.nan", ["train.learning_rate: nan is no finite number"]),
+        ("train.max_steps=0", ["train.max_steps must be at least 1, or -1 for whole epochs"]),
+        ("train.num_train_epochs=0", ["train.num_train_epochs must be above 0"]),
+        ("train.per_device_train_batch_size=-1", ["must be at least 1"]),
+        ("train.gradient_accumulation_steps=0", ["must be at least 1"]),
+        ("train.seed=-1", ["must be from 0 to 4294967295"]),
+        ("data.seed=4294967296", ["data.seed", "less than 4294967296"]),
+        ("train.adam_beta1=1", ["must be at least 0 and below 1"]),
+        ("train.adam_epsilon=0", ["must be above 0"]),
+        ("train.dataloader_num_workers=-1", ["must be from 0 to 256"]),
+        ("train.neftune_noise_alpha=-5", ["must be above 0"]),
+        ("data.train=[{name: a, weight: .inf}]", ["data.train[0].weight: inf is no finite number"]),
+        ("train.auto_find_batch_size=true", ["another batch size is another run"]),
+        ("train.accelerator_config=a.json", ["train.accelerator_config must be written out here"]),
+        ("data.train=[{path: a}]", ["data.train[0].path", "did you mean 'name'"]),
+        ("model.path=a", ["did you mean 'model.name'"]),
+        ("lora.target_modules=[]", ["lora.target_modules"]),
+        ("lora.target_modules=all", ["lora.target_modules: input should be 'all-linear'"]),
         ("train.max_length=8", ["train.max_length", "at least 32"]),
         ("lora.r=0", ["lora.r", "greater than or equal to 1"]),
         ("model.dtype=half", ["model.dtype", "'float16'", "'half'"]),
@@ -85,6 +107,14 @@ def test_wrong_key_in_a_file_names_the_file(tmp_path: Path):
         load_config(tmp_path / "phase.yaml")
 
 
+def test_a_missing_section_names_the_key(tmp_path: Path):
+    (tmp_path / "own.yaml").write_text("model: {name: a}\ndata: {train: b}\n")
+    with pytest.raises(
+        UserError, match=r"output\.dir is missing: give it there or on the command line \(output\.dir=\.\.\.\)"
+    ):
+        load_config(tmp_path / "own.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -93,6 +123,22 @@ def test_wrong_key_in_a_file_names_the_file(tmp_path: Path):
         ("- 1\n", "mapping"),
         ("model: 3\n", "model must be a mapping"),
         ("model:\n  revision: x\n", "model.name is missing"),
+        ("model: {name: a}\nmodel.name: b", "unknown key 'model.name'"),
+        ("5: x", "the key 5 is not a name"),
+        ("null: x", "the key None is not a name"),
+        ("[a, b]: x", "the key .* is not a name"),
+        ("model: {name: a, 5: x}", "model: the key 5 is not a name"),
+        ("train: {fsdp_config: {x: {null: x}}}", r"train\.fsdp_config\.x: the key None is not a name"),
+        ("model: &m {name: *m}", "not valid YAML|nested too deeply"),
+        ("train: &t\n  lr_scheduler_kwargs: *t\n", "does an anchor .* hold itself"),
+        ("model: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("train:\n  seed: " + "9" * 5000, "a value cannot be read"),
+        ("train:\n  seed: " + "9" * 4000, "is too large"),
+        ("train:\n  run_name: 2026-11-21\n", "put it in quotes"),
+        ("train:\n  run_name: 2026-13-45\n", "cannot be read|put it in quotes"),
+        ("train:\n  run_name: !!bool x\n", "not valid YAML: the tag"),
+        ('train:\n  run_name: "a\\e[2Jb"\n', "holds the character"),
+        ("model: {name: " + "{a: " * 25 + "1" + "}" * 25 + "}", "nested too deeply"),
     ],
 )
 def test_broken_files(tmp_path: Path, text: str, message: str):
@@ -105,9 +151,15 @@ def test_broken_files(tmp_path: Path, text: str, message: str):
 def test_missing_files(tmp_path: Path):
     with pytest.raises(UserError, match=r"sft_qwen05b\.yaml"):
         load_config(QWEN.with_name("sft_qwen5b.yaml"))
-    (tmp_path / "phase.yaml").write_text("model: {name: a}\n")
-    with pytest.raises(UserError, match="its base"):
+    (tmp_path / "phase.yaml").write_text("base: nowhere.yaml\nmodel: {name: a}\n")
+    with pytest.raises(UserError, match=r"its base .*nowhere\.yaml does not exist"):
         load_config(tmp_path / "phase.yaml")
+    with pytest.raises(UserError, match=r"is a folder: name a file in it \(phase\.yaml\)"):
+        load_config(tmp_path)
+    with pytest.raises(UserError, match="File name too long"):
+        load_config(tmp_path / ("x" * 300))
+    with pytest.raises(UserError, match=r"atlas brings along base\.yaml, .*`atlas init`"):
+        load_config(tmp_path / "none" / "of_these.yaml")
 
 
 def test_hash_is_of_the_experiment():
@@ -132,6 +184,7 @@ def test_hash_is_of_the_experiment():
         "train.packing=true",
         "train.max_steps=50",
         "train.dataloader_drop_last=true",
+        "train.accelerator_config.split_batches=true",
         "lora.r=8",
         "data.seed=1",
         "data.train=a/b",
@@ -152,17 +205,86 @@ def test_hash_does_not_depend_on_the_folder_of_local_files(tmp_path: Path):
 
 def test_printed_config_is_a_config(tmp_path: Path):
     loaded = load_config(QWEN, ["lora.r=8"])
-    text = render_config(loaded, {"model.dtype": ("float16", "Tesla T4, sm_75")})
+    decided = {"model.dtype": ("float16", "Tesla T4, sm_75"), "train.fp16": (True, "loss scaling")}
+    text = render_config(loaded, decided)
     for line, source in [
         ("  r: 8", "# command line"),
         ("  learning_rate: 0.0002", "# sft_qwen05b.yaml"),
         ("  lora_alpha: 32", "# base.yaml"),
-        ("  dtype: float16", "# device: Tesla T4, sm_75"),
+        ("  dtype: auto", "# here float16: Tesla T4, sm_75"),
+        ("  # fp16: true", "# here true: loss scaling"),
         ("  use_rslora: false", "# default"),
     ]:
         assert any(found.startswith(line) and source in found for found in text.splitlines()), line
-    (tmp_path / "copy.yaml").write_text(text.replace("dtype: float16", "dtype: auto"))
-    assert load_config(tmp_path / "copy.yaml").config_hash == loaded.config_hash
+
+
+@pytest.mark.parametrize("name", ["sft_qwen05b.yaml", "sft_qwen05b_mix.yaml", "sft_pocket.yaml"])
+def test_a_printed_config_is_the_same_run(name: str, tmp_path: Path, capsys):
+    odd = [
+        "output.dir=a #b",
+        "model.pad_token=': [x'",
+        "eval.data.gsm8k=a/'b\".jsonl",
+        "lora.target_modules=all-linear",
+    ]
+    asked = ["--config", str(ROOT / "configs" / name), *odd]
+    assert sft.main([*asked, "--print-config"]) == 0
+    (tmp_path / "copy.yaml").write_text(capsys.readouterr().out)
+    original, copy = load_config(asked[1], odd), load_config(tmp_path / "copy.yaml")
+    assert copy.config_hash == original.config_hash
+    # Not the hash alone: what the device and the data decide (precision, eval_strategy) is left to them again.
+    assert copy.config == original.config
+
+
+def test_the_recipe_holds_without_its_file(tmp_path: Path):
+    own = "model: {name: a/b}\ndata: {train: rows.jsonl}\noutput: {dir: out}\n"
+    (tmp_path / "with").mkdir()
+    shutil.copy(ROOT / "configs" / "base.yaml", tmp_path / "with")
+    for path, text in (("with/own.yaml", own), ("own.yaml", own), ("none.yaml", "base: null\n" + own)):
+        (tmp_path / path).write_text(text)
+    reference = load_config(tmp_path / "with" / "own.yaml")
+    assert reference.config.train["assistant_only_loss"] is True
+    for path in ("own.yaml", "none.yaml"):
+        loaded = load_config(tmp_path / path)
+        assert loaded.config_hash == reference.config_hash
+        given = reference.config.model_dump()
+        for name, default in (("seed", 42), ("logging_steps", 10), ("save_strategy", "steps")):  # TRL's own
+            assert given["train"].pop(name) == default == train_fields()[name].default
+        assert loaded.config.model_dump() == given
+    (tmp_path / "all.yaml").write_text(own + "train: {assistant_only_loss: false}\n")
+    assert load_config(tmp_path / "all.yaml").config.train_value("assistant_only_loss") is False
+
+
+def test_mappings_are_merged_on_every_level(tmp_path: Path):
+    asked = ["eval.data.gsm8k=g", "eval.data.mmlu=m", "train.lr_scheduler_kwargs.num_cycles=2"]
+    loaded = load_config(ROOT / "configs" / "sft_pocket.yaml", asked)
+    assert loaded.config.eval.data == {"ifeval": "outputs/pocket/lab/eval.jsonl", "gsm8k": "g", "mmlu": "m"}
+    assert loaded.config.train["lr_scheduler_kwargs"] == {"num_cycles": 2}
+    assert (
+        loaded.sources["eval.data.ifeval"] == "sft_pocket.yaml" and loaded.sources["eval.data.mmlu"] == "command line"
+    )
+    assert "mmlu: m}  # sft_pocket.yaml, command line" in render_config(loaded)
+    # An anchor's mapping is not changed where another key holds it too.
+    (tmp_path / "a.yaml").write_text(
+        "model: {name: a}\ndata: {train: b}\noutput: {dir: c}\n"
+        "train: {lr_scheduler_kwargs: &one {x: 1}, gradient_checkpointing_kwargs: *one}\n"
+    )
+    shared = load_config(tmp_path / "a.yaml", ["train.lr_scheduler_kwargs.y=2"]).config.train
+    assert shared["lr_scheduler_kwargs"] == {"x": 1, "y": 2} and shared["gradient_checkpointing_kwargs"] == {"x": 1}
+
+
+def test_a_dot_does_not_make_a_path(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    on_hub = (
+        "teknium/OpenHermes-2.5",
+        "allenai/WildChat-4.8M",
+        "Magpie-Align/Magpie-Llama-3.1-Pro-300K-Filtered",
+        "a/b",
+    )
+    local = ("nowhere.jsonl", "nowhere/b.csv", "./a/b", "~/a", "/a", "d/*.parquet", "a.json")
+    for name in (*on_hub, *local):
+        assert load_config(QWEN, [f"data.train={name}"]).config.data.train[0].is_local == (name in local), name
+    (tmp_path / "rows.v2").mkdir()
+    assert load_config(QWEN, ["data.train=rows.v2"]).config.data.train[0].is_local
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--config", str(QWEN), "--print-config"]])

@@ -1,4 +1,4 @@
-"""One typed, frozen tree from `base.yaml`, a phase YAML and `key=value` overrides, with the source of every value.
+"""One typed, frozen tree from the code's defaults, YAML files and `key=value` overrides, with the source of every value.
 
 Nothing here imports torch, so `--help` and `--print-config` answer at once. YAML is read as YAML 1.2 (`2e-4` is a float).
 """
@@ -6,12 +6,15 @@ Nothing here imports torch, so `--help` and `--print-config` answer at once. YAM
 import difflib
 import hashlib
 import json
+import math
+import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -32,6 +35,8 @@ OWNED_TRAIN_FIELDS = {
     "resume_from_checkpoint": "use --resume auto|never|PATH",
     "save_only_model": "a checkpoint without the optimizer's state cannot be resumed exactly",
     "ignore_data_skip": "a run that resumes on other rows is another run",
+    "auto_find_batch_size": "another batch size is another run; set train.per_device_train_batch_size, and "
+    "train.gradient_accumulation_steps so that their product stays",
     "enable_jit_checkpoint": "atlas writes a checkpoint on SIGTERM and SIGINT by itself",
     "restore_callback_states_from_checkpoint": "atlas restores what its own callbacks need",
     "trust_remote_code": "atlas never runs code from a model repository",
@@ -45,6 +50,16 @@ OWNED_TRAIN_FIELDS = {
     "completion_only_loss": "atlas makes the labels; see train.assistant_only_loss",
     "truncation_mode": "atlas cuts rows at the end (keep_start) and counts them",
 }
+# The recipe's values that are not TRL's: they hold in every config that does not say otherwise (configs/base.yaml repeats them).
+RECIPE = {
+    "assistant_only_loss": True,  # the loss falls on assistant content and its stop token, nothing else
+    "lr_scheduler_type": "cosine",
+    "logging_first_step": True,  # the summary's first loss is the untrained model's
+    "report_to": "wandb",  # used where there are credentials, else one line says so and the run goes on
+    "save_steps": 100,
+    "save_total_limit": 2,
+}
+_OTHER_NAMES = {"path": "name", "file": "name", "id": "name", "dataset": "name", "subset": "config", "samples": "rows"}
 _REMOVED_TRAIN_FIELDS = {  # names of older releases that people still copy
     "warmup_ratio": "warmup_steps (a number below 1 is a share of all steps)",
     "evaluation_strategy": "eval_strategy",
@@ -54,6 +69,7 @@ _REMOVED_TRAIN_FIELDS = {  # names of older releases that people still copy
     "batch_size": "per_device_train_batch_size",
     "tokenizer": "model.tokenizer_name",
 }
+DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 # Where and how fast a run goes, not what it computes: left out of config_hash.
 _NOT_HASHED_SECTIONS = ("output", "audit", "eval", "checkpoint")
 _NOT_HASHED = {"model.attn_implementation", "data.num_proc", "data.max_bad_fraction"}
@@ -61,7 +77,7 @@ _NOT_HASHED_TRAIN = re.compile(
     r"(logging|log_|save|report_to|run_name|project$|trackio|disable_tqdm|dataloader_(?!drop_last)|gradient_checkpointing"
     r"|activation_|torch_compile|torch_empty|use_liger|liger|include_num_input|skip_memory|ddp_|debug|hub_|do_|eval"
     r"|per_device_eval|prediction_loss_only|batch_eval|use_cpu|bf16_full_eval|fp16_full_eval"
-    r"|auto_find_batch_size|local_rank|fsdp|deepspeed|accelerator_config|parallelism)"
+    r"|local_rank|fsdp|deepspeed|parallelism)"
 )
 
 
@@ -98,12 +114,13 @@ class QuantizationConfig(_Section):
 class LoraSettings(_Section):
     """PEFT's `LoraConfig` names (https://arxiv.org/abs/2106.09685)."""
 
-    r: int = Field(default=16, ge=1)
+    r: int = Field(default=16, ge=1, lt=2**24)
     lora_alpha: int = Field(default=32, ge=1)
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
-    target_modules: tuple[str, ...] = Field(
-        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
+    """Names of layers; "all-linear": every linear layer but the head."""
     use_rslora: bool = False
 
 
@@ -114,9 +131,9 @@ class Source(_Section):
     split: str = "train"
     config: str | None = None
     revision: str | None = None
-    rows: int | None = Field(default=None, ge=1)
+    rows: int | None = Field(default=None, ge=1, le=10**9)
     """Take this many rows, drawn with data.seed; more than there are repeat; null: all."""
-    share: float | None = Field(default=None, gt=0)
+    share: float | None = Field(default=None, gt=0, le=1000)
     """Take this share of the rows instead (0.2: every fifth, drawn with data.seed; 2: all of them twice)."""
     weight: float | None = Field(default=None, gt=0)
     """Its part of the mixture in proportion to the weights of the others. Nothing repeats: the scarcest source is taken whole."""
@@ -147,8 +164,9 @@ class Source(_Section):
 
     @property
     def is_local(self) -> bool:
-        """A path that exists, or one that is written as a path, so that a typo is not looked up on the Hub."""
-        return is_path(self.name) or bool(Path(self.name).suffix)
+        """A path that exists, or one that is written as a path, so that a typo is not looked up on the Hub. A dot alone does not
+        make one: `teknium/OpenHermes-2.5` is a Hub id."""
+        return is_path(self.name) or self.name.endswith(DATA_ENDINGS)
 
 
 class DataConfig(_Section):
@@ -172,13 +190,13 @@ class DataConfig(_Section):
     """length: train from short rows to long ones, in this order."""
     streaming: bool = False
     """Read rows while training, for data that do not fit on the disk; needs train.max_steps."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """Draws rows, splits off held-out ones and shuffles the mixture."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """A larger share of unusable rows stops the run: the data are not what the config takes them for."""
     mask: Literal["auto", "markers", "rendered"] = "auto"
     """Where the labels come from: the template's generation markers, or rendering each turn; auto: markers where there are any."""
-    num_proc: int | None = Field(default=None, ge=1)
+    num_proc: int | None = Field(default=None, ge=1, le=1024)
 
     @field_validator("train", "eval", mode="before")
     @classmethod
@@ -212,8 +230,8 @@ class DataConfig(_Section):
 def _source(item: Any) -> Any:
     if not isinstance(item, str):
         return item
-    match = re.fullmatch(r"(.+):(\d+)(%?)", item)
-    if not match or Path(item).exists():
+    match = re.fullmatch(r"(.+):(\d{1,18})(%?)", item)
+    if not match or _exists(item):
         return {"name": item}
     return {"name": match[1]} | ({"share": int(match[2]) / 100} if match[3] else {"rows": int(match[2])})
 
@@ -284,12 +302,12 @@ class OutputConfig(_Section):
 class CheckpointConfig(_Section):
     """When checkpoints are written beside `train.save_steps`; a stop signal (SIGTERM, Ctrl-C) always writes one."""
 
-    every_minutes: float | None = Field(default=None, gt=0)
+    every_minutes: float | None = Field(default=15, gt=0)
     """Minutes since the last one, for machines that are taken away after some hours; null: by `train.save_strategy` alone."""
 
 
 class Config(_Section):
-    """The whole tree. `train` holds SFTConfig fields as given; see `train_value` for one with its default."""
+    """The whole tree. `train` holds SFTConfig fields as given, and the recipe's; see `train_value` for one with TRL's default."""
 
     model: ModelConfig
     quantization: QuantizationConfig = QuantizationConfig()
@@ -299,21 +317,15 @@ class Config(_Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig
-    train: Mapping[str, Any] = Field(default_factory=dict)
+    train: Mapping[str, Any] = Field(default_factory=dict, validate_default=True)
 
-    @field_validator("train", mode="before")
+    @field_validator("train")
     @classmethod
-    def _max_length(cls, value: Any) -> Any:
-        # 32: Qwen2.5's default system turn and the two role headers alone take 27 tokens, so nothing would be trained.
-        length = value.get("max_length") if isinstance(value, Mapping) else None
-        if isinstance(length, int) and length < 32:
-            raise ValueError(
-                f"max_length {length} leaves no room for a conversation: set at least 32 (usual: 1024-2048)"
-            )
-        return value
+    def _recipe(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        return RECIPE | dict(value)
 
     def train_value(self, name: str) -> Any:
-        """The value of an SFTConfig field: as configured, else TRL's default."""
+        """The value of an SFTConfig field: as configured, else the recipe's, else TRL's default."""
         return self.train.get(name, train_fields()[name].default)
 
 
@@ -330,10 +342,11 @@ class LoadedConfig:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Read `path`, deep-merge it over the `base.yaml` beside it, then apply `key=value` overrides.
+    """Read `path`, deep-merge it over the `base.yaml` beside it, where there is one, then apply `key=value` overrides.
 
     Lists are replaced, not joined. A phase file may name another base (`base: PATH`, relative to itself), which has a base
-    likewise, or none (`base: null`). Raises `UserError` naming file and key for anything wrong.
+    likewise, or none (`base: null`). A file that is not there may be one that atlas brings along, named as it is or
+    `configs/NAME`. Raises `UserError` naming file and key for anything wrong.
     """
     path = Path(path)
     layers = _layers(path)
@@ -351,17 +364,33 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     return LoadedConfig(config, sources)
 
 
+def packaged_configs() -> Path:
+    """The folder of the configs that atlas brings along: in the installed package, else in the checkout."""
+    here = Path(__file__).parent
+    return here / "configs" if (here / "configs").is_dir() else here.parents[1] / "configs"
+
+
+def find_config(path: Path) -> Path:
+    """`path`, or the packaged config of that name where there is no such file."""
+    if path.parent in (Path(), Path("configs")) and not _exists(path):
+        packaged = packaged_configs() / path.name
+        return packaged if _exists(packaged) else path
+    return path
+
+
 def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """(file, its tree) of a file and the chain of its bases, the lowest first."""
+    path = find_config(path)
     tree = _read_yaml(path)
-    named = tree.pop("base", "base.yaml")
+    named = tree.pop("base", "base.yaml" if (path.parent / "base.yaml").is_file() else None)
     lower: list[tuple[str, dict[str, Any]]] = []
     if named is not None:
         base = path.parent / str(named)
-        if not base.is_file():
+        if not _exists(base) and _exists(packaged_configs() / str(named)):
+            base = packaged_configs() / str(named)
+        if not _exists(base):
             raise UserError(
-                f"{path}: its base {base} does not exist: copy configs/base.yaml there, or write `base: PATH` "
-                f"(`base: null` for none) at the top of {path.name}"
+                f"{path}: its base {base} does not exist: write `base: PATH`, relative to {path.name}, or `base: null` for none"
             )
         if base.resolve() in above:
             raise UserError(f"{path}: its base {base} is based on {path.name} itself")
@@ -371,23 +400,101 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[st
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise UserError(
-            f"config file {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else "")
-        )
     try:
         text = path.read_text(encoding="utf-8")
-        for number, line in enumerate(text.splitlines(), 1):
-            _refuse_secret(line, f"{path}, line {number}")
-        tree = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(_no_file(path, error)) from None
+    for number, line in enumerate(text.splitlines(), 1):
+        _refuse_secret(line, f"{path}, line {number}")
+    try:
+        tree = _parse(text)
+    except YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {_unreadable(error)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections at the top, got {type(tree).__name__}")
+    _refuse_odd(tree, str(path))
     return tree
+
+
+def _no_file(path: Path, error: Exception) -> str:
+    """Why a config file cannot be read, and which others there are."""
+    there = [found.name for found in path.parent.glob("*.y*ml")] if _exists(path.parent) else []
+    if isinstance(error, IsADirectoryError):
+        inside = ", ".join(sorted(found.name for found in path.glob("*.y*ml"))[:8])
+        return f"config file {path} is a folder: name a file" + (f" in it ({inside})" if inside else "")
+    if not isinstance(error, FileNotFoundError):
+        return f"config file {path} cannot be read: {getattr(error, 'strerror', None) or error}"
+    near = difflib.get_close_matches(path.name[:100], there, n=1)
+    brought = ", ".join(sorted(found.name for found in packaged_configs().glob("*.yaml")))
+    return f"config file {path} does not exist; " + (
+        f"did you mean {path.parent / near[0]}?"
+        if near
+        else f"atlas brings along {brought}; `atlas init` writes one for your own data"
+    )
+
+
+def _parse(text: str) -> Any:
+    """YAML as plain Python. Explicit tags are refused: nothing in a config needs one, and each has errors of its own."""
+    yaml = YAML(typ="safe", pure=True)
+    for event in yaml.parse(text) if "!" in text else ():
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise YAMLError(f"the tag {tag} has no meaning here")
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def _unreadable(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else f"a value cannot be read ({error})"
+
+
+_DEPTH, _VALUES = 20, 1_000_000  # of a config that a person could mean
+
+
+def _refuse_odd(tree: Any, origin: str) -> None:
+    """Raises `UserError` for what YAML can say and no config means: keys that are no text, values that hold themselves, NaN."""
+    left: list[tuple[str, Any, int]] = [("", tree, 0)]
+    seen = 0
+    while left:
+        place, value, depth = left.pop()
+        at = f"{origin}: {redact(place[1:])}".removesuffix(": ")
+        seen += 1
+        if depth > _DEPTH or seen > _VALUES:
+            raise UserError(f"{at[:200]}: it is nested too deeply; does an anchor (&name) hold itself?")
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    raise UserError(
+                        f"{at}: the key {_short(key)} is not a name: put it in quotes if it is meant as one"
+                    )
+                left += [(place, key, depth + 1), (f"{place}.{key}", value[key], depth + 1)]
+        elif isinstance(value, list):
+            left += [(f"{place}[{index}]", item, depth + 1) for index, item in enumerate(value)]
+        elif isinstance(value, str):
+            if odd := next((c for c in value if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None):
+                raise UserError(f"{at}: {_short(value)} holds the character {odd!r}, which no value here may have")
+        elif isinstance(value, float):
+            if not math.isfinite(value):
+                raise UserError(f"{at}: {value} is no finite number")
+        elif isinstance(value, int):
+            if not -(2**63) <= value < 2**63:
+                raise UserError(f"{at}: a number of {value.bit_length()} bits is too large")
+        elif value is not None:
+            raise UserError(f"{at}: {_short(value)} was read as a {type(value).__name__}: put it in quotes")
+
+
+def _short(value: object) -> str:
+    """At most 200 characters of what was given."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # holds itself; a number of thousands of digits
+        return f"({type(value).__name__})"
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _refuse_secret(text: str, place: str) -> None:
@@ -405,12 +512,14 @@ def _override(text: str) -> dict[str, Any]:
     if not separator or not key.strip():
         raise UserError(f"override {text!r} is not key=value (a dotted path into the config, e.g. train.max_steps=50)")
     try:
-        parsed = YAML(typ="safe", pure=True).load(value)
+        tree = _parse(value)
     except YAMLError:
-        parsed = value  # `a: b` or an unbalanced bracket: taken as the text it is
-    tree: Any = parsed
+        tree = value  # `a: b` or an unbalanced bracket: taken as the text it is
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"command line: {key[:200]}: {_unreadable(error)}") from None
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}
+    _refuse_odd(tree, "command line")
     return dict(tree)
 
 
@@ -432,7 +541,7 @@ def _check_keys(layer: Mapping[str, Any], origin: str) -> None:
         if values is None and origin != "command line":
             continue  # a section whose every line is a comment
         if not isinstance(values, Mapping):
-            raise UserError(f"{origin}: {section} must be a mapping, got {type(values).__name__} {values!r}")
+            raise UserError(f"{origin}: {section} must be a mapping, got {type(values).__name__} {_short(values)}")
         for key, value in values.items():
             dotted = f"{section}.{key}"
             if section != "train":
@@ -462,11 +571,15 @@ def _all_keys() -> list[str]:
 
 
 def _unknown(origin: str, key: str, known: Iterable[str]) -> str:
-    last = key.rsplit(".", 1)[-1]
+    key = key[-100:]
+    section, _, last = key.rpartition(".")
     if last in _REMOVED_TRAIN_FIELDS and "[" not in key:
         renamed = _REMOVED_TRAIN_FIELDS[last]
         return f"{origin}: unknown key {key!r}; did you mean {renamed if '.' in renamed else 'train.' + renamed}?"
     known = list(known)
+    other = _OTHER_NAMES.get(last, "")
+    if meant := next((k for k in (other, f"{section}.{other}") if k in known), None):
+        return f"{origin}: unknown key {key!r}; did you mean {meant!r}?"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not near:  # the right name in the wrong section
         near = [k for k in known if k.rsplit(".", 1)[-1] == last]
@@ -479,13 +592,25 @@ def _unknown(origin: str, key: str, known: Iterable[str]) -> str:
 def _merge(
     tree: dict[str, Any], layer: Mapping[str, Any], origin: str, sources: dict[str, str], prefix: str = ""
 ) -> None:
+    """`layer` over `tree`, mappings key by key on every level; the source of each value goes into `sources`."""
     for key, value in layer.items():
         dotted = f"{prefix}{key}"
-        if isinstance(value, Mapping) and not prefix:
-            _merge(tree.setdefault(key, {}), value, origin, sources, f"{dotted}.")
+        if isinstance(value, Mapping):
+            below = tree.get(key)
+            tree[key] = dict(below) if isinstance(below, Mapping) else {}  # a copy: an anchor may share it
+            _merge(tree[key], value, origin, sources, f"{dotted}.")
         elif value is not None or prefix:
             tree[key] = value
+            for covered in [name for name in sources if name.startswith(f"{dotted}.")]:
+                del sources[covered]
             sources[dotted] = origin
+
+
+def _origin(sources: Mapping[str, str], dotted: str) -> str | None:
+    """Where a value comes from: its own source, those of the parts of a mapping, or that of the value that it is a part of."""
+    found = [name for key, name in sources.items() if key == dotted or key.startswith(f"{dotted}.")]
+    found = found or [name for key, name in sources.items() if dotted.startswith(f"{key}.")]
+    return ", ".join(dict.fromkeys(found)) or None
 
 
 def _tuples(value: Any) -> Any:
@@ -501,20 +626,19 @@ def _tuples(value: Any) -> Any:
 def _explain(error: ValidationError, sources: Mapping[str, str], path: Path) -> str:
     lines = []
     for problem in error.errors():
-        dotted = ".".join(str(part) for part in problem["loc"])
+        loc = [str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "tuple["))]
+        dotted = ".".join(loc)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "too_short" and problem["input"]:
             continue  # of items that another line finds wrong
         if problem["type"] == "missing":
+            section = _sections().get(dotted)
+            needed = [name for name, field in section.model_fields.items() if field.is_required()] if section else []
+            dotted = ".".join([dotted, *needed])
             lines.append(f"{path}: {dotted} is missing: give it there or on the command line ({dotted}=...)")
             continue
-        known = [key for key in sources if key == dotted or dotted.startswith(f"{key}.")]
-        if dotted == "train":
-            dotted = "train.max_length"
-            known = [dotted]
-        origin = sources.get(known[0], str(path)) if known else str(path)
-        given = "" if dotted == "train.max_length" else f", got {problem['input']!r}"
-        lines.append(f"{origin}: {dotted}: {message[0].lower()}{message[1:]}{given}")
+        origin = _origin(sources, dotted) or str(path)
+        lines.append(f"{origin}: {dotted}: {message[0].lower()}{message[1:]}, got {_short(problem['input'])}")
     return "\n       ".join(lines)
 
 
@@ -552,7 +676,11 @@ def experiment(config: Config) -> dict[str, Any]:
 
 def is_path(name: str) -> bool:
     """A path that exists, or one that is written as a path; else it is a Hub id."""
-    return Path(name).exists() or name.startswith((".", "/", "~"))
+    return _exists(name) or name.startswith((".", "/", "~"))
+
+
+def _exists(name: str | Path) -> bool:
+    return os.path.exists(name)  # noqa: PTH110 (`Path.exists` raises for a name that is too long)
 
 
 def _without_folder(name: str) -> str:
@@ -560,7 +688,8 @@ def _without_folder(name: str) -> str:
 
 
 def render_config(loaded: LoadedConfig, decided: Mapping[str, tuple[Any, str]] | None = None) -> str:
-    """The resolved tree as YAML, each value with its source in a comment; it can be saved and used as a config again.
+    """The resolved tree as YAML, each value with its source in a comment. Used as a config it is the same run: what the device or
+    a library chooses stands in comments, so that it is chosen again.
 
     `decided` maps dotted paths to (value, reason) of what the device decides.
     """
@@ -568,11 +697,13 @@ def render_config(loaded: LoadedConfig, decided: Mapping[str, tuple[Any, str]] |
     config = loaded.config
     lines = [f"# config_hash {loaded.config_hash}", "base: null"]
 
-    def emit(dotted: str, value: Any) -> None:
-        source = loaded.sources.get(dotted, "default")
-        if dotted in decided and (source == "default" or value == "auto"):
-            value, source = decided[dotted][0], f"device: {decided[dotted][1]}"
-        text = f"  {dotted.split('.', 1)[1]}: {_yaml_value(value)}"
+    def emit(dotted: str, value: Any, given: bool = True) -> None:
+        source = _origin(loaded.sources, dotted) or "default"
+        if dotted in decided and (value == "auto" or not given):
+            chosen, reason = decided[dotted]
+            source = f"here {_yaml_value(chosen)}: {reason}"
+            value = value if given else chosen
+        text = f"  {'' if given else '# '}{dotted.split('.', 1)[1]}: {_yaml_value(value)}"
         lines.append(f"{text:<56}  # {source}")
 
     for section, values in config.model_dump(mode="json", exclude={"train"}).items():
@@ -584,16 +715,18 @@ def render_config(loaded: LoadedConfig, decided: Mapping[str, tuple[Any, str]] |
         if name in OWNED_TRAIN_FIELDS:
             continue
         if name in config.train or field.has_default or f"train.{name}" in decided:
-            emit(f"train.{name}", config.train_value(name))
+            emit(f"train.{name}", config.train_value(name), given=name in config.train)
         else:
             lines.append(f"  # {name}: chosen by the installed libraries")
     return "\n".join(lines) + "\n"
 
 
 def _yaml_value(value: Any) -> str:
+    """On one line."""
     out = StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = True
-    yaml.width = 10_000
+    yaml.width = 2**31
     yaml.dump(value, out)
-    return out.getvalue().removesuffix("\n").removesuffix("...").strip()
+    text = out.getvalue().removesuffix("\n").removesuffix("...").strip()
+    return json.dumps(value, ensure_ascii=False) if "\n" in text else text

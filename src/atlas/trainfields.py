@@ -6,6 +6,7 @@ Source of truth: trl/trainer/sft_config.py, trl/trainer/base_config.py, transfor
 """
 
 import ast
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -27,7 +28,49 @@ _SCALARS: dict[str, tuple[type, ...]] = {
     "dict": (dict,),
     "list": (list,),
     "None": (type(None),),
+    "Literal": (bool,),  # of `Literal[False]`
 }
+_Rule = tuple[str, Callable[[Any], bool], tuple[str, ...]]
+_RANGES: tuple[_Rule, ...] = (  # what no run can have, and the libraries say late, or not at all
+    (
+        "above 0",
+        lambda value: value > 0,
+        (
+            *("learning_rate", "num_train_epochs", "adam_epsilon", "neftune_noise_alpha"),
+            *("logging_steps", "eval_steps", "save_steps"),
+        ),
+    ),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        ("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "router_aux_loss_coef"),
+    ),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2", "label_smoothing_factor")),
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("save_total_limit", "eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"),
+            *("ddp_bucket_cap_mb", "ddp_timeout"),
+        ),
+    ),
+    ("at least 1, or -1 for whole epochs", lambda value: value >= 1 or value == -1, ("max_steps",)),
+    # Qwen2.5's default system turn and the two role headers alone take 27 tokens, so that nothing would be trained.
+    ("at least 32 (usual: 1024-2048)", lambda value: value >= 32, ("max_length",)),
+    ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),
+    ("from 0 to 256", lambda value: 0 <= value <= 256, ("dataloader_num_workers",)),
+    (
+        "from 1 to 65536, or auto",
+        lambda value: value == "auto" if isinstance(value, str) else 1 <= value <= 65536,
+        ("pad_to_multiple_of",),
+    ),
+    (
+        "written out here, since a file's content would not count as part of the run",
+        lambda value: not isinstance(value, str),
+        ("accelerator_config",),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -40,16 +83,18 @@ class TrainField:
     has_default: bool
 
     def problem_with(self, value: object) -> str | None:
-        """What is wrong with `value`'s type, or None. Types that only the library knows (enums) are left to it."""
+        """What is wrong with `value`'s type or size, or None. An enum is text here; its members are known to the library alone."""
         alternatives = [part.strip().split("[")[0] for part in self.annotation.split("|")]
-        if any(name not in _SCALARS for name in alternatives):
-            return None
-        allowed = tuple(kind for name in alternatives for kind in _SCALARS[name])
-        if isinstance(value, bool) and bool not in allowed:
-            pass  # bool is a subclass of int: `seed: true` is a mistake
-        elif isinstance(value, allowed):
-            return None
-        return f"must be {self.annotation.replace('None', 'null')}, got {type(value).__name__} {value!r}"
+        allowed = tuple(kind for name in alternatives for kind in _SCALARS.get(name, (str,)))
+        # bool is a subclass of int: `seed: true` is a mistake
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            shown = repr(value)
+            shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
+            return f"must be {self.annotation.replace('None', 'null')}, got {type(value).__name__} {shown}"
+        for text, fits, names in _RANGES:
+            if self.name in names and value is not None and not fits(value):
+                return f"must be {text}, got {value!r}"
+        return None
 
 
 @cache

@@ -14,12 +14,13 @@ def lora_config(settings: LoraSettings) -> "LoraConfig":
     """PEFT's configuration of the adapter."""
     from peft import LoraConfig
 
+    modules = settings.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.target_modules),
+        target_modules=modules if isinstance(modules, str) else list(modules),
         use_rslora=settings.use_rslora,
     )
 
@@ -41,10 +42,11 @@ def cast_trainable_to_fp32(model: Any) -> int:
 
 
 def lora_b_norm(model: Any) -> float:
-    """The Euclidean norm over all LoRA B matrices. They start at zero: 0.0 means that no step changed the model."""
+    """The Euclidean norm over all LoRA B matrices, those of embeddings too. They start at zero: 0.0 means that no step changed the
+    model."""
     total = 0.0
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_B" in name:
             total += float(parameter.detach().double().pow(2).sum())
     return total**0.5
 
