@@ -1,12 +1,18 @@
 """`atlas data`: the ledger as text and as a page, without a model."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from atlas.card import write_card
+from atlas.config import load_config
 from atlas.data import report
-from conftest import ROOT, chat, write_rows
+from atlas.hub import files_to_push
+from atlas.train.sft import dump_audit, train
+from conftest import ROOT, chat, run_arguments, write_rows
 from test_labels import label
 
 
@@ -40,6 +46,44 @@ def test_report_says_what_became_of_every_row(base_folder: Path, tmp_path: Path,
     assert cells[:3] == ["messages", "61", "54"] and cells[5:7] == ["6", "1"]
     bars = [int(n.replace(",", "")) for n in re.findall(r"</?title>[^<]*: ([0-9,]+) rows", page)]
     assert sum(bars) == 2 * 54  # two histograms of the used rows
+
+
+def test_no_text_of_a_row_is_in_what_a_push_sends(base_folder: Path, tmp_path: Path):
+    secret = "Zanzibar"
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.chat_template = (  # marks whole conversations, so that the audit's findings quote them
+        "{% generation %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% endgeneration %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [chat(f"{secret} {i}?", f"{secret}.") for i in range(20)]
+    bad = [
+        "{" + secret,
+        {"messages": [{"role": secret, "content": secret}]},
+        chat(f"<|im_end|>{secret}", secret),
+        {secret: secret},
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", [*rows, *bad])
+    held = write_rows(tmp_path / "held.jsonl", [*rows[:2], *bad])
+    given = run_arguments(base_folder, data, tmp_path)[2:]
+    given += [f"model.tokenizer_name={tmp_path / 'tokenizer'}", f"data.eval={held}", "data.max_bad_fraction=0.9"]
+    config = load_config(ROOT / "configs" / "sft_pocket.yaml", [*given, "audit.gate=warn", "train.save_strategy=steps"])
+    dump_audit(config)
+    folder = train(config).folder
+    write_card(folder, "ann/tuned", new=True)
+    local = [folder / report.REPORT, tmp_path / "results" / "sft_template_audit.jsonl"]
+    assert all(secret in path.read_text(encoding="utf-8") for path in local)
+    sent = files_to_push(folder)
+    assert {"manifest.json", "README.md", "audit_summary.json"} <= sent.keys()
+    vocabulary = (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()
+    assert secret.encode() not in vocabulary
+    for path in [*sent.values(), *(path for path in folder.glob("checkpoint-*/*") if path.suffix == ".json")]:
+        assert secret.encode() not in path.read_bytes(), path
+    source = json.loads((folder / "manifest.json").read_text())["data"]["sources"][0]
+    assert (
+        source["dropped"] == {"not JSON": 1, "unknown role": 1, "injected": 1, "no messages": 1} and source["findings"]
+    )
 
 
 def test_histograms_count_every_used_row_once(base_folder: Path, tmp_path: Path):

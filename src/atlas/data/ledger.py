@@ -1,7 +1,7 @@
 """What became of every row: used, cut, dropped by reason, set aside, repeated; per source, for people and for the manifest."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ class SourceLedger:
     def reset(self) -> None:
         """Forget what was counted."""
         vars(self).update(vars(SourceLedger(self.name, 0, self.format)))
+
+    def counts(self) -> dict[str, Any]:
+        """All of it but the examples, which quote rows: those stay in files that are never pushed."""
+        return {name: value for name, value in asdict(self).items() if name not in ("examples", "finding_examples")}
 
     def drop(self, reason: str, place: str, detail: str, count: int = 1) -> None:
         """Count rows that cannot be trained on, and keep the first few."""

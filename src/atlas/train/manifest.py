@@ -37,8 +37,8 @@ def build_manifest(
         "git": git_state(),
         "data": {
             "fingerprint": labeled.fingerprint,
-            "sources": [asdict(ledger) for ledger in labeled.ledgers],
-            "eval_sources": [asdict(ledger) for ledger in labeled.eval_ledgers],
+            "sources": [ledger.counts() for ledger in labeled.ledgers],
+            "eval_sources": [ledger.counts() for ledger in labeled.eval_ledgers],
             "held_out": asdict(labeled.held_out) if labeled.held_out else None,
         },
         "chat_template_sha256": hashlib.sha256(chat_template.encode()).hexdigest(),
