@@ -64,6 +64,16 @@ KINDS = {
         "train.max_steps=12",
         "train.logging_steps=4",
     ],
+    # 20 rows: a pass is no whole number of steps, and step 4 already reaches into the second.
+    "a stream, past the first pass": [
+        "data.streaming=true",
+        "data.train={rows}:20",
+        "train.gradient_accumulation_steps=3",
+    ],
+    "rows of like length, past the first epoch": [
+        "train.train_sampling_strategy=group_by_length",
+        "data.train={rows}:8",
+    ],
     "gradient checkpointing, held-out data": [
         "train.gradient_checkpointing=true",
         "data.train={rows}:40",

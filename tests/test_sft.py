@@ -422,3 +422,27 @@ def test_base_model_without_weights_or_tokenizer(missing: str, part: str, sft_ar
     assert sft.main([*sft_args, f"model.name={folder}"]) == 2
     err = capfd.readouterr().err
     assert part in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("kind", [[], ["train.packing=true", "train.max_length=256"]])
+def test_the_held_out_loss_is_one_of_tokens_whatever_the_batch(kind: list[str], sft_args: list[str], rows_file: Path):
+    """7 rows of other lengths, so that batches of 4 end with 3; against the mean over all supervised tokens, one row at a time."""
+    trained = [*sft_args, *kind, f"data.eval={rows_file}:7", "quantization.load_in_4bit=false"]
+    # The step before the evaluation has a learning rate of 0: the model is the untrained one, the same in each run.
+    trained += ["train.max_steps=1", "train.warmup_steps=1"]
+    found = []
+    for size in (1, 4, 8):
+        run = sft.train(loaded([*trained, f"train.per_device_eval_batch_size={size}"]))
+        shutil.rmtree(run.folder)
+        line = next(line for line in run.trainer.state.log_history if "eval_loss" in line)
+        found.append([line["eval_loss"], line["eval_mean_token_accuracy"], line["eval_entropy"]])
+    assert run.manifest["result"]["eval_loss"] == found[-1][0]
+    total = count = 0.0
+    for row in run.trainer.eval_dataset:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+        with torch.no_grad():
+            logits = run.trainer.model.eval()(input_ids=ids).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        count += (labels != -100).sum().item()
+    assert [value[0] for value in found] == pytest.approx([total / count] * 3, abs=1e-5)
+    assert found[0] == pytest.approx(found[1], abs=1e-5) and found[0] == pytest.approx(found[2], abs=1e-5)

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from atlas.data.stream import endless
 from atlas.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def arrange(rows: "Dataset | IterableDataset", arguments: "SFTConfig") -> "Datas
     from datasets import IterableDataset
 
     if isinstance(rows, IterableDataset):
-        return rows  # a stream is shuffled already, and never packed
+        return endless(rows)  # shuffled already, and never packed
     if not arguments.packing:
         return rows.shuffle(seed=arguments.seed) if arguments.shuffle_dataset else rows
     from trl import pack_dataset

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,24 @@ def _mixed(datasets: list["IterableDataset"], config: Config) -> "IterableDatase
             stopping_strategy="first_exhausted" if data.train[0].weight else "all_exhausted_without_replacement",
         )
     return rows.shuffle(seed=data.seed, buffer_size=SHUFFLE_ROWS)
+
+
+def endless(rows: "IterableDataset") -> "IterableDataset":
+    """Pass after pass, each in another order, as one stream. The trainer then counts its batches from the start, and a resumed run
+    skips as many; where a pass ends, which nobody knows beforehand, no batch is cut short."""
+    from datasets import IterableDataset
+
+    def passes() -> Iterator[Any]:
+        for number in count():
+            rows.set_epoch(number)
+            found = False
+            for row in rows:
+                found = True
+                yield row
+            if not found:
+                raise UserError("data.train: nothing is left of the stream to train on")
+
+    return IterableDataset.from_generator(passes, features=rows.features)
 
 
 def _identity(source: Source) -> str:

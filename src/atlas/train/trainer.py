@@ -1,9 +1,10 @@
 """TRL's SFTTrainer on rows that are labelled already: supervised tokens counted, checkpoints whole, a resume that is exact."""
 
+import contextlib
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import Trainer, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
 from atlas.errors import first_line
@@ -35,6 +37,27 @@ def between_epochs(state: TrainerState) -> bool:
     return float(state.epoch or 0).is_integer()
 
 
+class _GroupedByLength(LengthGroupedSampler):
+    """The same order in the same epoch. transformers' own takes whatever random state it meets, which a resumed run has lost."""
+
+    def __init__(self, given: LengthGroupedSampler, seed: int) -> None:
+        super().__init__(given.batch_size, lengths=given.lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator()
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+def _supervised(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """How many tokens of a batch are learned. The first of a row is never predicted from anything: labels are shifted by one."""
+    return (inputs["labels"][:, 1:] != -100).sum()
+
+
 class LabeledSFTTrainer(SFTTrainer):
     """Adds `supervised_tokens` (since the start, all processes) to what is logged, and to transformers' checkpoints what they lack:
     they are written whole or not at all, may be written in the middle of a step, and hold what the log has summed up so far."""
@@ -44,6 +67,7 @@ class LabeledSFTTrainer(SFTTrainer):
     """The evaluation of this step has been put off; the resumed run begins with it."""
     _staging: Path | None = None
     _step_begin: _StepBegin | None = None
+    _train_sampler: Any = None
 
     def __init__(self, *args: Any, identity: checkpoints.Identity, **kwargs: Any) -> None:
         self.identity = identity
@@ -51,9 +75,70 @@ class LabeledSFTTrainer(SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.model.training:
-            # The label of the first position is never predicted from anything (labels are shifted by one).
-            self.supervised_tokens += int((inputs["labels"][:, 1:] != -100).sum())
-        return super().compute_loss(model, inputs, *args, **kwargs)
+            self.supervised_tokens += int(_supervised(inputs))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self._mask_repeated_rows(inputs)
+        count = _supervised(inputs)
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        mean = found[0] if isinstance(found, tuple) else found
+        self._held_out.append(torch.stack([mean.detach().double() * count, count.double()]))
+        return found
+
+    def _mask_repeated_rows(self, inputs: dict[str, Any]) -> None:
+        """Several processes get batches of one size: accelerate fills the last ones with rows from the start, which shall not count
+        twice."""
+        last, rows = self.accelerator.gradient_state, self.args.per_device_eval_batch_size
+        if self.args.world_size == 1 or not last.end_of_dataloader or last.remainder < 1:
+            return
+        own = min(max(last.remainder - rows * self.args.process_index, 0), rows)
+        if own < rows and self.padding_free:  # all rows are one
+            starts = (inputs["position_ids"][0] == 0).nonzero().flatten()
+            inputs["labels"][:, starts[own] :] = -100
+        else:
+            inputs["labels"][own:] = -100
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers averages the means of the batches, so that their size changes the result. Here each supervised token counts
+        once, as in training."""
+        self._held_out: list[torch.Tensor] = []
+        outcome = super().evaluation_loop(*args, **kwargs)
+        sums = self.accelerator.reduce(torch.stack(self._held_out), reduction="sum")
+        total, count = sums.sum(0).tolist()
+        key = next(name for name in outcome.metrics if name.endswith("_loss"))
+        outcome.metrics[key] = total / max(count, 1)
+        weights = sums[:, 1].cpu().numpy() / max(count, 1)
+        for name in ("entropy", "mean_token_accuracy"):
+            self._metrics["eval"][name] = [float(weights @ np.array(self._metrics["eval"][name]))]
+        return outcome
+
+    def get_train_dataloader(self) -> Any:
+        """Several processes get batches of one size. accelerate would repeat rows to fill the last ones; here they are left out."""
+        with self._drop_last(self.args.dataloader_drop_last or self.args.world_size > 1):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._drop_last(False):  # transformers would leave out held-out rows too
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _drop_last(self, value: bool) -> Iterator[None]:
+        asked, self.args.dataloader_drop_last = self.args.dataloader_drop_last, value
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = asked
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._train_sampler = self._seeded(super()._get_train_sampler(*args, **kwargs))
+        return self._train_sampler
+
+    def _get_eval_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return self._seeded(super()._get_eval_sampler(*args, **kwargs))
+
+    def _seeded(self, sampler: Any) -> Any:
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return _GroupedByLength(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def supervised_tokens_of_all(self) -> int:
         """Supervised tokens trained on since the start; every process has to call it."""
@@ -65,6 +150,8 @@ class LabeledSFTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if hasattr(self._train_sampler, "set_epoch"):  # transformers does not reach it where batches are skipped
+            self._train_sampler.set_epoch(kwargs["epoch"])
         # transformers 5.23 takes one more step, at learning rate 0, when it resumes from the last one.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
