@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from atlas.config import load_config
 from atlas.train import preflight, sft
-from conftest import write_rows
+from conftest import TrainedRun, write_rows
 from hub_server import HubServer
 from test_hub import WANDB, WRITE, atlas, hub  # noqa: F401 (a fixture)
 
@@ -28,11 +28,61 @@ def test_a_sound_run_is_ready_and_nothing_is_written(sft_args: list[str], tmp_pa
     assert lines[-1] == "nothing stands in the way of this run"
     status = {line[8:].split("  ")[0]: line[2:6].strip() for line in lines[:-1]}
     skipped = {"Hub", "tracker", "network"}
-    named = ["config", "device", "quantisation", "training", "data", "tokenizer", "disk", "memory", "cache"]
+    named = [
+        "config",
+        "device",
+        "quantisation",
+        "libraries",
+        "training",
+        "data",
+        "tokenizer",
+        "disk",
+        "memory",
+        "cache",
+    ]
     assert status == dict.fromkeys((*named, "output folder", "base model"), "ok") | dict.fromkeys(skipped, "skip")
     # 3 steps x 2 rows x gradient accumulation 1 of at most 256 tokens
     assert "3 steps of 2 rows, at most 256 tokens each, 1,536 tokens at most" in "\n".join(lines)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """Puts a package of a given version before all others, as an image brings it along."""
+    from peft import import_utils
+
+    def install(name: str, version: str) -> None:
+        monkeypatch.syspath_prepend(tmp_path / "site")
+        described = tmp_path / "site" / f"{name}-{version}.dist-info" / "METADATA"
+        described.parent.mkdir(parents=True)
+        described.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        if name == "torchao":
+            (tmp_path / "site" / name).mkdir()
+            (tmp_path / "site" / name / "__init__.py").touch()
+
+    import_utils.is_torchao_available.cache_clear()
+    yield install
+    import_utils.is_torchao_available.cache_clear()
+
+
+def test_a_package_that_peft_refuses_is_one_line(sft_args: list[str], trained_run: TrainedRun, installed, capsys):
+    """Colab's and Kaggle's images bring torchao 0.10; nothing here uses it, but PEFT raises wherever an adapter is made."""
+    installed("torchao", "0.10.0")
+    assert preflight.main(sft_args) == 2
+    out, err = capsys.readouterr()
+    (line,) = [line for line in out.splitlines() if line.startswith("  fail")]
+    assert "libraries" in line and "PEFT refuses torchao" in line and "0.10.0" in line
+    assert "`pip uninstall -y torchao`" in line and err.count("\n") == 1
+    from atlas.eval import generate
+
+    assert generate.main(["--adapter", str(trained_run.folder), "Hi"]) == 2
+    assert "`pip uninstall -y torchao`" in capsys.readouterr().err
+
+
+def test_a_library_that_is_too_old_is_one_line(sft_args: list[str], installed, capsys):
+    installed("trl", "0.19.1")
+    assert preflight.main(sft_args) == 2
+    assert "trl 0.19.1 is installed, atlas needs >=1.16: `pip install -U 'trl>=1.16'`" in capsys.readouterr().err
 
 
 def damaged_model(base: Path, folder: Path, damage: Callable[[Path], object]) -> str:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atlas.compat import check_libraries
 from atlas.errors import UserError
 from atlas.eval.stats import Estimate, mean_estimate, ratio_estimate
 
@@ -93,6 +94,9 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from transformers.utils import cached_file
+
+    if adapter is not None:
+        check_libraries()
 
     quantization = None
     if load_in_4bit:

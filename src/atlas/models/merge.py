@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atlas.compat import check_libraries
 from atlas.errors import DONE, RunError, UserError, first_line, run_main
 from atlas.train.manifest import write_json
 
@@ -51,6 +52,7 @@ def merge(adapter: str, to: Path, dtype: str = "auto", base: str | None = None) 
         raise UserError(f"{adapter} holds no adapter: {' and '.join(missing)} missing")
     name, base_revision = (base, None) if base else base_of(folder)
 
+    check_libraries()
     import torch
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig

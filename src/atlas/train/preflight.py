@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from atlas.compat import check_libraries
 from atlas.config import LoadedConfig, is_path, load_config
 from atlas.data.sources import data_files, reach
 from atlas.device import DevicePlan, Machine, choose_device
@@ -58,6 +59,8 @@ class Ready:
 
     lines: list[Line] = field(default_factory=list)
     failures: list[UserError | RunError] = field(default_factory=list)
+    bitsandbytes: bool = field(init=False)
+    """It is not installed, or can be imported, and so can what imports it."""
     libraries: bool = field(init=False)
     online: bool = field(init=False)
     plan: DevicePlan = field(init=False)
@@ -129,6 +132,7 @@ def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
     ready.check("config", lambda: f"hash {loaded.config_hash}")
     ready.check("device", lambda: _device(ready, loaded))
     ready.check("quantisation", lambda: _quantisation(ready, loaded))
+    ready.check("libraries", lambda: _libraries(ready), "bitsandbytes")
     ready.check("training", lambda: _training(ready, loaded), "plan", "libraries")
     ready.check("output folder", lambda: _output_folder(loaded, resume))
     ready.check("Hub", lambda: _hub(loaded))
@@ -171,10 +175,16 @@ def _quantisation(ready: Ready, loaded: LoadedConfig) -> Line | str:
                 "quantization.load_in_4bit=false"
             ) from None
         version = bitsandbytes.__version__
-    ready.libraries = True
+    ready.bitsandbytes = True
     if not asked.load_in_4bit:
         return Line("skip", "quantisation", "load_in_4bit is off")
     return f"{asked.bnb_4bit_quant_type}, bitsandbytes {version}"
+
+
+def _libraries(ready: Ready) -> str:
+    found = check_libraries()
+    ready.libraries = True
+    return found
 
 
 def _training(ready: Ready, loaded: LoadedConfig) -> str:
