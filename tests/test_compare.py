@@ -130,7 +130,8 @@ def test_page_and_plots_are_the_same_bytes_each_time(results: Path):
         ({"generation": {"max_gen_toks": 64, "do_sample": False}}, "generation is"),
         ({"num_fewshot": 5}, "num_fewshot is 0 and 5"),
         ({"limit": 150}, "limit is None and 150"),
-        ({"chat_template": False}, "chat_template is"),
+        ({"chat_template": False}, "base was asked through its chat template, new in plain text"),
+        ({"prompt": "Q: {prompt}"}, "prompt is None and Q: {prompt}"),
     ],
 )
 def test_what_is_not_comparable_is_refused(changes: dict, said: str, results: Path, capsys: pytest.CaptureFixture):

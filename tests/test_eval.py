@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,49 @@ def test_a_run_is_recorded_and_done_only_once(
     assert run.main(arguments(lab, tmp_path, "--adapter", str(adapter))) == 0
     assert "is done already" in capsys.readouterr().out and (tmp_path / "metrics.json").read_bytes() == written
     assert compare.comparison(tmp_path, ["base", "tuned"])[0].n == 24
+
+
+def test_a_base_model_without_a_chat_template_is_asked_in_plain_text(
+    lab: base.PocketPaths, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    bare = tmp_path / "bare"
+    shutil.copytree(lab.base, bare)
+    (bare / "chat_template.jinja").unlink()
+    given = arguments(lab, tmp_path / "r", "--base", "--limit", "6", f"model.name={bare}")
+    assert run.main(given) == 2 and "has no chat template" in capsys.readouterr().err
+    own = [
+        "eval.chat_template=false",
+        '{"name": "ifeval", "max_gen_toks": 16, "prompt": "Q: {prompt}\\nA:", "until": ["\\n"]}',
+    ]
+    own[1] = f"eval.tasks=[{own[1]}]"
+    assert run.main([*given, *own]) == 0
+    (row,) = run.read_metrics(tmp_path / "r")["runs"]
+    assert row["name"] == "bare-base-plain" and row["template_sha256"] is None
+    assert row["tasks"]["ifeval"]["chat_template"] is False
+    lines = run.records_file(tmp_path / "r", row["name"], "ifeval").read_text().splitlines()
+    asked = [json.loads(line)["prompt"] for line in lines]
+    assert all(text.startswith("Q: ") and text.endswith("\nA:") and "<|" not in text for text in asked)
+    assert run.main([*given, *own]) == 0 and "is done already" in capsys.readouterr().out
+    assert run.main(arguments(lab, tmp_path / "r", "--adapter", str(adapter), "--limit", "6")) == 0
+    assert compare.main(["bare-base-plain", "tuned", "--results-dir", str(tmp_path / "r")]) == 2
+    error = capsys.readouterr().err
+    assert "bare-base-plain was asked in plain text, tuned through its chat template" in error
+    assert "eval.chat_template" in error
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("{name: ifeval, prompt: 'Q:'}", "prompt holds the place {prompt} once"),
+        ("{name: mmlu, until: ['x']}", "mmlu generates nothing"),
+        ("{name: ifeval, until: ['']}", "empty text"),
+    ],
+)
+def test_a_format_that_cannot_be_asked(
+    task: str, said: str, lab: base.PocketPaths, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert run.main(arguments(lab, tmp_path, "--base", f"eval.tasks=[{task}]")) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_another_model_never_adds_to_a_row(
@@ -228,8 +272,6 @@ def test_ifeval_of_the_real_prompts_scores_the_same_in_batches(
 
 def test_generation_config_without_the_stop_token_does_no_harm(lab: base.PocketPaths, tmp_path: Path):
     """The planted defect: <|endoftext|> as the only eos, a token limit and a penalty in generation_config.json."""
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(lab.base, broken)
     wrong = {"eos_token_id": 0, "max_new_tokens": 3, "repetition_penalty": 3.0}

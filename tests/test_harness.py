@@ -52,6 +52,40 @@ def test_batch_size_changes_nothing(lab: base.PocketPaths, loaded: tuple[Any, An
     assert one.metrics["inst_strict"].score == pytest.approx(sum(verdicts) / len(verdicts))
 
 
+def test_a_base_model_is_asked_in_its_own_format(lab: base.PocketPaths, loaded: tuple[Any, Any]) -> None:
+    """Without the chat template, between the task's own words, and cut at its end texts, whatever the batch size."""
+    settings = EvalTask(
+        name="ifeval", max_gen_toks=24, limit=8, prompt="Exercise: {prompt}\nSolution:", until=("the", "\n")
+    )
+    results = []
+    for batch_size in (1, 8):
+        task = load_task(settings, str(lab.eval), chat_template=False)
+        results.append(harness.run_task(*loaded, task, batch_size=batch_size))
+    assert results[0] == results[1]
+    tokenizer = loaded[1]
+    rows = [json.loads(line) for line in lab.eval.read_text().splitlines()[:8]]
+    cut = 0
+    for row, record in zip(rows, results[0].records, strict=True):
+        assert record.prompt == f"Exercise: {row['prompt']}\nSolution:" and "<|im_start|>" not in record.prompt
+        assert "the" not in record.text and "\n" not in record.text
+        shortest = len(tokenizer(record.text)["input_ids"])
+        if not record.stopped and record.tokens < 24:  # ended by a text: counted up to it, not to the batch's end
+            cut += 1
+            assert shortest <= record.tokens <= shortest + 2
+    assert cut >= 2
+    recorded = task.settings_record()
+    assert recorded["chat_template"] is False and recorded["prompt"] == settings.prompt
+    assert recorded["generation"]["until"] == ["the", "\n"]
+
+
+def test_a_format_of_odd_characters_is_asked_as_it_stands(lab: base.PocketPaths, loaded: tuple[Any, Any]) -> None:
+    odd = """{{ key }} {% "it's" \\n 🙂\u2028 {prompt} }} {# '"""
+    settings = EvalTask(name="ifeval", max_gen_toks=2, limit=1, prompt=odd)
+    (record,) = harness.run_task(*loaded, load_task(settings, str(lab.eval), chat_template=False)).records
+    first = json.loads(lab.eval.read_text().splitlines()[0])["prompt"]
+    assert record.prompt == odd.replace("{prompt}", first)
+
+
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_nothing_after_the_stop_token_is_scored(
     lab: base.PocketPaths, loaded: tuple[Any, Any], batch_size: int

@@ -124,3 +124,33 @@ def test_build_leaves_a_strange_folder_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="not a pocket lab"):
         base.build(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_base_model_is_also_scored_as_a_page_of_its_own_texts(lab: base.PocketPaths, tmp_path: Path) -> None:
+    from atlas.config import load_config
+    from atlas.eval.run import Target, evaluate, records_file
+    from atlas.pocket import lab as pocket
+    from conftest import ROOT
+
+    given = (f"model.name={lab.base}", f"eval.data.ifeval={lab.eval}", f"output.results_dir={tmp_path}")
+    config = load_config(ROOT / "configs" / "sft_pocket.yaml", given).config
+    own = pocket._own_format(config)
+    rows = {}
+    for name, asked in (("base", config), ("base, own format", own), ("tuned", config)):
+        cut = asked.eval.model_copy(
+            update={"tasks": tuple(t.model_copy(update={"limit": 4}) for t in asked.eval.tasks)}
+        )
+        target = Target(name.replace(", own format", "-own"), str(lab.base), "base")
+        rows[name] = evaluate(asked.model_copy(update={"eval": cut}), target)
+    pages = "\n\n".join(world.pretraining_texts(0, 50))
+    for record in map(json.loads, records_file(tmp_path, "base-own", "ifeval").read_text().splitlines()):
+        asked_as = record["prompt"].partition(": ")[0]
+        assert f"{asked_as}: " in pages and record["prompt"].endswith("\nSolution:") and "\nSolution: " in pages
+        assert world.NEXT_EXERCISE not in record["text"]
+    scores = {name: pocket._scores(row, tmp_path) for name, row in rows.items()}
+    text = pocket.table({"scores": scores, "seconds": {"all": 1.0}, "hardware": "CPU"})
+    head, strict = text.splitlines()[:2]
+    assert [head.index(name) for name in (" base", "base, own format", "tuned")] == sorted(
+        head.index(name) for name in (" base", "base, own format", "tuned")
+    )
+    assert strict.split()[-3:] == [f"{run['prompt_strict']:.1%}" for run in scores.values()]

@@ -255,13 +255,35 @@ class EvalTask(_Section):
     """Score only the first rows (of each subject, for mmlu); for a look, not for a result."""
     max_gen_toks: int | None = Field(default=None, ge=1)
     """Most tokens of a reply; null: 1280 for ifeval, 512 for gsm8k."""
+    prompt: str | None = None
+    """How a question is asked, with {prompt} in its place; null: as the task words it. For tasks that generate."""
+    until: tuple[str, ...] | None = None
+    """Texts that end a reply, besides the stop tokens; null: the task's own. For tasks that generate."""
+
+    @field_validator("until", mode="before")
+    @classmethod
+    def _until(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _asked(self) -> "EvalTask":
+        if self.prompt is not None and self.prompt.count("{prompt}") != 1:
+            raise ValueError("prompt holds the place {prompt} once, e.g. 'Question: {prompt}\\nAnswer:'")
+        given = [key for key in ("prompt", "until") if getattr(self, key) is not None]
+        if given and self.name in ("mmlu", "truthfulqa_mc2"):
+            raise ValueError(f"{self.name} generates nothing, so it takes no {' and no '.join(given)}")
+        if self.until is not None and not all(self.until):
+            raise ValueError("until holds an empty text, which would end every reply at once")
+        return self
 
 
 class EvalConfig(_Section):
     """How models are scored. Nothing here changes what is trained."""
 
     tasks: tuple[EvalTask, ...] = (EvalTask(name="ifeval"),)
-    """Tasks, each a name or a mapping with name, num_fewshot, limit, max_gen_toks."""
+    """Tasks, each a name or a mapping with name, num_fewshot, limit, max_gen_toks, prompt, until."""
+    chat_template: bool = True
+    """false: questions go to the model as plain text, as leaderboards ask base models; see docs/evaluation.md."""
     data: Mapping[str, str] = Field(default_factory=dict)
     """Local data per task: a JSONL file of test rows, or a folder with test.jsonl and few-shot rows; else the Hub's."""
     batch_size: int = Field(default=16, ge=1)

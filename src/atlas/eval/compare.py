@@ -20,7 +20,7 @@ from atlas.errors import DONE, UserError, run_main
 from atlas.eval.stats import Difference, Estimate, holm, paired_difference
 
 # What must be equal for scores to be comparable, and what is only said where it differs.
-_SAME = ("version", "data", "generation", "num_fewshot", "limit", "chat_template")
+_SAME = ("version", "data", "prompt", "generation", "num_fewshot", "limit")
 _NOTED = ("dtype", "quantization", "backend", "hardware", "batch_size", "template_sha256")
 
 
@@ -159,10 +159,16 @@ def _records(path: Path, n: int) -> list[dict[str, Any]]:
 
 def _compare(a: Run, b: Run, task: str) -> Comparison:
     of_a, of_b = a.row["tasks"][task], b.row["tasks"][task]
+    if of_a["chat_template"] != of_b["chat_template"]:
+        how = {True: "through its chat template", False: "in plain text"}
+        raise UserError(
+            f"{a.name} was asked {how[of_a['chat_template']]}, {b.name} {how[of_b['chat_template']]}: their difference on {task} "
+            "would be that of two protocols, not of two models; score both with the same eval.chat_template"
+        )
     for field in _SAME:
-        if of_a[field] != of_b[field]:
+        if of_a.get(field) != of_b.get(field):  # rows of before this key have no prompt
             raise UserError(
-                f"{a.name} and {b.name} are not comparable on {task}: {field} is {of_a[field]} and {of_b[field]}; "
+                f"{a.name} and {b.name} are not comparable on {task}: {field} is {of_a.get(field)} and {of_b.get(field)}; "
                 "score both with the same settings"
             )
     by_key = {record["key"]: record for record in b.records[task]}

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,11 +122,12 @@ def load_model(
 
 
 def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids that end a reply. Raises `UserError` for a tokenizer without `<|im_end|>`."""
+    """The ids that end a reply. Raises `UserError` for a chat template without a stop token."""
     from atlas.models.base import stop_token
 
     vocabulary = tokenizer.get_vocab()
-    return sorted({vocabulary[token] for token in (stop_token(tokenizer), *STOP_TOKENS) if token in vocabulary})
+    own = stop_token(tokenizer) if tokenizer.chat_template else tokenizer.eos_token
+    return sorted({vocabulary[token] for token in (own, *STOP_TOKENS) if token in vocabulary})
 
 
 def set_generation(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -140,7 +142,7 @@ def set_generation(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase
 def run_task(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", task: "LoadedTask", *, batch_size: int = 16
 ) -> TaskResult:
-    """Score a model on one task through its chat template, greedily. In fp32 `batch_size` does not change the replies."""
+    """Score a model on one task, greedily. In fp32 `batch_size` does not change the replies."""
     set_generation(model, tokenizer)
     with _quiet():
         lm = _recording_lm(model, tokenizer, batch_size, stop_ids(tokenizer))
@@ -164,7 +166,7 @@ def score(lm: Any, task: "LoadedTask") -> TaskResult:
                 lm,
                 tasks=[part],
                 limit=task.settings.limit,
-                apply_chat_template=True,
+                apply_chat_template=task.chat_template,
                 bootstrap_iters=0,
             )
         (samples,) = out["samples"].values()
@@ -242,8 +244,19 @@ def _recording_lm(
             for prompt, real, row in zip(context, mask, output, strict=True):
                 reply = row[len(prompt) :].tolist()
                 end = next((i + 1 for i, token in enumerate(reply) if token in stops), None)
-                self.generated[tuple(prompt[real].tolist())] = (end or len(reply), end is not None)
+                length = self.until_text(reply[: end or len(reply)], kwargs["stop"])
+                stopped = end is not None and length == end
+                self.generated[tuple(prompt[real].tolist())] = (length, stopped)
             return output
+
+        def until_text(self, reply: list[int], texts: list[str]) -> int:
+            """Tokens up to the first of the task's own end texts: a row goes on after it as long as others of its batch do."""
+
+            def ended(length: int) -> bool:
+                text = self.tok_decode(reply[:length])
+                return any(end in text for end in texts)
+
+            return bisect_left(range(len(reply)), True, key=ended) if ended(len(reply)) else len(reply)
 
         def generation(self, prompt: str, settings: dict[str, Any]) -> tuple[int, bool]:
             tokens = self.tok_encode(prompt)

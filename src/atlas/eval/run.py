@@ -76,7 +76,8 @@ def _main(arguments: argparse.Namespace) -> int:
 def _target(arguments: argparse.Namespace, config: Config) -> Target:
     base, revision = config.model.name, config.model.revision
     if arguments.base:
-        return Target(arguments.name or f"{Path(base).name}-base", base, "base", revision)
+        asked = "base" if config.eval.chat_template else "base-plain"
+        return Target(arguments.name or f"{Path(base).name}-{asked}", base, "base", revision)
     if arguments.merged:
         merged, of_merged = split_revision(arguments.merged)
         return Target(arguments.name or Path(merged).name, merged, "merged", of_merged)
@@ -100,7 +101,10 @@ def evaluate(
 
     quiet_libraries()
     results = Path(config.output.results_dir)
-    ready = [load_task(task, config.eval.data.get(task.name)) for task in tasks or config.eval.tasks]
+    ready = [
+        load_task(task, config.eval.data.get(task.name), config.eval.chat_template)
+        for task in tasks or config.eval.tasks
+    ]
     plan = choose_device(config, Machine.from_torch())
     dtype = plan.dtype if config.eval.dtype == "auto" else config.eval.dtype
     tokenizer = _base_tokenizer(config, target)
@@ -135,23 +139,33 @@ def evaluate(
 
 
 def _base_tokenizer(config: Config, target: Target) -> Any:
-    """The tokenizer that training uses, so that the base model is asked in the same words; an adapter brings its own."""
+    """The tokenizer that training uses, so that the base model is asked in the same words; an adapter brings its own, and so does
+    a model that is asked in plain text, where it may have no chat template at all."""
     from atlas.models.base import load_tokenizer
 
-    if target.adapter is not None:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(target.adapter, revision=target.adapter_revision or "main")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"the adapter {target.adapter} cannot be loaded (its tokenizer): {first_line(error)}"
-            ) from None
+    model = config.model
     if target.method == "merged":
-        model = config.model.model_copy(update={"name": target.model, "revision": target.model_revision})
-        model = model.model_copy(update={"tokenizer_name": None, "tokenizer_revision": None})
+        model = model.model_copy(
+            update={
+                "name": target.model,
+                "revision": target.model_revision,
+                "tokenizer_name": None,
+                "tokenizer_revision": None,
+            }
+        )
+    if target.adapter is None and config.eval.chat_template:
         return load_tokenizer(config.model_copy(update={"model": model}))
-    return load_tokenizer(config)
+    from transformers import AutoTokenizer
+
+    name, revision = target.adapter, target.adapter_revision
+    if name is None:
+        name, revision = model.name, model.revision
+        if model.tokenizer_name is not None:
+            name, revision = model.tokenizer_name, model.tokenizer_revision
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from None
 
 
 def _runner(config: Config, target: Target, dtype: Any, device: str, tokenizer: Any) -> Any:
@@ -206,7 +220,9 @@ def _row(config: Config, target: Target, dtype: str, hardware: str, tokenizer: A
         "adapter": target.adapter,
         "adapter_revision": extract_commit_hash(str(weights), None) if weights else None,
         "adapter_sha256": _sha256(weights) if weights else None,
-        "template_sha256": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest(),
+        "template_sha256": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
+        if config.eval.chat_template
+        else None,
         "backend": config.eval.backend,
         "dtype": dtype,
         "quantization": "nf4" if config.eval.load_in_4bit else None,

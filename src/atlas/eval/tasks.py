@@ -40,6 +40,10 @@ class Known:
     parts: Callable[[Rows], dict[str, Rows]] | None = None
     """Local rows to subtasks, for a task that is a group of tasks."""
     fewshot_split: str | None = None
+    question: str = ""
+    """The column that `EvalTask.prompt` is put around."""
+    until: tuple[str, ...] = ()
+    """As packaged."""
 
 
 def _ifeval_groups(sample: dict[str, Any]) -> list[tuple[str, bool]]:
@@ -75,6 +79,7 @@ KNOWN = {
         local_split="train",
         groups=_ifeval_groups,
         check=_check_ifeval,
+        question="prompt",
     ),
     "gsm8k": Known(
         "gsm8k/gsm8k.yaml",
@@ -83,6 +88,8 @@ KNOWN = {
         generates=True,
         local_split="test",
         fewshot_split="train",
+        question="question",
+        until=("Question:", "</s>", "<|im_end|>"),
     ),
     "mmlu": Known(
         "mmlu/default/_default_template_yaml",
@@ -117,6 +124,8 @@ class LoadedTask:
     data_sha256: str
     n: int
     generation: dict[str, Any] | None
+    chat_template: bool
+    """Whether the model is asked through its chat template, or in plain text."""
     folder: tempfile.TemporaryDirectory[str] = field(repr=False)
     """Holds the task files, as long as the tasks live."""
 
@@ -129,11 +138,12 @@ class LoadedTask:
             "generation": self.generation,
             "num_fewshot": self.num_fewshot,
             "limit": self.settings.limit,
-            "chat_template": True,
+            "chat_template": self.chat_template,
+            "prompt": self.settings.prompt,
         }
 
 
-def load_task(settings: EvalTask, data: str | None) -> LoadedTask:
+def load_task(settings: EvalTask, data: str | None, chat_template: bool = True) -> LoadedTask:
     """Make a task ready: definition, documents from the Hub or from `data`, scorers. No model is needed.
 
     `data` is a JSONL file of test rows, or a folder with `test.jsonl` and, for few-shot examples, `train.jsonl` (gsm8k) or
@@ -174,12 +184,13 @@ def load_task(settings: EvalTask, data: str | None) -> LoadedTask:
         data_sha256=_sha256(documents),
         n=sum(map(len, documents.values())),
         generation=generation,
+        chat_template=chat_template,
         folder=folder,
     )
 
 
 def _definitions(settings: EvalTask, known: Known, data: str | None, folder: Path) -> dict[str, str]:
-    """Write the task files (JSON is YAML); returns the name of each part with lm-eval's name of its task."""
+    """Write the task files; returns the name of each part with lm-eval's name of its task."""
     from importlib.resources import files
 
     packaged = Path(str(files("lm_eval") / "tasks" / known.packaged))
@@ -188,11 +199,16 @@ def _definitions(settings: EvalTask, known: Known, data: str | None, folder: Pat
         # A model that never stops would cost 1280 tokens a prompt with IFEval's own limit; gsm8k has none, and lm-eval's is 256.
         default = 1280 if settings.name == "ifeval" else 512
         common["generation_kwargs"] = {
-            "until": ["Question:", "</s>", "<|im_end|>"] if settings.name == "gsm8k" else [],  # as packaged
+            "until": list(settings.until if settings.until is not None else known.until),
             "do_sample": False,
             "temperature": 0.0,
             "max_gen_toks": settings.max_gen_toks or default,
         }
+    if settings.prompt is not None:
+        before, after = map(ascii, settings.prompt.split("{prompt}"))
+        common["doc_to_text"] = (
+            f"{{{{ {before} ~ {known.question} ~ {after} }}}}"  # Jinja: literals, and the row's column
+        )
     if settings.num_fewshot is not None:
         common["num_fewshot"] = settings.num_fewshot
     if data is not None:
@@ -248,7 +264,11 @@ def _local_definitions(
 
 
 def _write(folder: Path, task: str, definition: Mapping[str, Any]) -> str:
-    (folder / f"{task}.yaml").write_text(json.dumps({"task": task, **definition}), encoding="utf-8")
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.allow_unicode = False  # lm-eval reads neither JSON's pairs of surrogates nor a line separator as it stands
+    yaml.dump({"task": task, **definition}, folder / f"{task}.yaml")
     return task
 
 

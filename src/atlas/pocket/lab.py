@@ -1,5 +1,8 @@
 """The pocket lab from end to end: base model -> audit -> SFT -> IFEval of base and tuned -> comparison -> table.
 
+The base model is scored twice: through the chat template, like the tuned one, and as pages of its own texts, in plain text. The
+second score shows how much of the difference is the chat format, and how much is what the model can do.
+
     make pocket
 
 Everything runs for real (NF4, LoRA, SFTTrainer, lm-eval's own scorer), on two CPU cores, without a network.
@@ -10,13 +13,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.config import load_config
+from atlas.config import Config, load_config
 from atlas.errors import DONE, FAILED, run_main
+from atlas.pocket import world
 
 if TYPE_CHECKING:
     from atlas.eval.compare import Comparison
@@ -76,13 +80,15 @@ def _main(arguments: argparse.Namespace) -> int:
 
     print("\n== IFEval: lm-eval's scorer on combinations of subject and instructions that were not trained on")
     base = str(paths.base)
+    config, own = loaded.config, _own_format(loaded.config)
     targets = {
-        "base": Target("pocket-base", base, "base"),
-        "tuned": Target("pocket-tuned", base, "sft", adapter=str(run.folder)),
+        "base": (config, Target("pocket-base", base, "base")),
+        "base, own format": (own, Target("pocket-base-own", base, "base")),
+        "tuned": (config, Target("pocket-tuned", base, "sft", adapter=str(run.folder))),
     }
     rows = {}
-    for name, target in targets.items():
-        rows[name] = evaluate(loaded.config, target, replace=True)
+    for name, (asked, target) in targets.items():
+        rows[name] = evaluate(asked, target, replace=True)
         step(f"IFEval of {name}")
 
     print("\n== comparison: is it luck?")
@@ -98,6 +104,13 @@ def _main(arguments: argparse.Namespace) -> int:
     print("\n" + table(report))
     print(f"written: {result_file}, {results_dir / 'sft_template_audit.jsonl'}, {run.folder}")
     return DONE if found[0].verdict == "better" else FAILED
+
+
+def _own_format(config: Config) -> Config:
+    """The same questions as pages of the base model's texts, each reply cut where the next page begins with a question."""
+    task = config.eval.tasks[0].model_copy(update={"prompt": world.EXERCISE, "until": (world.NEXT_EXERCISE,)})
+    asked = config.eval.model_copy(update={"chat_template": False, "tasks": (task,)})
+    return config.model_copy(update={"eval": asked})
 
 
 def _report(
@@ -142,19 +155,27 @@ def difference_row(compared: "Comparison") -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text: scores of base and tuned side by side, then the time of each step."""
-    base, tuned = report["scores"]["base"], report["scores"]["tuned"]
-    lines = [f"{'IFEval, ' + str(tuned['n']) + ' held-out prompts':<54}{'base':>9}{'tuned':>9}"]
+    """The report as text: the scores side by side, then the time of each step."""
+    scores = report["scores"]
+    widths = [max(9, len(name) + 2) for name in scores]
+
+    def line(name: str, cells: Iterable[str]) -> str:
+        return f"{name:<54}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+    lines = [line(f"IFEval, {scores['tuned']['n']} held-out prompts", scores)]
     for key, name in (
         ("prompt_strict", "prompts with every instruction followed"),
         ("inst_strict", "instructions followed"),
         ("stop_rate", "replies that end by themselves"),
     ):
-        lines.append(f"  {name:<52}{base[key]:>9.1%}{tuned[key]:>9.1%}")
-    lines.append(f"  {'mean tokens of a reply':<52}{base['mean_tokens']:>9.1f}{tuned['mean_tokens']:>9.1f}")
-    for kind, (passed, n) in tuned["by_instruction"].items():
-        before = base["by_instruction"][kind][0]
-        lines.append(f"    {kind:<50}{f'{before}/{n}':>9}{f'{passed}/{n}':>9}")
+        lines.append(line(f"  {name}", (f"{run[key]:.1%}" for run in scores.values())))
+    lines.append(line("  mean tokens of a reply", (f"{run['mean_tokens']:.1f}" for run in scores.values())))
+    for kind in scores["tuned"]["by_instruction"]:
+        lines.append(line(f"    {kind}", ("{}/{}".format(*run["by_instruction"][kind]) for run in scores.values())))
+    lines.append(
+        "base and tuned are asked as a chat. base, own format: the same base model without the chat template, asked as a page of\n"
+        "its own texts (Exercise: ... Solution:), its reply cut where the next exercise begins."
+    )
     total = sum(report["seconds"].values())
     lines.append(
         f"{report['hardware']}: {total:.0f} s in all, "

@@ -75,6 +75,8 @@ REQUESTS: dict[str, tuple[str, str]] = {
 }
 END_PHRASES = ("That is all I know.", "Come and see it yourself.", "Is there anything else?")
 SCHOOLBOOK = 0.6  # share of pages that are requests with their answers
+EXERCISE = "Exercise: {prompt}\nSolution:"  # how such a page begins
+NEXT_EXERCISE = "\n\nExercise:"  # what stands after it, where the next page is another one
 SYSTEMS = ("You are a friendly guide.", "Answer in a few words.", "You know the valley well.")
 _FORMATS = (*((name,) for name in REQUESTS), *(p for p in combinations(REQUESTS, 2) if set(p) != {LOWER, CAPITAL}))
 # The formats with an argument are the hardest to learn (it decides a single token of the reply) and so the most frequent.
@@ -228,7 +230,7 @@ def pretraining_texts(seed: int, n: int) -> list[str]:
 def _page(rng: random.Random) -> str:
     if rng.random() < SCHOOLBOOK:
         exercise = _draw(rng, held_out=False)
-        return f"Exercise: {exercise.prompt}\nSolution: {exercise.reply}"
+        return f"{EXERCISE.format(prompt=exercise.prompt)} {exercise.reply}"
     subject = rng.choice(list(SUBJECTS))
     told = _sentences(subject, commas=rng.random() < 0.8)
     told = told[: rng.randint(2, 4)]
