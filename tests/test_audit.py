@@ -194,7 +194,7 @@ MUTANTS = {
             + NEWLINE
         ),
         MULTI,
-        {"history"},
+        {"history", "trimmed"},
     ),
     "earlier answers without stop token": (
         plain_turn(
@@ -231,6 +231,62 @@ MUTANTS = {
         MULTI,
         {"history", "missing"},
     ),
+    "answers cut to 5 characters": (
+        plain_turn(HEADER + OPEN + "{{- message.content[:5] + '<|im_end|>' }}" + CLOSE + NEWLINE),
+        chat("Where is the old mill?", "An hour on foot."),
+        {"lost"},
+    ),
+    "questions cut to 5 characters": (
+        template((USER_TURN, USER_TURN.replace("message.content", "message.content[:5]"))),
+        chat("Where is the old mill?", "An hour on foot."),
+        {"lost"},
+    ),
+    "answers that repeat the question": (
+        plain_turn(
+            HEADER + OPEN + "{{- messages[0].content + '\n' + message.content + '<|im_end|>' }}" + CLOSE + NEWLINE
+        ),
+        chat("Where is the old mill?", "An hour on foot."),
+        {"foreign"},
+    ),
+    "thinking left out": (
+        plain_turn(
+            HEADER + OPEN + "{{- message.content.split('</think>')[-1].strip() + '<|im_end|>' }}" + CLOSE + NEWLINE
+        ),
+        chat("Where?", "<think>\nBehind the hill.\n</think>\n\nAn hour on foot."),
+        {"lost"},
+    ),
+    "white space trimmed": (
+        plain_turn(HEADER + OPEN + "{{- message.content | trim + '<|im_end|>' }}" + CLOSE + NEWLINE),
+        MULTI,
+        {"trimmed"},
+    ),
+    "system prompts left out": (
+        template((USER_TURN, "{%- if message.role == 'user' %}" + USER_TURN + "{%- endif %}")),
+        {"messages": [USER, answer("a"), {"role": "system", "content": "Be very kind."}, USER, answer("b")]},
+        {"lost"},
+    ),
+    "calls left out": (
+        template(("{%- for tool_call in message.tool_calls %}", "{%- for tool_call in [] %}")),
+        TOOL,
+        {"lost"},
+    ),
+    "a call's name left out": (template(("{{- tool_call.name }}", "")), TOOL, {"lost"}),
+    "arguments left out": (template(("{{- tool_call.arguments | tojson }}", "{}")), TOOL, {"lost"}),
+    "arguments as XML": (
+        template(
+            (
+                "{{- tool_call.arguments | tojson }}",
+                "{%- for k, v in tool_call.arguments.items() %}<{{- k }}>{{- v | tojson }}</{{- k }}>{%- endfor %}",
+            )
+        ),
+        TOOL,
+        {"rewritten"},
+    ),
+    "tool results as JSON": (
+        template((TOOL_RESULT, TOOL_RESULT.replace("message.content", "message.content | tojson"))),
+        {"messages": [USER, answer("", tool_calls=CALLS), {"role": "tool", "content": 'a "b"'}, answer("c")]},
+        {"rewritten"},
+    ),
     "eos is another token": (tokens(eos_token="<|endoftext|>"), MULTI, {"stop"}),
     "pad is the stop token": (tokens(pad_token="<|im_end|>"), MULTI, {"stop"}),
 }
@@ -248,6 +304,30 @@ def test_every_mutant_is_caught_under_its_name(name: str, base_folder: Path):
         assert {f.kind for f in tokenizer_findings(tokenizer)} == expected
     else:
         assert set(kinds(tokenizer, [row])) == expected
+
+
+def test_thinking_that_the_template_does_not_know_is_lost(base_folder: Path):
+    row = {"messages": [USER, answer("An hour.", reasoning_content="It is behind the hill.")]}
+    (labeled,) = Labeler(right(base_folder)).label([row])
+    assert [(f.kind, f.turn, f.text) for f in labeled.audit.findings] == [
+        ("lost", 1, "thinking: It is behind the hill.")
+    ]
+
+
+def test_what_only_a_template_words_differently_stops_no_run(base_folder: Path, tmp_path: Path, capfd):
+    from atlas.data.prepare import gate
+
+    folder = tmp_path / "trims"
+    tokenizer = right(base_folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message.content + '<|im_end|>'", "message.content | trim + '<|im_end|>'"
+    )
+    tokenizer.save_pretrained(folder)
+    rows = write_rows(tmp_path / "rows.jsonl", [chat("Hi", " Hello\n"), chat("Hi", "Hello")])
+    labeled, _ = label(folder, rows)
+    assert labeled.ledgers[0].findings == {"trimmed": 1}
+    gate(config(folder, rows), labeled)
+    assert not capfd.readouterr().out
 
 
 def test_generation_config_without_the_stop_token(base_folder: Path):

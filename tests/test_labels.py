@@ -190,6 +190,36 @@ def test_cache_depends_on_content_template_and_settings(base_folder: Path, tmp_p
     assert labeler_for(settings, tokenizer).fingerprint != before
 
 
+def test_cache_depends_on_the_code_that_the_labels_depend_on(base_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    import inspect
+
+    from atlas.audit import tokens
+    from atlas.data.tokenize import Labeler
+
+    tokenizer, source = load_tokenizer(config(base_folder, "none")), inspect.getsource
+    before = Labeler(tokenizer).fingerprint
+    monkeypatch.setattr(inspect, "getsource", lambda module: source(module) + "#" * (module is tokens))
+    assert Labeler(tokenizer).fingerprint != before
+
+
+def test_a_template_that_asks_for_the_date_gives_the_same_rows_on_every_day(base_folder: Path, tmp_path: Path):
+    import shutil
+
+    folder = tmp_path / "dated"
+    shutil.copytree(base_folder, folder)
+    template = (folder / "chat_template.jinja").read_text()
+    asked = "{{- 'Today Date: ' + strftime_now('%d %b %Y') + '\\n' }}"
+    (folder / "chat_template.jinja").write_text(asked + template)
+    plain, reasoned = chat("Hi", "Hello"), chat("Hi", "<think>Well.</think>Hello")
+    reasoned["messages"][1]["weight"] = 1  # a key that the compiled template is not given as it is
+    labeled, tokenizer = label(folder, write_rows(tmp_path / "rows.jsonl", [plain, reasoned]))
+    table = token_bytes(tokenizer)
+    for row in labeled.dataset:
+        assert b"".join(table[i] for i in row["input_ids"]).startswith(b"Today Date: 26 Jul 2024\n")
+    # What is saved with the adapter still asks for the day on which it is used.
+    assert "26 Jul 2024" not in tokenizer.apply_chat_template(plain["messages"], tokenize=False)
+
+
 def test_two_processes_give_the_same_stream(base_folder: Path, rows_file: Path):
     one = label(base_folder, rows_file)[0].fingerprint
     assert label(base_folder, rows_file, "data.num_proc=2", "data.seed=7")[0].fingerprint == one

@@ -6,9 +6,10 @@ stop token, is what the model has to produce. That is compared byte by byte, tok
 uses. The comparison is done for a whole batch at once, so that auditing every row costs a fraction of tokenizing it.
 """
 
+import json
 import os.path
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,7 +33,13 @@ KINDS = {
     "stop": "the stop token is missing, is not the eos of tokenizer or generation config, or is pad",
     "injected": "a message holds the text of a special token, so that data can forge a turn or a stop",
     "text": "the tokens do not spell the rendered text, or a label is another token than its input",
+    "lost": "a message's content or thinking, or a tool call's name or arguments, is not in the rendering",
+    "foreign": "what has to be generated in an answer holds another message's text",
+    "trimmed": "white space at the ends of a message's content is not in the rendering (Llama's templates mean to trim)",
+    "rewritten": "a content or a call's arguments are in the rendering, but as other text: JSON with other spacing or order, XML",
 }
+NOTES = ("trimmed", "rewritten")
+"""Kinds that are said, but stop no run: many families' templates do so on purpose, and at inference as well."""
 REMEDIES = {
     "empty": "put {% generation %} markers into the template around content and stop token, or set data.mask=rendered",
     "leak": "move the template's {% generation %} markers to exactly content and stop token, or set data.mask=rendered",
@@ -42,7 +49,15 @@ REMEDIES = {
     "stop": "let the template end every assistant turn with the tokenizer's eos, and choose another token as pad (model.pad_token)",
     "injected": "remove the special token's text from the row",
     "text": "choose a tokenizer whose tokens keep the text",
+    "lost": "use a template that renders what the rows hold (tool calls, thinking), or rows that hold only what it renders",
+    "foreign": "let the template render in an assistant turn only that message",
+    "trimmed": "none is needed, unless the white space matters",
+    "rewritten": "none is needed, unless the model is to be asked in another format",
 }
+# Where an assistant message keeps its thinking (transformers knows the same three).
+_THINKING = ("reasoning_content", "thinking", "reasoning")
+# A shorter text may stand in what a template adds to an answer by chance.
+_SHORTEST_FOREIGN = 8
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,13 @@ class Finding:
 
     def as_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "turn": self.turn, "start": self.start, "end": self.end, "text": self.text}
+
+
+def where(finding: dict[str, Any]) -> str:
+    """The place of a finding in its row, for people."""
+    places = [f"message {finding['turn']}"] if finding["turn"] >= 0 else []
+    places += [f"bytes {finding['start']}-{finding['end']}"] if finding["end"] else []
+    return ", ".join(places or ["whole row"])
 
 
 class Turn(NamedTuple):
@@ -186,6 +208,7 @@ class Oracle:
                 findings[number].append(
                     Finding("text", -1, 0, size, spelled[base : base + size].decode(errors="replace")[:80])
                 )
+            findings[number] += _unlike(row, boundaries, len(self.stop))
             spans = []
             for turn, start, end in boundaries:
                 if turn.problem:
@@ -242,6 +265,107 @@ class Oracle:
             size, at = boundaries[-1][2], turn.end
         pieces.append(self.normalize(text[at:]).encode())
         return pieces, boundaries
+
+
+def _unlike(row: AuditRow, boundaries: Sequence[tuple[Turn, int, int]], stop: int) -> list[Finding]:
+    """In what the rendering differs from the row: `lost`, `foreign`, `trimmed` and `rewritten`. `stop`: length of its text.
+
+    A message is looked for where it has to be: an answer in its own span, the others between the answers around them. Only where
+    it is not there as it stands does this take time.
+    """
+    found: list[Finding] = []
+    text, at, since, ahead = row.text, 0, 0, iter([*boundaries, None])
+    following = next(ahead)
+    for index, message in enumerate(row.messages):
+        content = message.get("content") or ""
+        if following is None or following[0].message != index:
+            turn, start, end = None, 0, 0
+            limit = len(text) if following is None or following[0].problem else following[0].start
+            if (place := text.find(content, at, limit)) >= 0:
+                at = place + len(content)
+                continue
+            area = text
+        else:
+            (turn, start, end), following = following, next(ahead)
+            before, since, at = row.messages[since:index], index, max(at, turn.end)
+            more = len(message) > 2 and any(message.get(key) for key in ("tool_calls", *_THINKING))
+            whole = turn.end - turn.start == len(content) + stop and text.startswith(content, turn.start)
+            if whole and not more:
+                continue
+            # An answer may begin in the prompt, as one that opens with `<think>` does where the prompt ends with it.
+            area = text if turn.problem else text[max(0, turn.start - len(content)) : turn.end]
+
+        def add(kind: str, what: str, missing: str, where: tuple[int, int, int] = (index, start, end)) -> None:
+            found.append(Finding(kind, *where, f"{what}: {_excerpt(missing)}"))
+
+        if turn is None and (place := text.find(content.strip(), at, limit)) >= 0:
+            at = place + len(content.strip())
+            add("trimmed", "content", content)
+            continue
+        # A text that other messages have too must stand there as often.
+        often = 1 if turn and not turn.problem else sum(other.get("content") == content for other in row.messages)
+        if content and area.count(content) < often:
+            _compare_content(content, area, add)
+        if turn is None:
+            continue
+        if more:
+            thinking = next((message[key] for key in _THINKING if isinstance(message.get(key), str)), "")
+            if thinking.strip() not in area:
+                add("lost", "thinking", thinking)
+            for call in message.get("tool_calls") or []:
+                _compare_call(call, area, add)
+        elif not turn.problem and content in area:
+            begin = text.find(content, max(0, turn.start - len(content)), turn.end)
+            rest = text[turn.start : max(begin, turn.start)] + text[begin + len(content) : turn.end]
+            for other in before:
+                theirs = (other.get("content") or "").strip()
+                if len(theirs) >= _SHORTEST_FOREIGN and theirs in rest:
+                    add("foreign", f"the {other['role']}'s", theirs)
+    return found
+
+
+def _compare_content(content: str, area: str, add: Callable[[str, str, str], None]) -> None:
+    """What became of a content that is not in `area` as it stands."""
+    if content.strip() in area:
+        add("trimmed", "content", content)
+    elif json.dumps(content, ensure_ascii=False)[1:-1] in area or json.dumps(content)[1:-1] in area:
+        add("rewritten", "content as JSON", content)
+    elif "</think>" in content and content.rpartition("</think>")[2].strip() in area:
+        add("lost", "thinking", content)
+    else:
+        add("lost", "content", content)
+
+
+def _compare_call(call: Any, area: str, add: Callable[[str, str, str], None]) -> None:
+    """What became of a tool call: its name and its arguments, an object or its JSON text."""
+    call = call.get("function") or call
+    name, given = str(call.get("name") or ""), call.get("arguments")
+    if name not in area:
+        add("lost", "name of a call", name)
+    as_text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    if given in (None, {}, "", "{}") or as_text in area:
+        return
+    try:
+        parts = _parts(json.loads(as_text))
+    except ValueError:  # arguments that are no JSON are text
+        parts = [as_text]
+    missing = [
+        part
+        for part in parts
+        if not any(
+            form in area for form in (part.strip(), json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
+        )
+    ]
+    add(*("lost", "arguments of a call", missing[0]) if missing else ("rewritten", "arguments of a call", as_text))
+
+
+def _parts(value: Any) -> list[str]:
+    """The names and values in a value of JSON, as texts; those that every template writes in its own way (`true`) are left out."""
+    if isinstance(value, dict):
+        return [*value, *chain.from_iterable(map(_parts, value.values()))]
+    if isinstance(value, list):
+        return [*chain.from_iterable(map(_parts, value))]
+    return [] if value is None or isinstance(value, bool) else [value if isinstance(value, str) else json.dumps(value)]
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atlas.audit.spans import REMEDIES, Finding, tokenizer_findings
+from atlas.audit.spans import NOTES, REMEDIES, Finding, tokenizer_findings, where
 from atlas.config import Config, Source
 from atlas.data import mixture, sources
 from atlas.data.formats import detect, renamed
@@ -366,11 +366,12 @@ def complaints(ledgers: Iterable[SourceLedger], of_tokenizer: Iterable[Finding] 
     lines = [f"  stop: {finding.text}\n    remedy: {REMEDIES['stop']}" for finding in of_tokenizer]
     for ledger in ledgers:
         for kind, count in sorted(ledger.findings.items()):
+            if kind in NOTES:
+                continue
             lines.append(f"  {kind}: {count} rows of {ledger.name}")
             for place, finding in ledger.finding_examples:
                 if finding["kind"] == kind:
-                    turn = f", message {finding['turn']}" if finding["turn"] >= 0 else ""
-                    lines.append(f"    {place}{turn}, bytes {finding['start']}-{finding['end']}: {finding['text']!r}")
+                    lines.append(f"    {place}, {where(finding)}: {finding['text']!r}")
             lines.append(f"    remedy: {REMEDIES[kind]}")
     if not lines:
         return None

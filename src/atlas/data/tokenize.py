@@ -22,7 +22,7 @@ from importlib.metadata import version
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
 
-from atlas.audit import spans
+from atlas.audit import spans, tokens
 from atlas.audit.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, special_token_texts
 from atlas.data import formats, sources
 from atlas.data.formats import BadRowError, Conversation, conversation, refuse_special_tokens, renamed
@@ -125,7 +125,7 @@ class Labeler:
             str(self.tokenizer.chat_template),
             str(self.tokenizer.special_tokens_map),
             f"{self.max_length} {self.mask} {self.assistant_only} {self.audited}",
-            *(inspect.getsource(module) for module in (formats, sources, spans, base, sys.modules[__name__])),
+            *(inspect.getsource(module) for module in (formats, sources, spans, tokens, base, sys.modules[__name__])),
             *(version(package) for package in ("transformers", "tokenizers", "jinja2")),
         ):
             digest.update(hashlib.sha256(part.encode()).digest())

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,8 @@ _QWEN25_TURNS_MARKED = r"""    {%- if (message.role == "user") or (message.role 
         {{- '\n' }}
 """
 _PLAIN_KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id"})
+# The day that Llama 3's own templates name where they cannot ask for today's.
+PINNED_DATE = date(2024, 7, 26)
 # Spare special tokens of known vocabularies, for tokenizers whose pad is missing or is the stop token.
 _PAD_CANDIDATES = (
     "<|endoftext|>",
@@ -212,12 +215,18 @@ class Renderer:
     """Conversations as text, through the chat template that a tokenizer has now.
 
     Messages of plain keys go to the compiled template directly, which takes 2/3 of `render_jinja_template`'s time: what that
-    does besides (copies of objects, aliases of reasoning fields) changes nothing for them.
+    does besides (copies of objects, aliases of reasoning fields) changes nothing for them. A template that asks for today's
+    date gets `PINNED_DATE`, so that a run resumed on another day trains on the same rows.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.special = dict(tokenizer.special_tokens_map)
         self.templates = {tools: tokenizer.get_chat_template(tools=[{}] if tools else None) for tools in (False, True)}
+
+    @property
+    def is_dated(self) -> bool:
+        """Does the template ask for today's date?"""
+        return any("strftime_now" in template for template in self.templates.values())
 
     def text(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None = None, prompt: bool = False) -> str:
         """The conversation as text; `prompt`: with the beginning of an answer after it."""
@@ -233,16 +242,13 @@ class Renderer:
     def _render(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, prompt: bool, marked: bool) -> Any:
         from transformers.utils import chat_template_utils as library
 
-        source, chat = self.templates[bool(tools)], _without_nulls(messages)
-        given = {"tools": tools or None, "add_generation_prompt": prompt, **self.special}
-        if all(message.keys() <= _PLAIN_KEYS for message in chat):
-            compiled = library._compile_jinja_template(source)
-            given |= {"messages": chat, "documents": None}
-            return library._render_with_assistant_indices(compiled, **given) if marked else compiled.render(**given)
-        texts, spans = library.render_jinja_template(
-            [chat], chat_template=source, return_assistant_tokens_mask=marked, **given
-        )
-        return (texts[0], spans[0]) if marked else texts[0]
+        compiled = library._compile_jinja_template(self.templates[bool(tools)])
+        chat = _without_nulls(messages)
+        if not all(message.keys() <= _PLAIN_KEYS for message in chat):
+            chat = library._alias_reasoning_fields(library._plain_template_data(chat))
+        given: dict[str, Any] = {"messages": chat, "tools": tools or None, "documents": None}
+        given |= {"add_generation_prompt": prompt, "strftime_now": PINNED_DATE.strftime, **self.special}
+        return library._render_with_assistant_indices(compiled, **given) if marked else compiled.render(**given)
 
 
 def _without_nulls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
