@@ -55,11 +55,15 @@ def write_report(labeled: "Labeled", folder: Path) -> Path:
 _STYLE = """
 table{border-collapse:collapse;margin:.8rem 0;width:100%}td,th{padding:.25rem .6rem;text-align:right;
 border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}td:first-child,th:first-child{text-align:left;
-overflow-wrap:anywhere}th{color:var(--dim);font-weight:500}.wide{overflow-x:auto}
+overflow-wrap:anywhere}th{color:var(--dim);font-weight:500}li{overflow-wrap:anywhere}
 figure{margin:.6rem .9rem .6rem 0;display:inline-block;width:calc(50% - 1.2rem);min-width:17rem}
 figcaption{color:var(--dim);font-size:.85rem}
 svg{width:100%;height:auto;display:block}.bar{fill:var(--dim)}.bar.sup{fill:var(--sup)}
 text{fill:var(--dim);font:11px system-ui,sans-serif}line{stroke:var(--line)}
+@media(max-width:44rem){figure{width:100%;margin-right:0}.wide tr:first-child{display:none}
+.wide tr{display:grid;grid-template-columns:1fr 1fr;gap:0 1rem;padding:.4rem 0;border-bottom:1px solid var(--line)}
+.wide td{display:flex;justify-content:space-between;border:0;padding:.1rem 0}.wide td:first-child{grid-column:1/-1;font-weight:600}
+.wide td+td::before{content:attr(data-name);color:var(--dim)}}
 """
 
 
@@ -92,7 +96,8 @@ def _overview(ledgers: Sequence["SourceLedger"]) -> str:
         numbers = [ledger.rows, ledger.used, ledger.repeated, ledger.cut, aside, dropped]
         numbers += [ledger.tokens, ledger.supervised_tokens]
         cells += [f"{number:,}" for number in numbers]
-        lines.append("<tr>" + "".join(f"<td>{cell}" for cell in cells))
+        # On a phone each source is a block of its own, where every cell names its column.
+        lines.append("<tr>" + "".join(f"<td data-name='{name}'>{c}" for name, c in zip(names, cells, strict=True)))
     return "".join(lines) + "</table></div>"
 
 
