@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(only: Sequence[str] | None) -> int:
     from atlas.eval.compare import comparison
+    from atlas.eval.stats import corrected
     from atlas.pocket import world
     from atlas.pocket.base import build
     from atlas.pocket.lab import difference_row
@@ -85,7 +86,7 @@ def _main(only: Sequence[str] | None) -> int:
     plain = world.plain_conversations(0, ROWS)
     (HOME / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain), encoding="utf-8")
     chosen = [lesson for lesson in LESSONS if not only or lesson.name in {*only, "base", "recipe"}]
-    rows = []
+    rows, compared = [], {}
     for lesson in chosen:
         print(f"\n== {lesson.name}: {lesson.what}", flush=True)
         task = _run(lesson)["tasks"]["ifeval"]
@@ -99,8 +100,10 @@ def _main(only: Sequence[str] | None) -> int:
         }
         if lesson.name not in ("base", "recipe"):
             entry["against"] = lesson.against
-            entry["difference"] = difference_row(comparison(HOME, [lesson.against, lesson.name], "ifeval")[0])
+            compared[lesson.name] = comparison(HOME, [lesson.against, lesson.name], "ifeval")[0].metrics[0].difference
         rows.append(entry)
+    for name, difference in zip(compared, corrected(list(compared.values())), strict=True):
+        next(entry for entry in rows if entry["name"] == name)["difference"] = difference_row(difference)
     record("lessons", {"runs": rows, "seconds": round(time.perf_counter() - began)}, "make lessons")
     print("\n" + "\n".join(line(entry) for entry in rows))
     return DONE

@@ -87,9 +87,11 @@ def lessons(figures: Path) -> str:
             f"{run['mean_tokens']:.1f} | {change} | {verdict} |"
         )
     n, versions = report["runs"][0]["n"], report["versions"]
+    among = max(run.get("difference", {}).get("among", 1) for run in report["runs"])
+    corrected = f"verdicts corrected for {among} comparisons (Holm); " if among > 1 else ""
     lines += [
         "",
-        f"{n} prompts in pairs, differences in points against the recipe; one training run each. {report['hardware']}, "
+        f"{n} prompts in pairs, differences in points against the recipe; {corrected}one training run each. {report['hardware']}, "
         f"{report['seconds'] / 60:.0f} minutes; trl {versions['trl']}; {report['date'][:10]}, `{report['command']}`.",
     ]
     return "\n".join(lines)

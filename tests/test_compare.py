@@ -94,7 +94,8 @@ def test_verdicts(results: Path, capsys: pytest.CaptureFixture):
     assert found["tuned"].verdict == "better"
     assert found["other-seed"].verdict.startswith("no difference shown")
     again = found["again"].metrics
-    assert all(m.difference.value == 0 and m.difference.interval == (0, 0) and m.difference.p == 1 for m in again)
+    assert all(m.difference.value == 0 and m.difference.p == 1 for m in again)
+    assert all(-0.03 < m.difference.interval[0] < 0 < m.difference.interval[1] < 0.03 for m in again)
     assert compare.comparison(results, ["tuned", "base"])[0].verdict == "worse"
     strict, inst = found["tuned"].metrics
     assert strict.difference.value == pytest.approx(strict.b.score - strict.a.score)
@@ -186,3 +187,28 @@ def test_prompts_on_which_they_differ(results: Path, capsys: pytest.CaptureFixtu
     shown = [line for line in out.splitlines() if line.startswith("ifeval ") and "prompt_strict" in line]
     assert 1 <= len(shown) <= 2 and "Prompt 1 | <b>?" in out and "base says" in out and " | other-seed says" in out
     assert "fails " in out
+
+
+def test_several_runs_are_corrected_together_and_only_the_main_metric(results: Path, capsys: pytest.CaptureFixture):
+    """A lucky run is better alone, and one of four is not; the other metrics say that they are not corrected."""
+    rng = np.random.default_rng(0)
+    base = rng.random((150, 2)) < 0.3
+    lucky = base.copy()
+    lucky[np.flatnonzero(~base.all(axis=1))[:7]] = True
+    add_run(results, "lucky", lucky)
+    for name in ("x", "y"):
+        add_run(results, name, base)
+    assert run(results, "base", "lucky") == 0
+    alone = capsys.readouterr().out
+    assert "prompt_strict (main)" in alone and "  better\n" in alone and "corrected for" not in alone
+    assert run(results, "base", "lucky", "again", "x", "y") == 0
+    together = capsys.readouterr().out
+    assert "no difference shown (p 0.016 alone, 0.062 as one of 4 comparisons)" in together
+    assert "better, not corrected" in together  # inst_strict
+    assert together.count("not corrected, for a look only: inst_strict") == 4
+    page = (results / "comparison.md").read_text()
+    assert (
+        "the verdict is that of prompt_strict, the task's main metric, corrected for the 4 comparisons made here (Holm)"
+        in page
+    )
+    assert "not corrected, for a look only: inst_strict" in page and "bootstrap" not in page

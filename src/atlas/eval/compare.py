@@ -12,12 +12,12 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from atlas.errors import DONE, UserError, run_main
-from atlas.eval.stats import Difference, Estimate, holm, paired_difference
+from atlas.eval.stats import ALPHA, Difference, Estimate, corrected, holm, paired_difference
 
 # What must be equal for scores to be comparable, and what is only said where it differs.
 _SAME = ("version", "data", "prompt", "generation", "num_fewshot", "limit")
@@ -63,6 +63,7 @@ class Comparison:
     b: Run
     n: int
     metrics: tuple[Metric, ...]
+    """The first one is the task's main metric, named before anything is scored; only its verdict is corrected."""
     groups: tuple[Group, ...]
     notes: tuple[str, ...]
 
@@ -105,7 +106,8 @@ def show(found: Sequence[Comparison], results: Path) -> None:
 
 
 def comparison(results: Path, names: Sequence[str], task: str | None = None) -> list[Comparison]:
-    """Each of `names[1:]` against `names[0]`, on every task that both have, or on one.
+    """Each of `names[1:]` against `names[0]`, on every task that both have, or on one. The verdicts of the main metrics are
+    corrected for all of these comparisons together.
 
     Raises `UserError` for an unknown run, for records that are missing or damaged, and for pairs that are not comparable.
     """
@@ -119,7 +121,11 @@ def comparison(results: Path, names: Sequence[str], task: str | None = None) -> 
             have = [f"{run.name}: {', '.join(run.records) or 'none'}" for run in (first, other)]
             raise UserError(f"{first.name} and {other.name} have no task in common ({'; '.join(have)})")
         found += [_compare(first, other, name) for name in tasks]
-    return found
+    main = corrected([each.metrics[0].difference for each in found])
+    return [
+        replace(each, metrics=(replace(each.metrics[0], difference=difference), *each.metrics[1:]))
+        for each, difference in zip(found, main, strict=True)
+    ]
 
 
 def load_run(results: Path, name: str, task: str | None = None) -> Run:
@@ -194,7 +200,7 @@ def _estimate(stored: dict[str, Any]) -> Estimate:
 
 
 def _groups(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[Group]:
-    """Verdicts per type; a prompt with a type twice counts as the mean of both for the test."""
+    """Verdicts per type; for the test a prompt with a type twice counts once, with both verdicts."""
     by_type: dict[str, list[list[tuple[bool, bool]]]] = {}
     for x, y in pairs:
         of_prompt: dict[str, list[tuple[bool, bool]]] = {}
@@ -205,8 +211,9 @@ def _groups(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[Grou
     names = sorted(by_type)
     ps = []
     for name in names:
-        means = [(sum(x for x, _ in v) / len(v), sum(y for _, y in v) / len(v)) for v in by_type[name]]
-        ps.append(paired_difference([x for x, _ in means], [y for _, y in means]).p)
+        before = [sum(x for x, _ in verdicts) for verdicts in by_type[name]]
+        after = [sum(y for _, y in verdicts) for verdicts in by_type[name]]
+        ps.append(paired_difference(before, after, [len(verdicts) for verdicts in by_type[name]]).p)
     found = []
     for name, p in zip(names, holm(ps), strict=True):
         verdicts = [verdict for of_prompt in by_type[name] for verdict in of_prompt]
@@ -240,15 +247,31 @@ def _p(p: float) -> str:
 
 
 def _rows(found: Comparison) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [
-        (m.name, _points(m.a), _points(m.b), _change(m.difference), _p(m.difference.p), m.difference.verdict)
-        for m in found.metrics
-    ]
+    rows: list[tuple[str, ...]] = []
+    for metric in found.metrics:
+        difference, name, verdict = metric.difference, metric.name, metric.difference.verdict
+        if difference.corrected_p is not None:
+            name += " (main)"
+        elif difference.p < ALPHA:
+            verdict += ", not corrected"
+        rows.append((name, _points(metric.a), _points(metric.b), _change(difference), _p(difference.p), verdict))
     of_a, of_b = found.a.row["tasks"][found.task], found.b.row["tasks"][found.task]
     if of_a["stop_rate"] is not None:
         rows.append(("stops by itself", f"{100 * of_a['stop_rate']:.1f}", f"{100 * of_b['stop_rate']:.1f}", "", "", ""))
         rows.append(("mean tokens", f"{of_a['mean_tokens']:.1f}", f"{of_b['mean_tokens']:.1f}", "", "", ""))
     return rows
+
+
+def _correction(found: Comparison) -> list[str]:
+    main = found.metrics[0]
+    among = (
+        f", corrected for the {main.difference.among} comparisons made here (Holm)" if main.difference.among > 1 else ""
+    )
+    lines = [f"the verdict is that of {main.name}, the task's main metric{among}"]
+    if len(found.metrics) > 1:
+        others = ", ".join(metric.name for metric in found.metrics[1:])
+        lines.append(f"not corrected, for a look only: {others}")
+    return lines
 
 
 def _unpaired(found: Comparison, references: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
@@ -278,6 +301,7 @@ def table(found: Comparison, references: Sequence[dict[str, Any]] = ()) -> str:
         lines += [
             f"    {g.name.ljust(width)}  {f'{g.a}/{g.n}':>9} -> {f'{g.b}/{g.n}':<9}  p {_p(g.p)}" for g in found.groups
         ]
+    lines += [f"  {line}" for line in _correction(found)]
     lines += [f"  note: {note}" for note in found.notes]
     lines += [f"  unpaired: {name}: {scores} ({source})" for name, scores, source in _unpaired(found, references)]
     return "\n".join(lines)
@@ -335,11 +359,11 @@ def markdown(found: Sequence[Comparison], references: Sequence[dict[str, Any]] =
         if each.groups:
             lines += ["", f"| type | {_cell(each.a.name)} | {_cell(each.b.name)} | p (Holm) |", "|---|---|---|---|"]
             lines += [f"| {_cell(g.name)} | {g.a}/{g.n} | {g.b}/{g.n} | {_p(g.p)} |" for g in each.groups]
-        lines += ["", *(f"- {_cell(note)}" for note in each.notes)]
-        lines += [""] if each.notes else []
+        lines += ["", *(f"- {_cell(note)}" for note in (*_correction(each), *each.notes)), ""]
     lines += [
-        "Verdicts: exact McNemar test and paired bootstrap (10,000 resamples of prompts) both at 5 %; metrics that are no plain "
-        "pass or fail take a sign-flip permutation test. Needed prompts are for 80 % power.",
+        "Pass or fail: exact McNemar test and Tango's score interval for paired proportions. Other metrics: t test and interval on "
+        "the linearised residuals of prompts. p and interval are those of one comparison, and say the same at 5 %. Needed prompts "
+        "are for 80 % power in one comparison.",
         "",
     ]
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from atlas.errors import DONE, FAILED, run_main
 from atlas.pocket import world
 
 if TYPE_CHECKING:
-    from atlas.eval.compare import Comparison
+    from atlas.eval.stats import Difference
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +96,9 @@ def _main(arguments: argparse.Namespace) -> int:
     show(found, results_dir)
 
     scores = {name: _scores(row, results_dir) for name, row in rows.items()}
-    report = _report(scores, seconds, run.manifest, arguments.seed) | {"difference": difference_row(found[0])}
+    report = _report(scores, seconds, run.manifest, arguments.seed) | {
+        "difference": difference_row(found[0].metrics[0].difference)
+    }
     from atlas.train.manifest import write_json
 
     result_file.parent.mkdir(parents=True, exist_ok=True)
@@ -148,10 +150,10 @@ def _scores(row: dict[str, Any], results: Path) -> dict[str, Any]:
     }
 
 
-def difference_row(compared: "Comparison") -> dict[str, Any]:
-    """The difference of the task's main metric, for a report."""
-    found = compared.metrics[0].difference
-    return {"value": found.value, "interval": found.interval, "p": found.p, "verdict": found.verdict}
+def difference_row(found: "Difference") -> dict[str, Any]:
+    """The difference of a task's main metric, for a report."""
+    of = ("value", "interval", "p", "corrected_p", "among", "verdict")
+    return {name: getattr(found, name) for name in of}
 
 
 def table(report: dict[str, Any]) -> str:
