@@ -7,6 +7,7 @@ import pytest
 from atlas.config import Config, load_config
 from atlas.device import Gpu, Machine, choose_device
 from atlas.errors import UserError
+from atlas.train import sft
 from conftest import ROOT
 
 T4 = Gpu("Tesla T4", (7, 5), 14.7)
@@ -92,6 +93,18 @@ def test_machine_without_torch_reads_nvidia_smi(tmp_path: Path, monkeypatch: pyt
     assert Machine.without_torch().gpus == (Gpu("NVIDIA A100", (8, 0), 80.0),)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert Machine.without_torch().gpus == ()
+
+
+def test_memory_that_nvidia_smi_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """As on a GPU that shares the computer's memory."""
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'NVIDIA GB10, 12.1, [N/A]'\necho 'Unknown, [N/A], [N/A]'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert Machine.without_torch().gpus == (Gpu("NVIDIA GB10", (12, 1), None),)
+    assert sft.main(["--config", str(ROOT / "configs" / "sft_qwen05b.yaml"), "--print-config"]) == 0
+    assert "memory not told: below 40 GiB memory is what runs out first" in capsys.readouterr().out
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="this machine's torch can use its GPU")

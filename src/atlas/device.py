@@ -20,15 +20,19 @@ CHECKPOINTING_BELOW_GIB = 40
 
 @dataclass(frozen=True)
 class Gpu:
-    """One visible GPU: its name, compute capability (7, 5) and total memory in GiB."""
+    """One visible GPU: its name, compute capability (7, 5) and total memory in GiB, None where that is not told."""
 
     name: str
     capability: tuple[int, int]
-    memory_gib: float
+    memory_gib: float | None
 
     @property
     def sm(self) -> str:
         return f"sm_{self.capability[0]}{self.capability[1]}"
+
+    @property
+    def memory(self) -> str:
+        return "memory not told" if self.memory_gib is None else f"{self.memory_gib:.0f} GiB"
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,10 @@ class Machine:
             out = ""
         gpus = []
         for line in out.strip().splitlines():
-            name, capability, memory = (part.strip() for part in line.rsplit(",", 2))
-            major, minor = capability.split(".")
-            gpus.append(Gpu(name, (int(major), int(minor)), float(memory) / 1024))
+            # A field that the driver does not know is `[N/A]`; where the GPU shares the computer's memory, that is its size.
+            if found := re.fullmatch(r"(.+), *(\d+)\.(\d+), *(\d+|\[.*\])\s*", line):
+                memory = float(found[4]) / 1024 if found[4].isdigit() else None
+                gpus.append(Gpu(found[1], (int(found[2]), int(found[3])), memory))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is not None:
             indices = [int(i) for i in visible.split(",") if i.strip().isdigit()]
@@ -148,7 +153,7 @@ def choose_device(config: Config, machine: Machine) -> DevicePlan:
             "quantization.load_in_4bit needs bitsandbytes, which is not installed: `pip install bitsandbytes`, or set "
             "quantization.load_in_4bit=false (LoRA on the unquantised base model)"
         )
-    hardware = f"CPU, {machine.cpus} cores" if gpu is None else f"{gpu.name}, {gpu.sm}, {gpu.memory_gib:.0f} GiB"
+    hardware = f"CPU, {machine.cpus} cores" if gpu is None else f"{gpu.name}, {gpu.sm}, {gpu.memory}"
 
     dtype, why = _precision(config, gpu)
     choices = [Choice("model.dtype", dtype, why)]
@@ -278,6 +283,6 @@ def _checkpointing(config: Config, gpu: Gpu | None) -> tuple[bool, str]:
         return bool(asked), "set in the config"
     if gpu is None:
         return False, "CPU: saves 35 % of memory, costs 1.13-1.23x time"
-    if gpu.memory_gib < CHECKPOINTING_BELOW_GIB:
-        return True, f"{gpu.memory_gib:.0f} GiB: below {CHECKPOINTING_BELOW_GIB} GiB memory is what runs out first"
-    return False, f"{gpu.memory_gib:.0f} GiB are enough to keep activations"
+    if gpu.memory_gib is None or gpu.memory_gib < CHECKPOINTING_BELOW_GIB:
+        return True, f"{gpu.memory}: below {CHECKPOINTING_BELOW_GIB} GiB memory is what runs out first"
+    return False, f"{gpu.memory} are enough to keep activations"
