@@ -75,7 +75,7 @@ bench: setup            ## the benchmarks, of audit and preparation (ROWS, TOKEN
 	$(if $(ROWS),$(RUN) benchmarks/audit.py --rows $(firstword $(ROWS)) --tokenizer $(TOKENIZER))
 	$(if $(ROWS),$(RUN) benchmarks/prepare.py --rows $(ROWS) --tokenizer $(TOKENIZER))
 
-kill: setup             ## twenty runs broken off with SIGKILL and resumed, against one that was left alone (about 15 minutes)
+kill: setup             ## thirty runs broken off with SIGKILL and resumed, against one that was left alone (about 25 minutes)
 	$(RUN) benchmarks/kills.py $(ARGS)
 
 matrix: setup           ## the audit's verdict on every template that TRL ships

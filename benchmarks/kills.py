@@ -2,8 +2,9 @@
 
 Each trial is a run of its own with checkpoints, evaluations, dropout, NF4 and a push to a stand-in of the Hub. It is killed at a
 moment of a given kind (any, while a checkpoint is written, around its rename, in an evaluation, in the push), started again with
-the same command until it ends, and its adapter, log and pushed files are compared with those of the run that was left alone. The
-result goes into outputs/figures/kills.json.
+the same command until it ends, and its adapter, log and pushed files are compared with those of the run that was left alone. A
+third of the trials streams its rows, or groups them by length, and is killed when it has begun to see them again. The result goes
+into outputs/figures/kills.json.
 """
 
 import argparse
@@ -28,11 +29,20 @@ CONFIG = Path(__file__).parent.parent / "configs" / "sft_pocket.yaml"
 TOKEN = "hf_" + "k" * 34
 STEPS, SAVE_STEPS, EVAL_STEPS = 30, 3, 5
 KINDS = ("any moment", "save", "rename", "evaluation", "push")
+FEW = 40  # rows: a pass has 10 steps
+DATA = {  # the rows of a trial, and the step after which it is killed
+    "": (["data.train={lab}/train.jsonl:600", "data.eval_rows=100"], 1),
+    ", streamed, past the first pass": (["data.train={few}", "data.eval={held}", "data.streaming=true"], 12),
+    ", by length, past the first epoch": (
+        ["data.train={few}", "data.eval={held}", "train.train_sampling_strategy=group_by_length"],
+        12,
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     from atlas.pocket.base import build
@@ -40,17 +50,23 @@ def main() -> None:
     build(LAB, 0)
     began, draw = time.monotonic(), random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
-        with Trial(Path(folder) / "alone") as alone:
-            alone.run()
-        print(f"left alone: {alone.seconds:.0f} s", flush=True)
-        trials = []
-        for number in range(arguments.trials):
-            kind = KINDS[number % len(KINDS)]
-            with Trial(Path(folder) / f"trial{number}") as trial:
-                trial.kill(kind, draw)
-                trial.run()
-            trials.append({"kind": kind, "killed": trial.moment, "resumed": trial.resumed, "same": trial.same(alone)})
-            print(f"{number + 1:>2} {trials[-1]}", flush=True)
+        rows = (LAB / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (Path(folder) / "few.jsonl").write_text("".join(rows[:FEW]), encoding="utf-8")
+        (Path(folder) / "held.jsonl").write_text("".join(rows[-100:]), encoding="utf-8")
+        trials: list[dict[str, Any]] = []
+        counts = (arguments.trials - 2 * (arguments.trials // 6), *[arguments.trials // 6] * 2)
+        for (data, (overrides, first)), count in zip(DATA.items(), counts, strict=True):
+            with Trial(Path(folder) / f"alone{len(trials)}", overrides) as alone:
+                alone.run()
+            print(f"left alone{data}: {alone.seconds:.0f} s", flush=True)
+            for number in range(count):
+                kind = KINDS[number % len(KINDS)]
+                with Trial(Path(folder) / f"trial{len(trials)}", overrides, first) as trial:
+                    trial.kill(kind, draw)
+                    trial.run()
+                found = {"killed": trial.moment, "resumed": trial.resumed, "same": trial.same(alone)}
+                trials.append({"kind": kind + data, **found})
+                print(f"{len(trials):>2} {trials[-1]}", flush=True)
     report = {
         "what": f"{STEPS} steps, a checkpoint every {SAVE_STEPS}, an evaluation every {EVAL_STEPS}, NF4, dropout, a push",
         "trials": trials,
@@ -62,9 +78,11 @@ def main() -> None:
 
 
 class Trial:
-    """A run in a folder of its own, with a Hub of its own."""
+    """A run in a folder of its own, with a Hub of its own, which is killed at step `first` or later."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, data: list[str], first: int = 1) -> None:
+        files = {"lab": LAB, "few": folder.parent / "few.jsonl", "held": folder.parent / "held.jsonl"}
+        self.data, self.first = [text.format(**files) for text in data], first
         self.folder, self.out, self.hub = folder, folder / "out", HubServer(folder / "hub")
         self.hub.users[TOKEN] = User("ann")
         self.moment, self.resumed, self.seconds = "", "", 0.0
@@ -86,8 +104,6 @@ class Trial:
         }
         overrides = {
             "model.name": LAB / "base",
-            "data.train": f"{LAB}/train.jsonl:600",
-            "data.eval_rows": 100,
             "lora.lora_dropout": 0.1,
             "train.max_steps": STEPS,
             "train.per_device_train_batch_size": 2,
@@ -105,6 +121,7 @@ class Trial:
             [
                 *(sys.executable, "-u", "-m", "atlas.train.sft", "--config", str(CONFIG)),
                 *(f"{key}={value}" for key, value in overrides.items()),
+                *self.data,
             ],
             env=os.environ | settings,
             stdout=subprocess.PIPE,
@@ -145,9 +162,9 @@ class Trial:
 
     def _begin(self, kind: str, draw: random.Random, said: list[str]) -> Callable[[], bool]:
         """Is this the beginning of a moment of the kind?"""
-        step = draw.randrange(1, STEPS)
-        save = SAVE_STEPS * draw.randrange(1, STEPS // SAVE_STEPS)
-        evaluation = EVAL_STEPS * draw.randrange(1, STEPS // EVAL_STEPS)
+        step = draw.randrange(self.first, STEPS)
+        save = SAVE_STEPS * draw.randrange(-(-self.first // SAVE_STEPS), STEPS // SAVE_STEPS)
+        evaluation = EVAL_STEPS * draw.randrange(-(-self.first // EVAL_STEPS), STEPS // EVAL_STEPS)
         request = draw.randrange(2, 8)
 
         def at(number: int) -> bool:
