@@ -66,6 +66,12 @@ class Entry:
         return hashlib.sha1(b"blob %d\0" % len(self.pointer) + self.pointer).hexdigest()
 
 
+def _about(path: str, entry: Entry) -> dict[str, Any]:
+    about = {"rfilename": path, "size": entry.size or len(entry.content), "blobId": entry.git_oid}
+    lfs = {"sha256": entry.sha256, "size": entry.size, "pointerSize": len(entry.pointer)}
+    return about | ({"lfs": lfs} if entry.sha256 else {})
+
+
 @dataclass
 class Repo:
     private: bool
@@ -219,7 +225,7 @@ class HubServer:
         about = {"id": repo, "modelId": repo, "sha": sha, "private": found.private, "tags": []}
         raise _Reply(
             200,
-            about | {"siblings": [{"rfilename": path, "size": e.size or len(e.content)} for path, e in files.items()]},
+            about | {"siblings": [_about(path, entry) for path, entry in files.items()]},
         )
 
     def preupload(self, user: User, body: bytes, repo: str, rev: str) -> None:

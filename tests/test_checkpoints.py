@@ -2,23 +2,34 @@
 
 import json
 import os
+import re
 import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from atlas.train import sft
-from atlas.train.checkpoints import CONTENTS
+from atlas import hub
+from atlas.errors import UserError
+from atlas.train import preflight, sft
+from atlas.train.checkpoints import CONTENTS, checkpoints, sha256
 from conftest import chat, run_arguments, write_rows
 from test_resume import BASIC, broken_off, environment, trace, train
 
 
 def rewrite(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def flip(path: Path) -> None:
@@ -51,7 +62,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half of the contents": (lambda c: os.truncate(c / CONTENTS, 300), "is missing or damaged"),
     "contents that are a list": (lambda c: (c / CONTENTS).write_text("[]"), "is missing or damaged"),
     "contents without files": (lambda c: rewrite(c / CONTENTS, files={}), "no trainer_state.json"),
-    "another version's": (lambda c: rewrite(c / CONTENTS, format=1), "another version of atlas"),
     "renamed": (lambda c: c.rename(c.with_name("checkpoint-6")), "the folder was renamed, it holds step 4"),
     "an empty folder": (lambda c: (shutil.rmtree(c), c.mkdir()), "is missing or damaged"),
     "of another config": (
@@ -127,7 +137,7 @@ def test_the_checkpoints_of_another_run_are_not_overwritten(
     changed = write_rows(tmp_path / "changed" / rows_file.name, [chat("a", "b")] * 20)
     assert sft.main([*arguments, f"output.dir={folder}", f"data.train={changed}"]) == 2
     assert "the training data have changed since" in capfd.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".atlas.lock"} == before
     # Trained anew over them, with as few kept as possible: the higher numbers of the other run do not push its own out.
     assert (
         sft.main([*other, "train.max_steps=1", "train.warmup_steps=0", "train.save_total_limit=1", "--resume", "never"])
@@ -160,6 +170,178 @@ def test_the_best_adapter_is_kept(sft_args: list[str], rows_file: Path, tmp_path
     (moved / "manifest.json").unlink()
     again = train(arguments, f"output.dir={moved}")
     assert trace(again) == before and again.manifest["result"]["best_step"] == step
+
+
+def test_a_kill_between_two_renames_loses_nothing(whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd):
+    """A step that is trained again: its first checkpoint makes way for the second, which is not in its place yet."""
+    arguments, run = whole
+    folder = broken_off(run.folder, tmp_path / "out", 4)
+    shutil.copytree(folder / "checkpoint-4", folder / ".saving" / "checkpoint-4")
+    (folder / "checkpoint-4").rename(folder / ".old-checkpoint-4")
+    capfd.readouterr()
+    assert trace(train(arguments, f"output.dir={folder}")) == trace(run)
+    assert f"resume from {folder / '.old-checkpoint-4'}" in capfd.readouterr().out
+    assert not (folder / ".saving").exists()
+
+
+def test_the_lowest_steps_are_removed_whatever_the_clock_said(whole: tuple[list[str], sft.SftRun], tmp_path: Path):
+    arguments, run = whole
+    folder = broken_off(run.folder, tmp_path / "out", 3)
+    for path in (folder / "checkpoint-1").iterdir():
+        os.utime(path, (2e9, 2e9))
+    train(arguments, f"output.dir={folder}", "train.save_total_limit=2")
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-7", "checkpoint-6"]
+
+
+def of_a_trainer(folder: Path) -> None:
+    checkpoint = folder / "checkpoint-500"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+
+
+def of_others(name: str, text: str = "{}") -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / name).write_text(text)
+
+    return write
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a plain trainer's": (of_a_trainer, "checkpoint-500 is not a checkpoint of atlas"),
+    "an adapter": (of_others("adapter_model.safetensors"), "adapter_model.safetensors was not written by atlas"),
+    "a tokenizer": (of_others("tokenizer.json"), "tokenizer.json was not written by atlas"),
+    "a card": (of_others("README.md", "# Mine\n"), "README.md was not written by atlas"),
+    "a manifest": (of_others("manifest.json", '{"name": "app"}'), "manifest.json is not one of atlas"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_what_is_not_atlas_is_left_alone(kind: str, resume: str, sft_args: list[str], tmp_path: Path, capfd):
+    make, said = FOREIGN[kind]
+    folder = tmp_path / "out"
+    make(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for main in (preflight.main, sft.main):
+        assert main([*sft_args, "--resume", resume]) == 2
+        message = capfd.readouterr().err
+        assert said in message and "Set another output.dir, or move these away" in message
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_what_somebody_has_changed_since_is_left_alone(whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd):
+    """Of atlas' own: trained anew over, but not where they were edited; checkpoints of another version never."""
+    arguments, run = whole
+    folder = Path(shutil.copytree(run.folder, tmp_path / "out"))
+    asked = [*arguments, f"output.dir={folder}", "--resume", "never"]
+    assert preflight.main(asked) == 0
+    for name in ("README.md", "generation_config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text + "\n")
+        assert preflight.main(asked) == 2
+        assert f"{name} was not written by atlas, or was changed since" in capfd.readouterr().err
+        assert preflight.main(asked[:-2]) == 0  # finished: nothing will be written
+        (folder / name).write_text(text)
+    rewrite(folder / "checkpoint-4" / CONTENTS, format=1)
+    for resume in ("never", "auto", str(folder / "checkpoint-5")):
+        assert preflight.main([*asked, "--resume", resume]) == 2
+        assert "checkpoint-4 is of another version of atlas (format 1, this one writes" in capfd.readouterr().err
+
+
+def test_a_stopped_run_that_began_anew_is_gone_on_with_by_the_command_it_names(
+    whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd
+):
+    """Over a finished run of another config, whose steps are higher."""
+    arguments, run = whole
+    folder = Path(shutil.copytree(run.folder, tmp_path / "out"))
+    slow = ["train.max_steps=5", "train.gradient_accumulation_steps=20", "train.save_total_limit=2"]
+    other = [*arguments, *slow, f"output.dir={folder}"]
+
+    def stop() -> None:
+        while not (contents := read(folder / "checkpoint-2" / CONTENTS)) or contents["start"] == before["start"]:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = read(folder / "checkpoint-2" / CONTENTS)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    capfd.readouterr()
+    assert sft.main([*other, "--resume", "never"]) == 143
+    thread.join()
+    message = capfd.readouterr().err
+    found = re.search(r"the same command with --resume (\S+) goes on from there", message)
+    assert found, message
+    assert sft.main([*other, "--resume", "never", "--resume", found[1]]) == 0  # as `make sft-smoke ARGS=...` gives it
+    resumed = read(folder / "manifest.json")["result"]
+    assert resumed["resumed_from"] == Path(found[1]).name
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-5", "checkpoint-4"]
+    alone = train([*arguments, *slow], f"output.dir={tmp_path / 'alone'}")
+    assert (folder / "adapter_model.safetensors").read_bytes() == trace(alone)[0]
+
+    # Killed, not stopped: nothing was said, and the command without the flag goes on as well, over the finished run.
+    shutil.rmtree(folder)
+    shutil.copytree(run.folder, folder)
+    shutil.copytree(alone.folder / "checkpoint-4", folder / "checkpoint-4", dirs_exist_ok=True)
+    assert preflight.main(other) == 2  # of it nobody has said that it may
+    assert "holds a finished run" in capfd.readouterr().err
+    seal = read(folder / "checkpoint-4" / CONTENTS)
+    rewrite(folder / "checkpoint-4" / CONTENTS, over=sha256(folder / "manifest.json"))
+    assert seal["over"] is None and preflight.main(other) == 0
+
+
+HOLD = "import sys; from atlas.train.lock import held; from pathlib import Path\n"
+HOLD += "with held(Path(sys.argv[1]), 'atlas sft'): print('held', flush=True); sys.stdin.read()"
+
+
+def test_a_folder_in_use_is_refused(whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd):
+    arguments, run = whole
+    folder = Path(shutil.copytree(run.folder, tmp_path / "out"))
+    asked = [*arguments, f"output.dir={folder}"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        for main in (preflight.main, sft.main):
+            for resume in ("auto", "never"):
+                assert main([*asked, "--resume", resume]) == 2
+                message = capfd.readouterr().err
+                assert (
+                    f"{folder} is in use by atlas sft (process {other.pid} on {socket.gethostname()}, since 20"
+                    in message
+                )
+        with pytest.raises(UserError, match=f"in use by atlas sft .process {other.pid}"):
+            hub.push(folder, "ann/tuned")
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+        other.kill()
+    # Nothing of it is left over but a note, which no process stands behind.
+    assert (folder / ".atlas.holder.json").exists()
+    assert sft.main(asked) == 0 and "this run is finished" in capfd.readouterr().out
+    assert not (folder / ".atlas.holder.json").exists()
+
+
+def test_another_base_model_of_the_same_name(sft_args: list[str], base_folder: Path, tmp_path: Path, capfd):
+    from safetensors.torch import load_file, save_file
+
+    first, second = (Path(shutil.copytree(base_folder, tmp_path / name / "base")) for name in ("a", "b"))
+    tensors = load_file(second / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, second / "model.safetensors", metadata={"format": "pt"})
+    asked = [*sft_args, "train.save_strategy=steps", "train.save_steps=1"]
+    assert sft.main([*asked, f"model.name={first}"]) == 0
+    manifest = read(tmp_path / "out" / "manifest.json")
+    assert len(manifest["base"]["content"]) == 64 and manifest["base"]["commit"] is None
+    for unfinished in (False, True):
+        if unfinished:
+            (tmp_path / "out" / "manifest.json").unlink()
+            capfd.readouterr()
+        for main in (preflight.main, sft.main):
+            assert main([*asked, f"model.name={second}"]) == 2
+            message = capfd.readouterr().err
+            assert "the base model is another under the same name" in message and "--resume never" in message
+    moved = first.parent.rename(tmp_path / "moved") / "base"
+    assert sft.main([*asked, f"model.name={moved}"]) == 0
+    assert f"resume from {tmp_path / 'out' / 'checkpoint-3'}" in capfd.readouterr().out
 
 
 def launch(

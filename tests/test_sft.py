@@ -1,6 +1,7 @@
 """The job end to end through its entry point, on a tiny real model: NF4, LoRA, SFTTrainer, files on disk."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from atlas.config import load_config
-from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm, lora_config
+from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm, lora_config, refuse_non_finite
 from atlas.models.base import load_base_model_and_tokenizer
 from atlas.train import sft
 from atlas.train.arguments import available_trackers
+from atlas.train.checkpoints import checkpoints, damage
 from conftest import ROOT, chat, without_weights, write_rows
 
 NF4 = {
@@ -422,6 +424,23 @@ def test_base_model_without_weights_or_tokenizer(missing: str, part: str, sft_ar
     assert sft.main([*sft_args, f"model.name={folder}"]) == 2
     err = capfd.readouterr().err
     assert part in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("often", [1, 10])
+def test_a_run_that_diverges_is_no_success(often: int, sft_args: list[str], tmp_path: Path, capfd):
+    wild = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.max_steps=20", "train.max_grad_norm=0"]
+    wild += ["train.save_strategy=steps", "train.save_steps=1", f"train.logging_steps={often}"]
+    assert sft.main([*sft_args, *wild]) == 1
+    out, err = capfd.readouterr()
+    folder = tmp_path / "out"
+    assert "the run has diverged: " in err and re.search(r"step \d+", err) and "Lower train.learning_rate" in err
+    assert "Traceback" not in err and "done:" not in out
+    last = checkpoints(folder)[0]
+    assert f"{last} is the last checkpoint from before" in err and damage(last) is None
+    refuse_non_finite(last)
+    assert not (folder / "manifest.json").exists() and not (folder / "adapter_model.safetensors").exists()
+    for path in folder.rglob("*.json"):
+        assert not re.search(r"\b(NaN|Infinity)\b", path.read_text()), path
 
 
 @pytest.mark.parametrize("kind", [[], ["train.packing=true", "train.max_length=256"]])

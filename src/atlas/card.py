@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from atlas.train.manifest import write_json
+from atlas.train.manifest import write_json, write_text
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", re.ASCII)
 _DATASETS = {"ifeval": "google/IFEval"}  # where a task's data are on the Hub, if not under the task's name
@@ -46,9 +46,9 @@ def write_card(folder: Path, repo: str | None, *, new: bool = False) -> None:
     data = manifest["data"]["fingerprint"]
     scores = _collect(folder / "scores.json", results / "metrics.json", _scores_of, _sha256(folder))
     audit = _collect(folder / "audit_summary.json", results / "sft_template_audit.jsonl", _audit_of, data)
-    if new or not path.is_file() or _is_generated(path.read_text(encoding="utf-8")):
+    if new or not path.is_file() or is_generated(path.read_text(encoding="utf-8")):
         text = card(manifest, repo or f"namespace/{folder.name}", scores["runs"] if scores else [], audit)
-        path.write_text(_sealed(text), encoding="utf-8")
+        write_text(path, _sealed(text))
 
 
 def _sealed(text: str) -> str:
@@ -56,7 +56,8 @@ def _sealed(text: str) -> str:
     return f"{text}{_SEAL}{digest}: atlas leaves an edited card alone -->\n"
 
 
-def _is_generated(text: str) -> bool:
+def is_generated(text: str) -> bool:
+    """Whether a README.md is atlas', as it was written, or PEFT's template."""
     from_peft = "[More Information Needed]" in text  # its template, which `save_pretrained` writes
     return from_peft or text == _sealed(text.rpartition(_SEAL)[0])
 

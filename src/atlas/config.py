@@ -39,6 +39,7 @@ OWNED_TRAIN_FIELDS = {
     "train.gradient_accumulation_steps so that their product stays",
     "enable_jit_checkpoint": "atlas writes a checkpoint on SIGTERM and SIGINT by itself",
     "restore_callback_states_from_checkpoint": "atlas restores what its own callbacks need",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
     "trust_remote_code": "atlas never runs code from a model repository",
     "model_init_kwargs": "set the keys under model: and quantization: instead",
     "chat_template_path": "atlas patches the tokenizer's own template; choose model.tokenizer_name",

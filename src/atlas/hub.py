@@ -108,6 +108,13 @@ def push(folder: Path, repo: str, *, private: bool = True) -> int:
     Returns the exit status. A failure leaves the folder as it is and prints the command that finishes the job. Raises `UserError`
     for a file that holds a token.
     """
+    from atlas.train.lock import held
+
+    with held(folder, "atlas push"):  # a run that saves at the same time would give files of two
+        return _push(folder, repo, private=private)
+
+
+def _push(folder: Path, repo: str, *, private: bool) -> int:
     later = finish_later(folder, repo, private=private)
     try:
         _renew_card(folder, repo)

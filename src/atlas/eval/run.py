@@ -97,6 +97,7 @@ def evaluate(
     """
     from atlas.device import Machine, choose_device
     from atlas.eval.tasks import load_task
+    from atlas.train.lock import refuse_if_held
     from atlas.train.sft import quiet_libraries
 
     quiet_libraries()
@@ -107,6 +108,8 @@ def evaluate(
     ]
     plan = choose_device(config, Machine.from_torch())
     dtype = plan.dtype if config.eval.dtype == "auto" else config.eval.dtype
+    if target.adapter is not None:
+        refuse_if_held(Path(target.adapter))
     tokenizer = _base_tokenizer(config, target)
     row = _row(config, target, str(dtype), plan.hardware, tokenizer)
     known = _known_row(results, row, replace)
@@ -123,6 +126,10 @@ def evaluate(
     if not left:
         return {**row, "tasks": done}
     run = _runner(config, target, dtype, plan.device, tokenizer)
+    if target.adapter is not None:
+        weights = _file_of(target.adapter, target.adapter_revision, "adapter_model.safetensors")
+        if weights is None or _sha256(weights) != row["adapter_sha256"]:
+            raise UserError(f"{target.adapter} was written to while it was loaded: run the same command again")
     for task in left:
         name = task.settings.name
         print(f"{target.name}: {name}, {task.n} prompts", flush=True)

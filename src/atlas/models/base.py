@@ -1,12 +1,13 @@
 """Base model, tokenizer and chat template: loaded together, so that the three agree on where a turn ends."""
 
+import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas.config import Config, is_path
 from atlas.device import DevicePlan, Machine, choose_device
@@ -79,6 +80,9 @@ _PAD_CANDIDATES = (
     "<|reserved_special_token_0|>",
     "<unk>",
 )
+
+
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 
 class NoStopTokenError(UserError):
@@ -294,15 +298,26 @@ def _described(config: Config, tokenizer: "PreTrainedTokenizerBase | None") -> A
     return described
 
 
-def check_weights(config: Config) -> int:
-    """Make sure that the base model has its weights, as safetensors; returns how many bytes of them have yet to be downloaded.
-    Raises `UserError` naming what is missing."""
+class BaseFiles(NamedTuple):
+    """The base model's files: what they hold, whatever it is called and wherever it lies."""
+
+    download: int
+    """Bytes of weights that are not on this machine yet."""
+    content: str
+    """SHA-256 over the digests of config and weights."""
+    commit: str | None
+    """Of the Hub's repository."""
+
+
+def check_weights(config: Config) -> BaseFiles:
+    """Make sure that the base model has its weights, as safetensors. Raises `UserError` naming what is missing."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from safetensors import SafetensorError, safe_open
 
     name, revision = config.model.name, config.model.revision
     single, index = "model.safetensors", "model.safetensors.index.json"
-    folder, download = Path(name), 0
+    folder, download, commit = Path(name), 0, None
+    digests: dict[str, str] = {}
 
     def cached(file: str) -> bool:
         return isinstance(try_to_load_from_cache(name, file, revision=revision), str)
@@ -311,19 +326,27 @@ def check_weights(config: Config) -> int:
         files = {path.name for path in folder.iterdir()}
     elif constants.HF_HUB_OFFLINE:
         files = {file for file in (single, index) if cached(file)}
+        snapshot = try_to_load_from_cache(name, "config.json", revision=revision)
+        if isinstance(snapshot, str):
+            commit = Path(snapshot).parent.name
+            digests = _digests(Path(snapshot).parent)
     else:
         try:
-            there = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
+            info = HfApi().model_info(name, revision=revision, files_metadata=True)
         except Exception as error:
             raise UserError(f"model.name: {name!r} cannot be loaded: {first_line(error)}") from None
+        there, commit = info.siblings or [], info.sha
         files = {file.rfilename for file in there}
-        wanted = [file for file in there if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file.rfilename)]
+        wanted = [file for file in there if _WEIGHTS.fullmatch(file.rfilename)]
+        for file in there:
+            if file in wanted or file.rfilename == "config.json":
+                digests[file.rfilename] = file.lfs.sha256 if file.lfs else str(file.blob_id)
         download = sum(file.size or 0 for file in wanted if not cached(file.rfilename))
     if not files & {single, index}:
         where = "the cache (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE and not folder.is_dir() else repr(name)
         raise UserError(f"model.name: the weights of {name!r} cannot be loaded: {where} holds no {single}")
     if not folder.is_dir():
-        return download
+        return BaseFiles(download, _content(digests), commit)
     shards = {single}
     if single not in files:
         shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
@@ -336,7 +359,27 @@ def check_weights(config: Config) -> int:
             raise UserError(
                 f"model.name: the weights of {name!r} cannot be loaded: {folder / shard} {problem}"
             ) from None
-    return 0
+    return BaseFiles(0, _content(_digests(folder)), None)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """What the Hub knows config and weights by: git's SHA-1 of a small file, the SHA-256 of a large one. Its cache names them so;
+    elsewhere they are hashed, about a second for a GB."""
+    found = {}
+    for path in folder.iterdir():
+        if path.resolve().parent.name == "blobs" and (path.name == "config.json" or _WEIGHTS.fullmatch(path.name)):
+            found[path.name] = path.resolve().name
+        elif path.name == "config.json":
+            data = path.read_bytes()
+            found[path.name] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        elif _WEIGHTS.fullmatch(path.name):
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _content(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()
 
 
 def load_base_model_and_tokenizer(

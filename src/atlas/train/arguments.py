@@ -32,6 +32,7 @@ def sft_arguments(loaded: LoadedConfig, plan: DevicePlan) -> "SFTConfig":
         "report_to": available_trackers(config.train_value("report_to"))[0],
         "run_name": given.get("run_name") or f"{Path(config.output.dir).name}-{loaded.config_hash}",
         "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it would show a loss that is not finite as one that is
     }
     try:
         arguments = SFTConfig(**given)

@@ -56,9 +56,10 @@ class LogLine(TrainerCallback):
             (now - self._began[0]) / max(state.global_step - self._began[1], 1) * (state.max_steps - state.global_step)
         )
         width = len(str(state.max_steps))
+        grad = f"{logs['grad_norm']:.3f}" if "grad_norm" in logs else "skipped"  # by the loss scaler
         print(
             f"step {state.global_step:>{width}}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  "
-            f"grad {logs.get('grad_norm', 0.0):.3f}  {(supervised - self._last[2]) / seconds:,.0f} supervised tok/s  "
+            f"grad {grad}  {(supervised - self._last[2]) / seconds:,.0f} supervised tok/s  "
             f"{(total - self._last[1]) / seconds:,.0f} tok/s  {memory_gib():.2f} GiB  {duration(left)} left",
             flush=True,
         )

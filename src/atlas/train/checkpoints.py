@@ -2,32 +2,43 @@
 
 transformers writes a checkpoint file by file where it will stay, and resumes from the highest number however damaged it is.
 Here it is written beside its place, listed with sizes and SHA-256, flushed to disk and then renamed; every file of it is checked
-before any is read.
+before any is read. What lies in an output folder and is not provably atlas' own is neither written over nor removed.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from atlas.card import is_generated
 from atlas.config import LoadedConfig, experiment
 from atlas.errors import UserError
-from atlas.train.manifest import versions, write_json
+from atlas.train.manifest import processes, versions, write_json
 
 CONTENTS = "atlas_checkpoint.json"
 PROGRESS = "atlas_progress_{rank}.json"
 STAGING = ".saving"
-_FORMAT = 2
+OWNED = ".atlas.files.json"
+_FORMAT = 3
+_RESULT = (  # what a run writes into its output folder under names that others use too
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 _OTHER_FOLDER = "Set another output.dir, or the values back, or give --resume never to train anew over it"
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is: only a checkpoint of the same config on the same data is gone on from."""
+    """What a run is: only a checkpoint of the same config, base model, data and number of processes is gone on from."""
 
     config_hash: str
     experiment: Mapping[str, Any]
@@ -35,10 +46,24 @@ class Identity:
     data: str | None
     """Fingerprint of the labelled rows; None: not known yet."""
     hardware: str
+    base: str | None
+    """`BaseFiles.content` of the base model; None: not known yet."""
+    processes: int
+    start: str = ""
+    """Tells this start of the run, with all that goes on from it, from others: its checkpoints are its own to remove."""
+    over: str | None = None
+    """SHA-256 of the manifest of a finished run that this one was told to train over."""
 
     @staticmethod
-    def of(loaded: LoadedConfig, data: str | None, hardware: str) -> "Identity":
-        return Identity(loaded.config_hash, experiment(loaded.config), data, hardware)
+    def of(loaded: LoadedConfig, data: str | None, hardware: str, base: str | None) -> "Identity":
+        return Identity(loaded.config_hash, experiment(loaded.config), data, hardware, base, processes())
+
+    def begun(self, output_dir: Path, checkpoint: Path | None) -> "Identity":
+        """The same, as a new start in `output_dir`, or as that which `checkpoint` belongs to."""
+        if checkpoint is not None:
+            contents = _read(checkpoint / CONTENTS) or {}
+            return replace(self, start=contents.get("start", ""), over=contents.get("over"))
+        return replace(self, start=uuid.uuid4().hex, over=_digest(output_dir / "manifest.json"))
 
 
 def seal(folder: Path, run: Identity, step: int) -> None:
@@ -51,6 +76,10 @@ def seal(folder: Path, run: Identity, step: int) -> None:
         "experiment": run.experiment,
         "data": run.data,
         "hardware": run.hardware,
+        "base": run.base,
+        "processes": run.processes,
+        "start": run.start,
+        "over": run.over,
         "versions": versions(),
         "files": {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in files},
     }
@@ -63,25 +92,23 @@ def seal(folder: Path, run: Identity, step: int) -> None:
 def put_in_place(staged: Path, final: Path) -> None:
     """Rename; one that is there already (the same step, trained again) is kept until the new one is in its place."""
     old = final.with_name(f".old-{final.name}")
-    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     staged.rename(final)
     flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_oldest(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
-    """Remove the checkpoints that were written first, until at most `limit` are left or those to `keep`.
+def remove_oldest(output_dir: Path, limit: int | None, keep: set[Path], start: str) -> None:
+    """Remove atlas' checkpoints until at most `limit` are left or those to `keep`: first those of earlier starts, whose steps may
+    be higher, then the lowest steps. Times do not count: clocks jump."""
 
-    Not the lowest steps, as transformers does it where all were written within a second: an earlier run's may be higher.
-    """
+    def age(path: Path) -> tuple[bool, int]:
+        contents = _read(path / CONTENTS) or {}
+        return contents.get("start") == start, int(path.name.rpartition("-")[2])
 
-    def written(path: Path) -> int:
-        contents = path / CONTENTS
-        return contents.stat().st_mtime_ns if contents.is_file() else 0
-
-    others = sorted((path for path in checkpoints(output_dir) if path not in keep), key=written)
+    others = sorted((path for path in checkpoints(output_dir) if path not in keep and not _foreign(path)), key=age)
     surplus = len(others) + len(keep) - limit if limit else 0
     for path in others[: max(surplus, 0)]:
         shutil.rmtree(path, ignore_errors=True)
@@ -101,34 +128,95 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digest(path: Path) -> str | None:
+    return sha256(path) if path.is_file() else None
+
+
+def own(output_dir: Path, staged: Path) -> None:
+    """Note, before they are moved there, that the files in `staged` will be atlas' own; so are those that they replace."""
+    known = _read(output_dir / OWNED) or {}
+    files = {path.name: [sha256(path)] for path in sorted(staged.iterdir())}
+    for name, digests in files.items():
+        if (old := _digest(output_dir / name)) in known.get(name, ()):
+            digests.append(str(old))
+    write_json(output_dir / OWNED, files)
+
+
+def _foreign(checkpoint: Path) -> str | None:
+    """Why a checkpoint folder may not be removed, or None. A damaged one of atlas may: it has files that no other tool writes."""
+    contents = _read(checkpoint / CONTENTS)
+    if contents and contents.get("format", _FORMAT) != _FORMAT:
+        return f"is of another version of atlas (format {contents['format']}, this one writes {_FORMAT})"
+    if contents or any(checkpoint.glob(PROGRESS.format(rank="*"))) or not any(checkpoint.iterdir()):
+        return None
+    return "is not a checkpoint of atlas"
+
+
+def refuse_foreign(output_dir: Path, resume: str) -> None:
+    """Raises `UserError` where a run in `output_dir` would write over, or remove, what atlas has not written."""
+    found = [f"{path.name} {why}" for path in checkpoints(output_dir) if (why := _foreign(path))]
+    manifest = _read(output_dir / "manifest.json")
+    finished = manifest is not None and "config_hash" in manifest
+    if (output_dir / "manifest.json").exists() and not finished:
+        found.append("manifest.json is not one of atlas")
+    if (
+        not finished or resume != "auto"
+    ):  # else nothing of a finished run is written over: it is this one, or refused as another
+        known = _read(output_dir / OWNED) or {}
+        for name in _RESULT:
+            if (digest := _digest(output_dir / name)) and digest not in known.get(name, ()):
+                found.append(f"{name} was not written by atlas, or was changed since")
+        card = output_dir / "README.md"
+        if card.is_file() and not is_generated(card.read_text(encoding="utf-8", errors="replace")):
+            found.append("README.md was not written by atlas, or was changed since")
+    if found:
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UserError(
+            f"output.dir: {output_dir} holds what this run would write over or remove, and it is not atlas' to do so:\n       "
+            f"{'; '.join(found[:3])}{more}\n       Set another output.dir, or move these away"
+        )
+
+
 def finished_manifest(output_dir: Path, run: Identity) -> dict[str, Any] | None:
     """The manifest of a run that has come to its end in `output_dir`, if it is this one and its adapter is whole, or None."""
     manifest = _read(output_dir / "manifest.json") or {}
     try:
-        same = (manifest["config_hash"], manifest["data"]["fingerprint"]) == (run.config_hash, run.data)
-        whole = same and sha256(output_dir / "adapter_model.safetensors") == manifest["adapter_sha256"]
+        whole = (
+            not _difference(_of_manifest(manifest), run)
+            and sha256(output_dir / "adapter_model.safetensors") == manifest["adapter_sha256"]
+        )
     except (OSError, LookupError, TypeError):
         return None
     return manifest if whole else None
 
 
+def _of_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_difference` compares, of a finished run."""
+    data, base = manifest.get("data"), manifest.get("base")
+    return {
+        **manifest,
+        "data": data.get("fingerprint") if isinstance(data, dict) else None,
+        "base": base.get("content") if isinstance(base, dict) else None,
+    }
+
+
 def refuse_other_runs(output_dir: Path, run: Identity) -> None:
     """Raises `UserError` where a run in `output_dir` would write over a finished one of another config or other data, or bit by bit
-    over the checkpoints of others."""
-    manifest = _read(output_dir / "manifest.json")
-    if manifest and (output_dir / "adapter_model.safetensors").is_file():
-        data = manifest.get("data")
-        problem = _difference(manifest | {"data": data.get("fingerprint") if isinstance(data, dict) else None}, run)
-        if problem:
-            raise UserError(f"output.dir: {output_dir} holds a finished run.\n       {problem}\n       {_OTHER_FOLDER}")
-    others, own = [], []
+    over the checkpoints of others. One that was told to do so, and was broken off, goes on."""
+    others, own, over = [], [], set()
     for path in checkpoints(output_dir):
-        contents = _read(path / CONTENTS)
+        contents = _read(path / CONTENTS) or {}
         problem = _difference(contents, run) if contents else None
         if problem:
             others.append(f"{path.name}: {problem}")
         else:
             own.append(path)
+            over.add(contents.get("over"))
+    manifest = _read(output_dir / "manifest.json")
+    if manifest and (output_dir / "adapter_model.safetensors").is_file():
+        problem = _difference(_of_manifest(manifest), run)
+        if problem and _digest(output_dir / "manifest.json") not in over:
+            raise UserError(f"output.dir: {output_dir} holds a finished run.\n       {problem}\n       {_OTHER_FOLDER}")
     if others and all(damage(path) for path in own):
         raise UserError(
             f"output.dir: {output_dir} holds checkpoints of another run, and none of this one.\n       {others[0]}\n       "
@@ -161,9 +249,19 @@ def checkpoint_to_resume(output_dir: Path, resume: str, run: Identity) -> Path |
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint folders, the newest step first."""
-    found = {path.name.removeprefix("checkpoint-"): path for path in output_dir.glob("checkpoint-*") if path.is_dir()}
+    """The checkpoint folders, the newest step first. A kill between the two renames of `put_in_place` leaves one under its name
+    for the time between."""
+    found: dict[str, Path] = {}
+    for begin in (".old-checkpoint-", "checkpoint-"):
+        found |= {path.name.removeprefix(begin): path for path in output_dir.glob(f"{begin}*") if path.is_dir()}
     return [found[step] for step in sorted(filter(str.isdigit, found), key=int, reverse=True)]
+
+
+def newest(output_dir: Path, start: str) -> Path | None:
+    """The checkpoint of the highest step that this start of a run has written; an earlier run's may be higher."""
+    return next(
+        (path for path in checkpoints(output_dir) if (_read(path / CONTENTS) or {}).get("start") == start), None
+    )
 
 
 def _chosen(folder: Path, run: Identity) -> Path:
@@ -187,7 +285,7 @@ def damage(folder: Path) -> str | None:
         return f"not a whole checkpoint of atlas: {CONTENTS}, which is written last, is missing or damaged"
     if not known:
         return f"it is of another version of atlas (format {contents['format']}, this one reads {_FORMAT})"
-    if folder.name != f"checkpoint-{step}":
+    if folder.name.removeprefix(".old-") != f"checkpoint-{step}":
         return f"damaged: the folder was renamed, it holds step {step}"
     if "trainer_state.json" not in files:
         return "damaged: no trainer_state.json"
@@ -214,6 +312,15 @@ def _difference(contents: Mapping[str, Any], run: Identity) -> str | None:
         there = contents.get("experiment")
         keys = differing_keys(there, run.experiment) if isinstance(there, dict) else "what differs is not recorded"
         return f"it belongs to config {contents.get('config_hash')}, this is {run.config_hash}: {keys}"
+    if run.base is not None and contents.get("base") != run.base:
+        there = str(contents.get("base"))[:8]
+        return f"the base model is another under the same name (its config and weights are {there} there, {run.base[:8]} here)"
+    if contents.get("processes") != run.processes:
+        number = contents.get("processes")
+        return (
+            f"it was trained by {number} processes, this launch has {run.processes}, which would train other rows: start as many "
+            f"(torchrun --nproc_per_node {number})"
+        )
     if run.data is not None and contents.get("data") != run.data:
         return "the training data have changed since"
     return None

@@ -10,28 +10,38 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atlas.config import Config, LoadedConfig, experiment
 from atlas.data.prepare import Labeled
 from atlas.device import DevicePlan
 from atlas.redact import redact
 
+if TYPE_CHECKING:
+    from atlas.models.base import BaseFiles
+
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface_hub")
 
 
 def build_manifest(
-    loaded: LoadedConfig, plan: DevicePlan, labeled: Labeled, chat_template: str, result: dict[str, Any]
+    loaded: LoadedConfig,
+    plan: DevicePlan,
+    base: "BaseFiles",
+    labeled: Labeled,
+    chat_template: str,
+    result: dict[str, Any],
 ) -> dict[str, Any]:
     """The manifest as plain JSON types. `result` is what the run found out (steps, losses, tokens, times)."""
     return {
-        "format": 1,
+        "format": 2,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(),
         "config_hash": loaded.config_hash,
         "config": loaded.config.model_dump(mode="json"),
         "experiment": experiment(loaded.config),
         "local": local_names(loaded.config),
+        "base": {"content": base.content, "commit": base.commit},
+        "processes": processes(),
         "device": {"hardware": plan.hardware, **{c.key: c.value for c in plan.choices}},
         "versions": versions(),
         "git": git_state(),
@@ -44,6 +54,11 @@ def build_manifest(
         "chat_template_sha256": hashlib.sha256(chat_template.encode()).hexdigest(),
         "result": result,
     }
+
+
+def processes() -> int:
+    """Of this launch (torchrun sets WORLD_SIZE)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_names(config: Config) -> list[str]:
@@ -60,12 +75,15 @@ def command_line() -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all: a temporary file, flushed to disk, then renamed over `path`. Raises `ValueError` for a number that
-    is not finite, which JSON does not have."""
+    """`write_text` of `value`. Raises `ValueError` for a number that is not finite, which JSON does not have."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write whole or not at all: a temporary file, flushed to disk, then renamed over `path`."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
+    from atlas.models.base import BaseFiles
+
 GIB = 2**30
 ADAM_BYTES = 4 + 4 + 8  # fp32 adapter, its gradient, AdamW's two moments
 CHECKPOINT_BYTES = 4 + 8  # the same without the gradient
@@ -68,8 +70,7 @@ class Ready:
     tokenizer: "PreTrainedTokenizerBase" = field(init=False)
     adapter: "LoraConfig" = field(init=False)
     sizes: Sizes = field(init=False)
-    download: int = field(init=False)
-    """Bytes of the base model that are not on this machine yet."""
+    base: "BaseFiles" = field(init=False)
 
     def check(self, name: str, look: Callable[[], Line | str], *needed: str) -> None:
         """Add the line of one check, unless one that it needs has failed."""
@@ -149,9 +150,9 @@ def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
     for source in sources:
         ready.check("data", partial(reach, source), *online(source.name))
     ready.check("tokenizer", lambda: _tokenizer(ready, loaded), "libraries", *online(tokenizer))
-    ready.check("base model", lambda: _base_model(ready, loaded), "libraries", *online(config.model.name))
+    ready.check("base model", lambda: _base_model(ready, loaded, resume), "libraries", *online(config.model.name))
     ready.check("memory", lambda: _memory(ready, loaded), "plan", "sizes")
-    ready.check("cache", lambda: _cache(ready, loaded), "download")
+    ready.check("cache", lambda: _cache(ready, loaded), "base")
     ready.check("disk", lambda: _disk(ready, loaded), "arguments", "tokenizer", "sizes")
     return ready
 
@@ -207,12 +208,16 @@ def _training(ready: Ready, loaded: LoadedConfig) -> str:
 
 
 def _output_folder(loaded: LoadedConfig, resume: str) -> Line | str:
-    from atlas.train.checkpoints import Identity, checkpoints, refuse_other_runs
+    from atlas.train.checkpoints import Identity, checkpoints, refuse_foreign, refuse_other_runs
+    from atlas.train.lock import refuse_if_held
 
     folder = Path(loaded.config.output.dir)
     _can_write(folder, "output.dir", "choose another output.dir")
+    if os.environ.get("RANK", "0") == "0":  # which holds it for all
+        refuse_if_held(folder)
+    refuse_foreign(folder, resume)
     if resume != "never":
-        refuse_other_runs(folder, Identity.of(loaded, None, ""))
+        refuse_other_runs(folder, Identity.of(loaded, None, "", None))
     elif checkpoints(folder) or (folder / "manifest.json").exists():
         return Line("warn", "output folder", f"{folder} holds a run, which --resume never trains over")
     return str(folder)
@@ -288,15 +293,18 @@ def _tokenizer(ready: Ready, loaded: LoadedConfig) -> str:
     return f"{tokenizer.name_or_path}: {len(tokenizer):,} tokens, stops with {tokenizer.eos_token}"
 
 
-def _base_model(ready: Ready, loaded: LoadedConfig) -> str:
+def _base_model(ready: Ready, loaded: LoadedConfig, resume: str) -> str:
     import torch
 
     from atlas.models.adapters import lora_config
     from atlas.models.base import check_weights, empty_model
+    from atlas.train.checkpoints import Identity, refuse_other_runs
 
     config = loaded.config
     model = empty_model(config, getattr(ready, "tokenizer", None))
-    ready.download = check_weights(config)
+    ready.base = check_weights(config)
+    if resume != "never" and not any(line.status == "fail" for line in ready.lines if line.name == "output folder"):
+        refuse_other_runs(Path(config.output.dir), Identity.of(loaded, None, "", ready.base.content))
     head = model.get_output_embeddings()
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     linear = sum(layer.weight.numel() for layer in layers)
@@ -371,9 +379,9 @@ def _cache(ready: Ready, loaded: LoadedConfig) -> Line | str:
     for folder in (models, rows):
         _can_write(folder, "cache", "set HF_HOME to a folder with room")
     free = shutil.disk_usage(_existing(models)).free
-    if ready.download > free:
+    if ready.base.download > free:
         raise UserError(
-            f"cache: the base model takes {_size(ready.download)}, {_existing(models)} has {_size(free)} free: make "
+            f"cache: the base model takes {_size(ready.base.download)}, {_existing(models)} has {_size(free)} free: make "
             "room, or set HF_HOME to a folder with room"
         )
     files: set[Path] = set()
@@ -388,7 +396,7 @@ def _cache(ready: Ready, loaded: LoadedConfig) -> Line | str:
         return Line(
             "warn", "cache", f"{said}: unless they are there already, set HF_DATASETS_CACHE or data.streaming=true"
         )
-    return (f"{_size(ready.download)} of base model to download; " if ready.download else "") + said
+    return (f"{_size(ready.base.download)} of base model to download; " if ready.base.download else "") + said
 
 
 def _disk(ready: Ready, loaded: LoadedConfig) -> Line | str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from atlas.data.prepare import Labeled
+    from atlas.train.preflight import Ready
     from atlas.train.trainer import LabeledSFTTrainer
 
 
@@ -123,10 +124,23 @@ def dump_audit(loaded: LoadedConfig) -> Path:
 
 
 def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
-    """The whole job, top to bottom. Raises `UserError` for input that cannot end well, before the model is loaded."""
-    config, started = loaded.config, time.perf_counter()
-    folder = Path(config.output.dir)
+    """The whole job. Raises `UserError` for input that cannot end well, before the model is loaded."""
+    started = time.perf_counter()
     quiet_libraries()
+
+    from atlas.train.lock import held
+    from atlas.train.preflight import preflight
+
+    ready = preflight(loaded, resume)
+    print(f"preflight\n{ready.table()}", flush=True)
+    ready.refuse_failures()
+    with held(Path(loaded.config.output.dir), "atlas sft") if is_main_process() else contextlib.nullcontext():
+        return _train(loaded, ready, resume, started)
+
+
+def _train(loaded: LoadedConfig, ready: "Ready", resume: str, started: float) -> SftRun:
+    """From the data to the saved result, top to bottom."""
+    config, folder = loaded.config, Path(loaded.config.output.dir)
 
     from accelerate import PartialState
     from transformers import set_seed
@@ -136,14 +150,10 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm
     from atlas.models.base import load_base_model_and_tokenizer
     from atlas.train.callbacks import LogLine, SaveInTime, duration, memory_gib
-    from atlas.train.checkpoints import Identity, checkpoint_to_resume, checkpoints, finished_manifest
+    from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest, newest
     from atlas.train.manifest import build_manifest
-    from atlas.train.preflight import preflight
     from atlas.train.trainer import EvaluationCutError, LabeledSFTTrainer
 
-    ready = preflight(loaded, resume)
-    print(f"preflight\n{ready.table()}", flush=True)
-    ready.refuse_failures()
     plan, arguments, tokenizer = ready.plan, ready.arguments, ready.tokenizer
     print(plan.table())
     with PartialState().local_main_process_first():  # one prepares, the others read its cache
@@ -151,12 +161,15 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
         print(labeled.table())
         gate(config, labeled)
         rows = arrange(labeled.dataset, arguments)
-    identity = Identity.of(loaded, labeled.fingerprint, plan.hardware)
+    if arguments.world_size > 1 and not config.data.streaming:
+        print(_left_out(len(rows), arguments.per_device_train_batch_size, arguments.world_size))
+    identity = Identity.of(loaded, labeled.fingerprint, plan.hardware, ready.base.content)
     finished = finished_manifest(folder, identity)
     if finished is not None and resume == "auto":
         print(f"this run is finished: {folder} (--resume never trains it anew)")
         return SftRun(folder, None, finished)
     checkpoint = checkpoint_to_resume(folder, resume, identity)
+    identity = identity.begun(folder, checkpoint)
 
     model, tokenizer = load_base_model_and_tokenizer(config, plan, tokenizer)
     set_seed(arguments.seed)  # the adapter is initialised in SFTTrainer's constructor, before Trainer seeds anything
@@ -183,12 +196,14 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
         with contextlib.suppress(EvaluationCutError):
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if saving.received:
-        saved = next((f"{path} is whole" for path in checkpoints(folder)), "no checkpoint could be saved")
-        name, state = signal.Signals(saving.received).name, trainer.state
-        raise StoppedError(
-            f"stopped by {name} after step {state.global_step}/{state.max_steps}: {saved}; the same command goes on from there",
-            saving.received,
+        name, state, saved = signal.Signals(saving.received).name, trainer.state, newest(folder, identity.start)
+        how = (
+            f"{saved} is whole; {_again(resume, saved)} goes on from there" if saved else "no checkpoint could be saved"
         )
+        raise StoppedError(
+            f"stopped by {name} after step {state.global_step}/{state.max_steps}: {how}", saving.received
+        )
+    trainer.refuse_divergence()
 
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     eval_losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
@@ -209,9 +224,9 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_gib": round(memory_gib(), 3),
     }
-    manifest = build_manifest(loaded, plan, labeled, tokenizer.get_chat_template(), result)
+    manifest = build_manifest(loaded, plan, ready.base, labeled, tokenizer.get_chat_template(), result)
     if is_main_process():
-        _save_result(trainer, tokenizer, labeled, manifest)
+        _save_result(trainer, tokenizer, labeled, manifest, resume)
     trainer.accelerator.wait_for_everyone()
     fall = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, " if losses else ""
     print(
@@ -221,14 +236,35 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     return SftRun(folder, trainer, manifest)
 
 
+def _left_out(rows: int, batch: int, processes: int) -> str:
+    """What several processes do with rows that do not make a batch for each. Raises `UserError` where none do."""
+    left = rows % (batch * processes)
+    if left == rows:
+        raise UserError(
+            f"data.train: {rows:,} rows are no batch of {batch} for each of {processes} processes: lower "
+            "train.per_device_train_batch_size, or start fewer processes"
+        )
+    said = f"{processes} processes: each epoch leaves out {left:,} of {rows:,} rows, others each time"
+    return f"{said}, which make no batch of {batch} for each"
+
+
+def _again(resume: str, checkpoint: Path) -> str:
+    """The command that goes on from a checkpoint: with `--resume never` it would begin anew once more."""
+    return "the same command" if resume == "auto" else f"the same command with --resume {checkpoint}"
+
+
 def _save_result(
-    trainer: "LabeledSFTTrainer", tokenizer: "PreTrainedTokenizerBase", labeled: "Labeled", manifest: dict[str, Any]
+    trainer: "LabeledSFTTrainer",
+    tokenizer: "PreTrainedTokenizerBase",
+    labeled: "Labeled",
+    manifest: dict[str, Any],
+    resume: str,
 ) -> None:
     """Adapter, tokenizer, generation config, data report and card; the manifest, which says that the run is finished, after what
     it speaks of. Raises `RunError` where they cannot be written: the run ends from its last checkpoint, once they can."""
     from atlas.card import write_card
     from atlas.data.report import write_report
-    from atlas.train.checkpoints import STAGING, checkpoints, flush, sha256
+    from atlas.train.checkpoints import STAGING, flush, newest, own, sha256
     from atlas.train.manifest import write_json
 
     folder = Path(str(trainer.args.output_dir))
@@ -240,6 +276,8 @@ def _save_result(
         tokenizer.save_pretrained(staging)
         trainer.model.generation_config.save_pretrained(staging)
         manifest["adapter_sha256"] = sha256(staging / "adapter_model.safetensors")
+        (staging / "README.md").unlink(missing_ok=True)  # PEFT's template
+        own(folder, staging)
         (folder / "manifest.json").unlink(missing_ok=True)  # an earlier run's
         for path in staging.iterdir():
             flush(path)
@@ -250,10 +288,11 @@ def _save_result(
         write_card(folder, manifest["config"]["output"]["hub_repo"], new=True)
     except Exception as error:  # a full disk is an OSError, or safetensors' or tokenizers' own
         shutil.rmtree(staging, ignore_errors=True)
-        last = next((f"{path} is whole" for path in checkpoints(folder)), "there is no checkpoint")
+        last = newest(folder, trainer.identity.start)
+        again = f"{_again(resume, last)} again, which goes on from there" if last else "the same command again"
         raise RunError(
-            f"the adapter could not be saved in {folder} ({error}). {last}: make room, then run the same command again, which goes "
-            "on from there"
+            f"the adapter could not be saved in {folder} ({error}). {f'{last} is whole' if last else 'There is no checkpoint'}: "
+            f"make room, then run {again}"
         ) from None
 
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import math
 import random
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
-from atlas.errors import first_line
+from atlas.errors import RunError, first_line
 from atlas.train import checkpoints
 from atlas.train.manifest import write_json
 
@@ -68,6 +69,7 @@ class LabeledSFTTrainer(SFTTrainer):
     _staging: Path | None = None
     _step_begin: _StepBegin | None = None
     _train_sampler: Any = None
+    _broken_at: torch.Tensor | int = 0
 
     def __init__(self, *args: Any, identity: checkpoints.Identity, **kwargs: Any) -> None:
         self.identity = identity
@@ -140,12 +142,43 @@ class LabeledSFTTrainer(SFTTrainer):
             return sampler
         return _GroupedByLength(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        # Without waiting for the GPU: the first step whose loss is not finite is looked at when there is something to log or save.
+        known = torch.as_tensor(self._broken_at, device=loss.device)
+        self._broken_at = torch.where(loss.isfinite() | (known > 0), known, self.state.global_step + 1)
+        return loss
+
+    def refuse_divergence(self) -> None:
+        """Raises `RunError` where a loss was not finite, or the adapter is not."""
+        tensors = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if int(self._broken_at) > 0:
+            self._diverged(f"the loss of step {int(self._broken_at)} is not finite")
+        if not all(torch.stack([tensor.isfinite().all() for tensor in tensors])):
+            self._diverged(f"the adapter is not finite after step {self.state.global_step}")
+
+    def _diverged(self, what: str) -> NoReturn:
+        folder = Path(str(self.args.output_dir))
+        last = checkpoints.newest(folder, self.identity.start)
+        raise RunError(
+            f"the run has diverged: {what} (nan or inf). Nothing of that is saved or pushed; "
+            + (f"{last} is the last checkpoint from before" if last else "there is no checkpoint from before")
+            + ". Lower train.learning_rate, or look at the rows of that step"
+        )
+
     def supervised_tokens_of_all(self) -> int:
         """Supervised tokens trained on since the start; every process has to call it."""
         own = torch.tensor(self.supervised_tokens, device=self.accelerator.device)
         return int(self.accelerator.reduce(own, reduction="sum"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.accelerator.optimizer_step_was_skipped:
+            logs.pop("grad_norm", None)  # too large for the loss scaler, which takes a smaller scale for the next step
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                if name == "loss":
+                    self.refuse_divergence()  # which knows the step
+                self._diverged(f"{name} is {logs[name]} at step {self.state.global_step}")
         logs["supervised_tokens"] = self.supervised_tokens_of_all()
         super().log(logs, start_time)
 
@@ -163,7 +196,8 @@ class LabeledSFTTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As transformers does it, but beside its place until it is whole. One that cannot be written is said and does not end the
-        run: the disk may have room again when the next is due."""
+        run: the disk may have room again when the next is due. One of a run that has diverged is not written."""
+        self.refuse_divergence()
         output_dir, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
         staged = output_dir / checkpoints.STAGING / name
         try:
@@ -184,14 +218,13 @@ class LabeledSFTTrainer(SFTTrainer):
         except Exception as error:  # a full disk is an OSError, torch's RuntimeError, safetensors' or tokenizers' own
             if self.args.world_size > 1:
                 raise  # the other processes wait for this one
-            last = next(
-                (f"the last one is {path}" for path in checkpoints.checkpoints(output_dir)), "there is none yet"
-            )
+            newest = checkpoints.newest(output_dir, self.identity.start)
+            last = f"the last one is {newest}" if newest else "there is none yet"
             print(f"{name} could not be saved ({first_line(error)}); {last}; training goes on", flush=True)
         else:
             if self.args.should_save:
                 keep = {output_dir / name, Path(self.state.best_model_checkpoint or output_dir / name)}
-                checkpoints.remove_oldest(output_dir, self.args.save_total_limit, keep)
+                checkpoints.remove_oldest(output_dir, self.args.save_total_limit, keep, self.identity.start)
         finally:
             self._staging = None
             if self.args.should_save:

@@ -1,0 +1,67 @@
+"""One process at a time writes to an output folder, and whoever else wants to is told which one.
+
+The lock is the operating system's (`flock`): it ends with its process, however that ends, so that none is ever left over.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from atlas.errors import UserError
+from atlas.train.manifest import write_json
+
+LOCK, HOLDER = ".atlas.lock", ".atlas.holder.json"
+PATIENCE = 1.0  # seconds: a look at the lock (`refuse_if_held`) holds it for a moment
+
+
+@contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Hold `folder` for the command `what`. Raises `UserError`, which names the other process, where it is held already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise UserError(_in_use(folder)) from None
+    except OSError as error:
+        if os.access(folder, os.W_OK):  # else nobody can write here anyway
+            print(f"{folder} cannot be locked ({error}): make sure that no other run writes to it")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    holder = {"command": what, "process": os.getpid(), "host": socket.gethostname(), "started": now}
+    try:
+        if lock.is_locked:
+            with suppress(OSError):  # a full disk: the lock holds without a name
+                write_json(folder / HOLDER, holder)
+        yield
+    finally:
+        if lock.is_locked:
+            (folder / HOLDER).unlink(missing_ok=True)
+            lock.release()
+
+
+def refuse_if_held(folder: Path) -> None:
+    """Raises `UserError` as `held` does; nothing is written. What a process that was killed has left behind does not count."""
+    if not (folder / HOLDER).exists():
+        return
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            pass
+    except Timeout:
+        raise UserError(_in_use(folder)) from None
+    except OSError:  # a folder that can only be read
+        return
+
+
+def _in_use(folder: Path) -> str:
+    try:
+        found = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        who = f"{found['command']} (process {found['process']} on {found['host']}, since {found['started']})"
+    except (OSError, ValueError, LookupError, TypeError):
+        who = "another process"
+    return f"output.dir: {folder} is in use by {who}: wait until that has ended, or set another output.dir"
