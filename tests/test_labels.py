@@ -1,14 +1,18 @@
 """Data to labels: exactly the marked bytes, no token across the boundary, every row accounted for."""
 
+import gc
 import json
+import os
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from atlas.audit.tokens import token_bytes
 from atlas.config import Config, load_config
+from atlas.data.pack import arrange
 from atlas.data.prepare import Labeled, gate, labeler_for, prepare
 from atlas.errors import UserError
 from atlas.models.base import load_tokenizer
@@ -188,6 +192,77 @@ def test_cache_depends_on_content_template_and_settings(base_folder: Path, tmp_p
     before = labeler_for(settings, tokenizer).fingerprint
     tokenizer.chat_template = tokenizer.chat_template.replace("helpful", "useful")
     assert labeler_for(settings, tokenizer).fingerprint != before
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_other_content_of_the_same_name_size_and_time_is_another_cache(kind: str, base_folder: Path, tmp_path: Path):
+    from datasets import Dataset
+
+    path = tmp_path / f"rows.{kind}"
+
+    def write(answer: str) -> None:
+        rows = [{"prompt": f"q{i}", "response": answer} for i in range(3)]
+        write_rows(path, rows) if kind == "jsonl" else Dataset.from_list(rows).to_parquet(path)
+        os.utime(path, (1e9, 1e9))
+
+    write("one.")
+    first, tokenizer = label(base_folder, path)
+    size = path.stat().st_size
+    write("two.")
+    assert path.stat().st_size == size
+    second, _ = label(base_folder, path)
+    assert second.fingerprint != first.fingerprint
+    assert tokenizer.decode(second.dataset[0]["input_ids"]).endswith("two.<|im_end|>\n")
+
+
+def damages() -> list[Any]:
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    def cut(path: Path) -> None:
+        os.truncate(path, path.stat().st_size // 2)
+
+    return [flip, cut, lambda path: os.truncate(path, 0), Path.unlink]
+
+
+@pytest.mark.parametrize("damage", damages(), ids=["flipped", "cut", "emptied", "removed"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_damaged_cache_is_made_anew_and_says_so(
+    damage: Any, kind: str, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [chat(f"Question {i}?", "Answer " * i) for i in range(1, 40)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+        path = tmp_path / "rows.parquet"
+    settings = config(base_folder, path, "train.packing=true", "train.max_length=256")
+    arguments = SimpleNamespace(packing=True, max_length=256, packing_strategy="bfd", shuffle_dataset=True, seed=0)
+
+    def all_of_it() -> tuple[str, list[Any], list[Any], list[Any]]:
+        labeled = prepare(settings, load_tokenizer(settings))
+        return (
+            labeled.fingerprint,
+            list(labeled.dataset),
+            list(arrange(labeled.dataset, arguments)),
+            list(labeled.first),
+        )
+
+    whole = all_of_it()
+    files = sorted((tmp_path / "cache").rglob("*.arrow"))
+    assert len(files) == 3  # rows, labels, packs
+    capsys.readouterr()
+    assert all_of_it() == whole and "damaged" not in capsys.readouterr().out
+    for file in files:
+        gc.collect()
+        damage(file)
+        assert all_of_it() == whole
+        assert capsys.readouterr().out.count(f"({tmp_path / 'cache' / 'atlas'}") == 1, file
+        assert all_of_it() == whole and "damaged" not in capsys.readouterr().out
 
 
 def test_cache_depends_on_the_code_that_the_labels_depend_on(base_folder: Path, monkeypatch: pytest.MonkeyPatch):

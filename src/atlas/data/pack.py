@@ -2,8 +2,10 @@
 
 import hashlib
 from collections import Counter
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from atlas.data.cache import cached
 from atlas.data.stream import endless
 from atlas.errors import UserError
 
@@ -25,14 +27,22 @@ def arrange(rows: "Dataset | IterableDataset", arguments: "SFTConfig") -> "Datas
     if isinstance(rows, IterableDataset):
         return endless(rows)  # shuffled already, and never packed
     if not arguments.packing:
-        return rows.shuffle(seed=arguments.seed) if arguments.shuffle_dataset else rows
+        return rows.shuffle(seed=arguments.seed, keep_in_memory=True) if arguments.shuffle_dataset else rows
     from trl import pack_dataset
 
     if arguments.max_length is None:
         raise UserError("train.packing needs train.max_length: it is the length of a pack")
     if arguments.shuffle_dataset:
-        rows = rows.shuffle(seed=arguments.seed)
-    packed = pack_dataset(rows, arguments.max_length, arguments.packing_strategy, {"desc": "packs"})
+        rows = rows.shuffle(seed=arguments.seed, keep_in_memory=True)
+    length, strategy = arguments.max_length, arguments.packing_strategy
+    known = f"{rows._fingerprint} {length} {strategy} {version('trl')}"
+    packed = cached(
+        hashlib.sha256(known.encode()).hexdigest()[:32],
+        "packs",
+        lambda folder: pack_dataset(
+            rows, length, strategy, {"desc": "packs", "cache_file_name": str(folder / "packs.arrow")}
+        ),
+    )
     view = _tokens if arguments.packing_strategy == "wrapped" else _documents  # "wrapped" keeps no boundaries
     if view(rows) != view(packed):
         raise UserError(
@@ -40,7 +50,7 @@ def arrange(rows: "Dataset | IterableDataset", arguments: "SFTConfig") -> "Datas
             f"({len(rows):,} rows, {len(packed):,} packs): choose train.packing_strategy=bfd, or train.packing=false"
         )
     if arguments.shuffle_dataset:
-        packed = packed.shuffle(seed=arguments.seed)
+        packed = packed.shuffle(seed=arguments.seed, keep_in_memory=True)
     return packed
 
 

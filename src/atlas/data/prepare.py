@@ -11,6 +11,7 @@ import numpy as np
 from atlas.audit.spans import NOTES, REMEDIES, Finding, tokenizer_findings, where
 from atlas.config import Config, Source
 from atlas.data import mixture, sources
+from atlas.data.cache import cached
 from atlas.data.formats import detect, renamed
 from atlas.data.ledger import (
     DUPLICATE,
@@ -89,7 +90,7 @@ class Part:
 
     def __init__(self, source: Source, limit: int, rows: "Dataset", labeler: Labeler, config: Config) -> None:
         if limit < len(rows):
-            rows = rows.shuffle(seed=config.data.seed).select(range(limit))
+            rows = rows.shuffle(seed=config.data.seed, keep_in_memory=True).select(range(limit))
         self.name, self.wanted, self.rows = source.name, limit, rows
         self.columns = dict(source.columns)
         first = _raw(rows, range(min(len(rows), DETECT_ROWS)))
@@ -315,16 +316,21 @@ def label_rows(
     columns: Mapping[str, str] | None = None,
 ) -> "Dataset":
     """A source's rows with the columns of `_features`, one for one; cached on disk under `fingerprint`."""
-    return rows.map(
-        labeler,
-        fn_kwargs={"format_name": format_name, "group_by": group_by, "renaming": columns},
-        batched=True,
-        batch_size=BATCH_ROWS,
-        remove_columns=rows.column_names,
-        new_fingerprint=fingerprint,
-        num_proc=num_proc,
-        features=_features(),
-        desc="labels",
+    return cached(
+        fingerprint,
+        "labels",
+        lambda folder: rows.map(
+            labeler,
+            fn_kwargs={"format_name": format_name, "group_by": group_by, "renaming": columns},
+            batched=True,
+            batch_size=BATCH_ROWS,
+            remove_columns=rows.column_names,
+            cache_file_name=str(folder / "labels.arrow"),
+            new_fingerprint=fingerprint,
+            num_proc=num_proc,
+            features=_features(),
+            desc="labels",
+        ),
     )
 
 

@@ -2,12 +2,15 @@
 
 import csv
 import hashlib
+import inspect
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from atlas.config import Source
+from atlas.data.cache import cached
 from atlas.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -68,7 +71,7 @@ def stream_source(source: Source) -> Iterator[tuple[str, "str | dict[str, Any]"]
                 yield from _columns(f"{path} row", _streamed("parquet", path.name, data_files=str(path)))
             else:
                 _refuse_odd_text(path)
-                for row in _text_rows(str(path), ""):
+                for row in _text_rows(str(path)):
                     yield f"{path} line {row['line']}", row["json"]
         return
     given = {"name": source.config, "split": source.split, "revision": source.revision}
@@ -140,24 +143,33 @@ def _refuse_odd_text(path: Path) -> None:
 
 
 def _file(path: Path) -> "Dataset":
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset, Features, Value, load_dataset
 
     if path.suffix in _TEXT_KINDS:
         _refuse_odd_text(path)
-    try:
+    with path.open("rb") as file:  # the content, not the name or the time, decides whether a cached copy is used
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    known = f"{path} {content} {inspect.getsource(sys.modules[__name__])}"
+    key = hashlib.sha256(known.encode(errors="surrogateescape")).hexdigest()[:32]
+
+    def make(folder: Path) -> "Dataset":
         if path.suffix == ".parquet":
-            return load_dataset("parquet", data_files=str(path), split="train")
-        with path.open("rb") as file:  # the content, not the name, decides whether a cached copy is used
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Dataset.from_generator(_text_rows, gen_kwargs={"path": str(path), "sha256": digest}, split="train")
+            return load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(folder))
+        columns = Features(json=Value("string"), line=Value("int64"), file=Value("string"))
+        given = {"path": str(path)}
+        return Dataset.from_generator(_text_rows, columns, gen_kwargs=given, split="train", cache_dir=str(folder))
+
+    try:
+        rows = cached(key, f"rows of {path}", make)
     except Exception as error:  # pyarrow and datasets raise about ten kinds, with the true one as the cause
         if path.read_bytes().strip() == b"":
             raise UserError(f"data: the file {path} is empty") from None
         raise UserError(f"data: the file {path} cannot be read: {error.__cause__ or error}") from None
+    return Dataset(rows.data, rows.info, rows.split, fingerprint=key)
 
 
-def _text_rows(path: str, sha256: str) -> Iterator[dict[str, Any]]:
-    """Rows as JSON text with file and 1-based line. `sha256` only makes the cache depend on the content.
+def _text_rows(path: str) -> Iterator[dict[str, Any]]:
+    """Rows as JSON text with file and 1-based line.
 
     A byte that is not UTF-8 cannot be stored as text, and U+FFFD would be a silent change of the row: such a row is replaced by
     something that is no JSON and therefore counted.
