@@ -128,7 +128,7 @@ def evaluate(
     run = _runner(config, target, dtype, plan.device, tokenizer)
     if target.adapter is not None:
         weights = _file_of(target.adapter, target.adapter_revision, "adapter_model.safetensors")
-        if weights is None or _sha256(weights) != row["adapter_sha256"]:
+        if (_sha256(weights) if weights else None) != row["adapter_sha256"]:
             raise UserError(f"{target.adapter} was written to while it was loaded: run the same command again")
     for task in left:
         name = task.settings.name

@@ -155,16 +155,18 @@ def _foreign(checkpoint: Path) -> str | None:
 def refuse_foreign(output_dir: Path, resume: str) -> None:
     """Raises `UserError` where a run in `output_dir` would write over, or remove, what atlas has not written."""
     found = [f"{path.name} {why}" for path in checkpoints(output_dir) if (why := _foreign(path))]
-    manifest = _read(output_dir / "manifest.json")
-    finished = manifest is not None and "config_hash" in manifest
-    if (output_dir / "manifest.json").exists() and not finished:
+    manifest = _read(output_dir / "manifest.json") or {}
+    if (output_dir / "manifest.json").exists() and "config_hash" not in manifest:
         found.append("manifest.json is not one of atlas")
-    if (
-        not finished or resume != "auto"
-    ):  # else nothing of a finished run is written over: it is this one, or refused as another
-        known = _read(output_dir / OWNED) or {}
-        for name in _RESULT:
-            if (digest := _digest(output_dir / name)) and digest not in known.get(name, ()):
+    # Of a finished run, `auto` writes nothing over: it is this one, or refused as another.
+    if resume != "auto" or "config_hash" not in manifest:
+        known = _read(output_dir / OWNED)
+        # An earlier version of atlas, or a copy without hidden files, has no such list.
+        by_manifest = known is None and _digest(output_dir / "adapter_model.safetensors") == manifest.get(
+            "adapter_sha256", ""
+        )
+        for name in () if by_manifest else _RESULT:
+            if (digest := _digest(output_dir / name)) and digest not in (known or {}).get(name, ()):
                 found.append(f"{name} was not written by atlas, or was changed since")
         card = output_dir / "README.md"
         if card.is_file() and not is_generated(card.read_text(encoding="utf-8", errors="replace")):
@@ -313,8 +315,10 @@ def _difference(contents: Mapping[str, Any], run: Identity) -> str | None:
         keys = differing_keys(there, run.experiment) if isinstance(there, dict) else "what differs is not recorded"
         return f"it belongs to config {contents.get('config_hash')}, this is {run.config_hash}: {keys}"
     if run.base is not None and contents.get("base") != run.base:
-        there = str(contents.get("base"))[:8]
-        return f"the base model is another under the same name (its config and weights are {there} there, {run.base[:8]} here)"
+        there = contents.get("base")
+        if there is None:
+            return "it is of an earlier version of atlas, which did not note what its base model holds"
+        return f"the base model is another under the same name (its config and weights are {there[:8]} there, {run.base[:8]} here)"
     if contents.get("processes") != run.processes:
         number = contents.get("processes")
         return (
