@@ -17,6 +17,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,37 +46,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="trials at a time")
     arguments = parser.parse_args()
     from atlas.pocket.base import build
 
     build(LAB, 0)
-    began, draw = time.monotonic(), random.Random(arguments.seed)
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         rows = (LAB / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (Path(folder) / "few.jsonl").write_text("".join(rows[:FEW]), encoding="utf-8")
         (Path(folder) / "held.jsonl").write_text("".join(rows[-100:]), encoding="utf-8")
         trials: list[dict[str, Any]] = []
         counts = (arguments.trials - 2 * (arguments.trials // 6), *[arguments.trials // 6] * 2)
-        for (data, (overrides, first)), count in zip(DATA.items(), counts, strict=True):
-            with Trial(Path(folder) / f"alone{len(trials)}", overrides) as alone:
+        for data, count in zip(DATA, counts, strict=True):
+            with Trial(Path(folder) / f"after{len(trials)}", *DATA[data]) as alone:
                 alone.run()
             print(f"left alone{data}: {alone.seconds:.0f} s", flush=True)
-            for number in range(count):
-                kind = KINDS[number % len(KINDS)]
-                with Trial(Path(folder) / f"trial{len(trials)}", overrides, first) as trial:
-                    trial.kill(kind, draw)
-                    trial.run()
-                found = {"killed": trial.moment, "resumed": trial.resumed, "same": trial.same(alone)}
-                trials.append({"kind": kind + data, **found})
-                print(f"{len(trials):>2} {trials[-1]}", flush=True)
+            with ThreadPoolExecutor(arguments.jobs) as pool:
+                trials += pool.map(partial(attempt, alone, data, arguments.seed), range(count))
     report = {
         "what": f"{STEPS} steps, a checkpoint every {SAVE_STEPS}, an evaluation every {EVAL_STEPS}, NF4, dropout, a push",
         "trials": trials,
         "seconds": round(time.monotonic() - began),
     }
-    record("kills", report, f"python benchmarks/kills.py --trials {arguments.trials} --seed {arguments.seed}")
+    record(
+        "kills",
+        report,
+        f"python benchmarks/kills.py --trials {arguments.trials} --seed {arguments.seed} --jobs {arguments.jobs}",
+    )
     if not all(trial["same"] for trial in trials):
         raise SystemExit("an adapter differs from that of the run that was left alone")
+
+
+def attempt(alone: "Trial", data: str, seed: int, number: int) -> dict[str, Any]:
+    """One trial: killed, resumed, compared with the run that was left alone."""
+    kind = KINDS[number % len(KINDS)]
+    with Trial(alone.folder.with_name(f"{alone.folder.name}-{number}"), *DATA[data]) as trial:
+        trial.kill(kind, random.Random(f"{seed} {number}{data}"))
+        trial.run()
+    found = {"kind": kind + data, "killed": trial.moment, "resumed": trial.resumed, "same": trial.same(alone)}
+    print(found, flush=True)
+    return found
 
 
 class Trial:
