@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from atlas.audit import command as audit
 from atlas.config import load_config
 from atlas.train import preflight, sft
 from conftest import TrainedRun, write_rows
@@ -39,6 +40,8 @@ def test_a_sound_run_is_ready_and_nothing_is_written(sft_args: list[str], tmp_pa
         "disk",
         "memory",
         "cache",
+        "loss",
+        "trainer",
     ]
     assert status == dict.fromkeys((*named, "output folder", "base model"), "ok") | dict.fromkeys(skipped, "skip")
     # 3 steps x 2 rows x gradient accumulation 1 of at most 256 tokens
@@ -145,6 +148,47 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "nothing can be written": (["output.dir=/proc/out"], ["output.dir: nothing can be written to /proc"]),
     "tracker": (["train.report_to=mlflow"], ["train.report_to: 'mlflow' is not installed", "report_to=none"]),
     "nothing to evaluate on": (["train.eval_strategy=epoch"], ["there is no held-out data"]),
+    "nothing to evaluate on at the start": (
+        ["train.eval_on_start=true"],
+        ["train.eval_on_start=True: there is no held"],
+    ),
+    "a file": (["output.dir=/dev/null"], ["output.dir: /dev/null is no folder"]),
+    "below a file": (["output.dir=/dev/null/x"], ["output.dir: nothing can be written to /dev (Not a directory)"]),
+    "a name too long": (["output.dir=" + "x" * 300], ["output.dir: nothing can be written to", "File name too long"]),
+    "loss": (["train.loss_type=nil"], ["train.loss_type=nil: Invalid `loss_type`"]),
+    "schedule": (["train.lr_scheduler_type=cosin"], ["train.lr_scheduler_type=cosin: cosin is not a valid"]),
+    "schedule's values": (
+        ["train.lr_scheduler_kwargs.num_cycle=3"],
+        ["train.lr_scheduler_kwargs={'num_cycle': 3}: TypeError", "unexpected keyword argument 'num_cycle'"],
+    ),
+    "best of what": (
+        ["data.eval_fraction=0.2", "train.save_strategy=best"],
+        ["train.save_strategy=best: `args.metric_for_best_model` must be provided"],
+    ),
+    "padding free": (
+        ["train.padding_free=true"],
+        ["train.padding_free=True: When `padding_free=True` without packing"],
+    ),
+    "a package": (["train.use_liger_kernel=true"], ["train.use_liger_kernel=True: No module named 'liger_kernel'"]),
+    "the head": (
+        ["lora.target_modules=[lm_head]"],
+        ["lora.target_modules: Applying a PEFT adapter to `lm_head` is not"],
+    ),
+    "optimizer": (["train.optim=adamw_torchx"], ["train.optim=adamw_torchx: adamw_torchx is not a valid"]),
+    "optimizer's values": (["train.optim_args=x"], ["train.optim_args=x: not enough values to unpack"]),
+    "workers": (
+        ["train.dataloader_persistent_workers=true"],
+        ["train.dataloader_persistent_workers=True: persistent_"],
+    ),
+    "packs": (
+        ["train.packing=true", "train.packing_strategy=foo"],
+        ["train.packing_strategy=foo: Invalid packing strategy"],
+    ),
+    "checkpointing's values": (
+        ["train.gradient_checkpointing=true", "train.gradient_checkpointing_kwargs.a=1"],
+        ["train.gradient_checkpointing_kwargs={'a': 1}: Unexpected keyword arguments: a"],
+    ),
+    "deepspeed": (["train.deepspeed=no.json"], ["train.deepspeed=no.json: "]),
     "precision": (["train.fp16=true"], ["train.fp16 asks for float16, which needs a GPU"]),
     "a share of the disk": (["lora.r=4000000"], ["output.dir: ", "make room", "train.save_total_limit"]),
 }
@@ -158,6 +202,40 @@ def test_what_a_config_cannot_have(name: str, sft_args: list[str], capsys):
     assert "  fail  " in out
     for part in parts:
         assert part in err
+
+
+def test_a_loss_on_all_tokens_is_said_everywhere(sft_args: list[str], tmp_path: Path, capsys):
+    asked = [*sft_args, "train.assistant_only_loss=false", f"output.results_dir={tmp_path / 'results'}"]
+    assert preflight.main(sft_args) == 0
+    assert "ok    loss           on the assistant's content" in capsys.readouterr().out
+    assert preflight.main(asked) == 0
+    assert "warn  loss           on ALL tokens, prompts too" in capsys.readouterr().out
+    assert audit.main(asked) == 0
+    assert "LOSS ON ALL TOKENS, prompts too, and nothing is audited" in capsys.readouterr().out
+    assert sft.main(asked) == 0
+    out = capsys.readouterr().out
+    assert "warn  loss           on ALL tokens" in out and "LOSS ON ALL TOKENS" in out
+    assert "Its loss fell on all tokens" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("base", [None, "base: null\n"])
+def test_a_config_of_three_keys_trains_on_answers_alone(
+    base: str | None, base_folder: Path, rows_file: Path, tmp_path: Path, capsys
+):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        f"{base or ''}model: {{name: {base_folder}}}\ndata: {{train: {rows_file}}}\noutput: {{dir: {tmp_path}}}\n"
+    )
+    assert audit.main(["--config", str(own), f"output.results_dir={tmp_path / 'results'}"]) == 0
+    out = capsys.readouterr().out
+    share = float(out.split("tokens (")[1].split("%")[0])
+    assert "audit clean: the loss falls on exactly" in out and 10 < share < 80
+
+
+def test_embeddings_can_be_trained(sft_args: list[str], capsys):
+    asked = [*sft_args, "lora.target_modules=[embed_tokens]", "quantization.load_in_4bit=false"]
+    assert sft.main([*asked, "train.learning_rate=5e-2", "train.warmup_steps=0"]) == 0
+    assert "LoRA B norm 0.0000" not in capsys.readouterr().out
 
 
 def test_all_failures_at_once_and_training_does_not_start(sft_args: list[str], tmp_path: Path, capsys):

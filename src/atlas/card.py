@@ -142,6 +142,7 @@ def card(manifest: dict[str, Any], repo: str, runs: list[dict[str, Any]], audit:
     )
     recipe = [(f"{name}.{k}", config[name][k]) for name, keys in _RECIPE.items() for k in keys if k in config[name]]
     four_bit = config["quantization"]["load_in_4bit"]
+    all_tokens = not config["train"].get("assistant_only_loss", False)
     unpinned = "at a revision that was not pinned" if on_hub else "local"
     pinned = f"at revision {_code(revision)}" if revision else unpinned
     base_text = f"[{_text(base)}](https://huggingface.co/{base})" if on_hub else _code(_last_part(base))
@@ -152,6 +153,7 @@ def card(manifest: dict[str, Any], repo: str, runs: list[dict[str, Any]], audit:
         "No score of it is recorded: whether it is better than its base model is not known.": not evaluations,
         "It was trained on its base in 4 bits. On the unquantised one, as above, its outputs differ slightly.": four_bit,
         f"{cut:,} conversations were cut at `max_length`: longer ones it has not seen whole.": cut > 0,
+        "Its loss fell on all tokens, prompts too, and no label was audited (`assistant_only_loss: false`).": all_tokens,
         "The licenses of the base model and of the data apply.": True,
     }
     audited = ""

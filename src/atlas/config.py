@@ -37,6 +37,7 @@ OWNED_TRAIN_FIELDS = {
     "ignore_data_skip": "a run that resumes on other rows is another run",
     "auto_find_batch_size": "another batch size is another run; set train.per_device_train_batch_size, and "
     "train.gradient_accumulation_steps so that their product stays",
+    "local_rank": "torchrun tells each process its own",
     "enable_jit_checkpoint": "atlas writes a checkpoint on SIGTERM and SIGINT by itself",
     "restore_callback_states_from_checkpoint": "atlas restores what its own callbacks need",
     "logging_nan_inf_filter": "a loss that is not finite ends the run",

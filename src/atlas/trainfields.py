@@ -66,6 +66,11 @@ _RANGES: tuple[_Rule, ...] = (  # what no run can have, and the libraries say la
         ("pad_to_multiple_of",),
     ),
     (
+        "random, sequential, group_by_length or batch_rebalance",  # the library takes any other for random
+        lambda value: value in ("random", "sequential", "group_by_length", "batch_rebalance"),
+        ("train_sampling_strategy",),
+    ),
+    (
         "written out here, since a file's content would not count as part of the run",
         lambda value: not isinstance(value, str),
         ("accelerator_config",),

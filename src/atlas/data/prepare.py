@@ -68,6 +68,8 @@ class Labeled:
     def table(self) -> str:
         """The ledgers of all sources as text."""
         lines = [ledger.table() for ledger in (*self.ledgers, *self.eval_ledgers)]
+        if self.mask == "all tokens":
+            lines.append("LOSS ON ALL TOKENS, prompts too, and nothing is audited: train.assistant_only_loss is false")
         return "\n".join([*lines, self.held_out.line()] if self.held_out else lines)
 
 

@@ -1,23 +1,31 @@
 """TRL's arguments from the config: what `train:` says, what the device plan decides, what follows from `data:`."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from atlas.config import Config, LoadedConfig
+from atlas.config import Config, LoadedConfig, config_hash
 from atlas.device import DevicePlan
 from atlas.errors import UserError
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+Result = TypeVar("Result")
+
 
 def sft_arguments(loaded: LoadedConfig, plan: DevicePlan) -> "SFTConfig":
     """TRL's arguments from `train:`, the device plan and the output folder. Raises `UserError` for what TRL refuses."""
+    _data_arguments(loaded.config)
+    return accepted(lambda config: build_arguments(config, plan), loaded.config)
+
+
+def build_arguments(config: Config, plan: DevicePlan) -> "SFTConfig":
+    """The same, with the library's own exceptions."""
     from trl import SFTConfig
 
-    config = loaded.config
     given = dict(config.train)
     # The labels are made already: what TRL would do to the rows (mask, truncate, filter one by one) is done.
     given["assistant_only_loss"] = False
@@ -30,29 +38,61 @@ def sft_arguments(loaded: LoadedConfig, plan: DevicePlan) -> "SFTConfig":
         "use_cpu": plan.device == "cpu",
         "activation_checkpointing": plan.gradient_checkpointing,
         "report_to": available_trackers(config.train_value("report_to"))[0],
-        "run_name": given.get("run_name") or f"{Path(config.output.dir).name}-{loaded.config_hash}",
+        "run_name": given.get("run_name") or f"{Path(config.output.dir).name}-{config_hash(config)}",
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it would show a loss that is not finite as one that is
     }
+    return SFTConfig(**given)
+
+
+def accepted(attempt: Callable[[Config], Result], config: Config) -> Result:
+    """What `attempt` makes of the config. Raises `UserError` where a library refuses, with the key of `train:` without which it
+    would not: the libraries seldom name it, and each raises exceptions of its own."""
     try:
-        arguments = SFTConfig(**given)
-    except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"train: {' '.join(str(error).split())}") from None
-    return arguments
+        return attempt(config)
+    except UserError:
+        raise
+    except Exception as error:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # a DeepSpeed config that is refused would stay in force
+        said = " ".join(str(error).split())
+        text = (
+            said if isinstance(error, ValueError | ImportError) and said else f"{type(error).__name__} {said}".strip()
+        )
+    for key in sorted(config.train, key=lambda key: (repr(config.train[key]) not in said, key not in said)):
+        without = config.model_copy(update={"train": {k: v for k, v in config.train.items() if k != key}})
+        try:
+            attempt(without)
+        except Exception:  # not this one alone
+            continue
+        raise UserError(f"train.{key}={config.train[key]}: {text[:500]}")
+    raise UserError(f"{'lora.target_modules' if 'target_modules' in said else 'train'}: {text[:500]}")
+
+
+def held_out(config: Config) -> bool:
+    """Does the config hold rows out, on which the loss is taken while training?"""
+    data = config.data
+    return bool(data.eval) or data.eval_fraction is not None or data.eval_rows is not None
 
 
 def _data_arguments(config: Config) -> dict[str, Any]:
     """The arguments that follow from `data:`. Raises `UserError` where `train:` contradicts it."""
-    data = config.data
-    held_out = bool(data.eval) or data.eval_fraction is not None or data.eval_rows is not None
-    asked = config.train.get("eval_strategy")
-    if asked not in (None, "no") and not held_out:
-        raise UserError(
-            f"train.eval_strategy={asked}: there is no held-out data to evaluate on; set data.eval, data.eval_fraction or "
-            "data.eval_rows"
-        )
+    data, asked = config.data, config.train.get("eval_strategy")
+    if not held_out(config):
+        wanted = {
+            "eval_strategy": asked not in (None, "no"),
+            "eval_on_start": config.train.get("eval_on_start"),
+            "load_best_model_at_end": config.train.get("load_best_model_at_end"),
+            "save_strategy": config.train.get("save_strategy") == "best",
+        }
+        if keys := [name for name, on in wanted.items() if on]:
+            raise UserError(
+                f"train.{keys[0]}={config.train[keys[0]]}: there is no held-out data to evaluate on; set data.eval, "
+                "data.eval_fraction or data.eval_rows"
+            )
     given: dict[str, Any] = {}
-    if held_out and asked is None:
+    if held_out(config) and asked is None:
         given["eval_strategy"] = "epoch"
     if data.curriculum != "none":
         for name in ("packing", "shuffle_dataset"):

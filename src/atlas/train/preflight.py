@@ -6,28 +6,32 @@ All failures are reported together. `atlas sft` does the same first.
 
 import argparse
 import contextlib
+import copy
 import io
 import os
 import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas.compat import check_libraries
-from atlas.config import LoadedConfig, is_path, load_config
+from atlas.config import Config, LoadedConfig, is_path, load_config
 from atlas.data.sources import data_files, reach
 from atlas.device import DevicePlan, Machine, choose_device
 from atlas.errors import DONE, RunError, UserError, first_line, run_main
 from atlas.redact import redact
+from atlas.train.arguments import held_out
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
@@ -69,6 +73,8 @@ class Ready:
     arguments: "SFTConfig" = field(init=False)
     tokenizer: "PreTrainedTokenizerBase" = field(init=False)
     adapter: "LoraConfig" = field(init=False)
+    empty: "PeftModel" = field(init=False)
+    """Base model and adapter without weights."""
     sizes: Sizes = field(init=False)
     base: "BaseFiles" = field(init=False)
 
@@ -135,6 +141,7 @@ def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
     ready.check("quantisation", lambda: _quantisation(ready, loaded))
     ready.check("libraries", lambda: _libraries(ready), "bitsandbytes")
     ready.check("training", lambda: _training(ready, loaded), "plan", "libraries")
+    ready.check("loss", lambda: _loss(loaded))
     ready.check("output folder", lambda: _output_folder(loaded, resume))
     ready.check("Hub", lambda: _hub(loaded))
     ready.check("tracker", lambda: _tracker(loaded), "libraries")
@@ -151,6 +158,7 @@ def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
         ready.check("data", partial(reach, source), *online(source.name))
     ready.check("tokenizer", lambda: _tokenizer(ready, loaded), "libraries", *online(tokenizer))
     ready.check("base model", lambda: _base_model(ready, loaded, resume), "libraries", *online(config.model.name))
+    ready.check("trainer", lambda: _trainer(ready, loaded), "arguments", "tokenizer", "empty")
     ready.check("memory", lambda: _memory(ready, loaded), "plan", "sizes")
     ready.check("cache", lambda: _cache(ready, loaded), "base")
     ready.check("disk", lambda: _disk(ready, loaded), "arguments", "tokenizer", "sizes")
@@ -205,6 +213,17 @@ def _training(ready: Ready, loaded: LoadedConfig) -> str:
     if evaluated == "no":
         return steps
     return f"{steps}; held-out loss every {f'{arguments.eval_steps:g} steps' if evaluated == 'steps' else evaluated}"
+
+
+def _loss(loaded: LoadedConfig) -> Line | str:
+    gate = loaded.config.audit.gate
+    if not loaded.config.train_value("assistant_only_loss"):
+        return Line(
+            "warn", "loss", "on ALL tokens, prompts too, and nothing is audited: train.assistant_only_loss is false"
+        )
+    if gate == "off":
+        return Line("warn", "loss", "on the assistant's content and its stop token; not audited: audit.gate is off")
+    return f"on the assistant's content and its stop token, proven by the audit (gate {gate})"
 
 
 def _output_folder(loaded: LoadedConfig, resume: str) -> Line | str:
@@ -310,21 +329,79 @@ def _base_model(ready: Ready, loaded: LoadedConfig, resume: str) -> str:
     linear = sum(layer.weight.numel() for layer in layers)
     total = sum(parameter.numel() for parameter in model.parameters())
     ready.adapter = lora_config(config.lora)
-    adapter = _adapter_size(model, ready.adapter)
+    ready.empty = _with_adapter(model, ready.adapter)
+    adapter = sum(parameter.numel() for parameter in ready.empty.parameters() if parameter.requires_grad)
     ready.sizes = Sizes(linear, total - linear, adapter)
     return f"{config.model.name}: {total / 1e6:,.1f} M parameters, {adapter / 1e6:,.2f} M in the adapter"
 
 
-def _adapter_size(model: Any, adapter: "LoraConfig") -> int:
+def _with_adapter(model: Any, adapter: "LoraConfig") -> "PeftModel":
     import torch
     from peft import get_peft_model
 
     try:
         with torch.device("meta"):
-            adapted = get_peft_model(model, adapter)
+            return get_peft_model(model, adapter)
     except ValueError as error:
         raise UserError(f"lora.target_modules: {first_line(error)}") from None
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def _trainer(ready: Ready, loaded: LoadedConfig) -> str:
+    """TRL's trainer, its loader, optimizer and schedule, on the model without weights and two rows: what a library refuses
+    of `train:`, it refuses now."""
+    from atlas.train.arguments import accepted
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run's own trainer says them too
+        arguments = accepted(lambda config: _try_trainer(ready, config), loaded.config)
+    optimizer, schedule = arguments.optim, arguments.lr_scheduler_type
+    return f"{getattr(optimizer, 'value', optimizer)}, {getattr(schedule, 'value', schedule)} schedule"
+
+
+def _try_trainer(ready: Ready, config: Config) -> "SFTConfig":
+    import torch
+    from datasets import Dataset
+    from torch.utils.checkpoint import checkpoint
+    from trl import SFTTrainer
+
+    from atlas.data.pack import arrange
+    from atlas.train.arguments import build_arguments
+
+    class Trial(SFTTrainer):
+        def _move_model_to_device(self, model: Any, device: Any) -> None:
+            pass  # there is nothing to move
+
+    arguments = build_arguments(config, ready.plan)
+    token = ready.tokenizer.eos_token_id
+    rows = Dataset.from_list([{"input_ids": [token] * 32, "labels": [token] * 32}] * 2)
+    if arguments.use_liger_kernel:
+        import_module("liger_kernel")  # when training starts the library needs it
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.output_dir, arguments.report_to = folder, []
+        trainer = Trial(
+            model=copy.deepcopy(ready.empty),
+            args=arguments,
+            train_dataset=arrange(rows, arguments),
+            eval_dataset=rows if held_out(config) else None,
+            processing_class=ready.tokenizer,
+        )
+        loader = trainer.get_train_dataloader()
+        if arguments.dataloader_num_workers == 0:
+            next(iter(loader), None)
+        if arguments.activation_checkpointing:
+            checkpoint(torch.abs, torch.zeros(1), **(arguments.activation_checkpointing_kwargs or {}))
+        # The optimizer looks at names and devices; one number stands for each matrix of the adapter.
+        for module in trainer.model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.requires_grad:
+                    one = torch.nn.Parameter(torch.zeros(1, 1, device=arguments.device))
+                    one.grad = torch.zeros_like(one)
+                    module.register_parameter(name, one)
+        trainer.create_optimizer_and_scheduler(arguments.max_steps if arguments.max_steps > 0 else 100)
+        for _ in range(2):
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step()
+    return arguments
 
 
 def _memory(ready: Ready, loaded: LoadedConfig) -> Line | str:
@@ -432,11 +509,16 @@ def _checkpoints_kept(arguments: "SFTConfig") -> int | None:
 
 
 def _can_write(folder: Path, key: str, remedy: str) -> None:
+    there = _existing(folder)
     try:
-        with tempfile.TemporaryFile(dir=_existing(folder)):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(f"{key}: {folder} is no folder, but a file or a link to nothing: {remedy}")
+        with contextlib.suppress(FileNotFoundError):
+            folder.stat()  # a part of the path that is a file, or a name that is too long
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise UserError(f"{key}: nothing can be written to {_existing(folder)} ({error.strerror}): {remedy}") from None
+        raise UserError(f"{key}: nothing can be written to {there} ({error.strerror}): {remedy}") from None
 
 
 def _size(count: float) -> str:
@@ -446,7 +528,7 @@ def _size(count: float) -> str:
 def _existing(path: Path) -> Path:
     """The folder, or the nearest above it that exists."""
     path = path.absolute()
-    return path if path.is_dir() else _existing(path.parent)
+    return next(folder for folder in (path, *path.parents) if os.path.isdir(folder))  # noqa: PTH112 (a name may be too long)
 
 
 if __name__ == "__main__":
