@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from atlas.card import write_card
+from atlas.train import sft
 from conftest import TrainedRun
 
 REPO = "ann/tuned"
@@ -25,10 +26,11 @@ def run(trained_run: TrainedRun, tmp_path: Path) -> Path:
     return folder
 
 
-def change(folder: Path, how: Any) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    how(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+def change(path: Path, how: Any) -> None:
+    path = path / "manifest.json" if path.is_dir() else path
+    held = json.loads(path.read_text())
+    how(held)
+    path.write_text(json.dumps(held))
 
 
 def card_of(folder: Path, repo: str | None = REPO) -> str:
@@ -67,7 +69,7 @@ def test_the_card_says_what_the_manifest_knows(run: Path):
         f"trl {manifest['versions']['trl']}",
         manifest["device"]["hardware"],
         f'from_pretrained("Qwen/Qwen2.5-0.5B", revision="{"f" * 40}", dtype="auto")',
-        'PeftModel.from_pretrained(base, "ann/tuned", revision="REVISION")',
+        'adapter, revision = "ann/tuned", "REVISION"',
         "| <code>train.learning_rate</code> | <code>0.05</code> |",
         "1,700 conversations were cut",
         "trained on its base in 4 bits",
@@ -118,17 +120,23 @@ def test_results_that_cannot_be_read_are_no_scores(broken: str, run: Path):
     assert "No score of it is recorded" in card_of(run)
 
 
-def test_the_audit_of_these_data_is_summed_up(run: Path):
-    fingerprint = json.loads((run / "manifest.json").read_text())["data"]["fingerprint"]
-    summary = {"audited": 120, "findings": {"stop": 0, "other": 2}, "stream_sha256": fingerprint, "sources": ["text"]}
-    path = run.parent / "results" / "sft_template_audit.jsonl"
-    path.write_text(json.dumps({"row": 0, "text": "a user's words"}) + "\n" + json.dumps({"summary": summary}) + "\n")
+def test_the_audit_of_these_data_is_summed_up(run: Path, sft_args: list[str]):
+    results = run.parent / "results"
+    assert sft.main([*sft_args, f"output.results_dir={results}", "--dump-template-audit"]) == 0
     text = card_of(run)
-    assert "Every label of 120 rows was audited; findings: 2." in text
-    kept = (run / "audit_summary.json").read_text()
-    assert "a user's words" not in kept and "sources" not in kept
-    path.write_text(json.dumps({"summary": summary | {"stream_sha256": "of other data"}}) + "\n")
+    assert "The labels of all 120 rows were audited; findings: none." in text
+    assert "sources" not in json.loads((run / "audit_summary.json").read_text())
+    path = results / "sft_template_audit.jsonl"
+    path.write_text(
+        path.read_text().replace(
+            json.loads((run / "manifest.json").read_text())["data"]["fingerprint"], "of other data"
+        )
+    )
     assert card_of(run) == text  # the folder's own copy still fits
+    change(run / "audit_summary.json", lambda audit: audit["findings"].update(stop=2))
+    assert "findings: stop 2." in card_of(run)
+    change(run / "audit_summary.json", lambda audit: audit.update(audited=False))
+    assert "The labels of its 120 rows were not audited." in card_of(run)
 
 
 def test_names_cannot_write_into_the_card(run: Path):
@@ -173,7 +181,7 @@ def test_no_local_path_is_in_the_card(run: Path, trained_run: TrainedRun):
 
 def test_an_edited_card_is_left_alone(run: Path):
     made = card_of(run, None)
-    assert 'PeftModel.from_pretrained(base, "namespace/run"' in made
+    assert '"namespace/run"' in made
     assert '"ann/tuned"' in card_of(run)  # not edited: made anew
     for edited in (card_of(run) + "More.\n", card_of(run).replace("# tuned", "# Tuned"), "My own words.\n"):
         (run / "README.md").write_text(edited)

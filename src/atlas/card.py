@@ -107,7 +107,7 @@ def _metrics(runs: list[dict[str, Any]]) -> Iterator[tuple[str, str, float, tupl
 def _audit_of(text: str, fingerprint: str) -> Any:
     last = json.loads(text if text.startswith("{\n") else text.splitlines()[-1])
     summary = {name: value for name, value in last.get("summary", last).items() if name != "sources"}
-    int(summary["audited"]) + sum(summary["findings"].values())  # raises where it is not a summary
+    _audit_part(summary)  # raises where it is not a summary
     return summary if summary["stream_sha256"] == fingerprint else None
 
 
@@ -156,10 +156,6 @@ def card(manifest: dict[str, Any], repo: str, runs: list[dict[str, Any]], audit:
         "Its loss fell on all tokens, prompts too, and no label was audited (`assistant_only_loss: false`).": all_tokens,
         "The licenses of the base model and of the data apply.": True,
     }
-    audited = ""
-    if audit:
-        findings = sum(audit["findings"].values())
-        audited = f"Every label of {audit['audited']:,} rows was audited; findings: {findings:,}.\n"
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {_text(name)}\n",
@@ -175,7 +171,7 @@ def card(manifest: dict[str, Any], repo: str, runs: list[dict[str, Any]], audit:
                 for s in sources
             ),
         ),
-        audited,
+        _audit_part(audit),
         _scores_part(runs),
         "## Use\n",
         _usage(base if on_hub else f"path/to/{_last_part(base)}", revision, repo),
@@ -200,6 +196,15 @@ def card(manifest: dict[str, Any], repo: str, runs: list[dict[str, Any]], audit:
     return "\n".join(part for part in parts if part)
 
 
+def _audit_part(audit: dict[str, Any] | None) -> str:
+    if not audit:
+        return ""
+    if not audit["audited"]:
+        return f"The labels of its {audit['rows']:,} rows were not audited.\n"
+    found = ", ".join(f"{_text(kind)} {count:,}" for kind, count in audit["findings"].items() if count)
+    return f"The labels of all {audit['rows']:,} rows were audited; findings: {found or 'none'}.\n"
+
+
 def _scores_part(runs: list[dict[str, Any]]) -> str:
     rows = [
         [
@@ -213,16 +218,25 @@ def _scores_part(runs: list[dict[str, Any]]) -> str:
 
 
 def _usage(base: str, revision: str | None, repo: str) -> str:
+    """Python that asks for one reply, as it stands. The folder's generation config is loaded by hand, since PEFT keeps the base
+    model's, which on a base of Qwen2.5's kind ends a document, but no reply."""
     base_revision = f", revision={json.dumps(revision)}" if revision else ""
     return f"""REVISION is the commit that `atlas push` has printed (`main`: the newest).
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+adapter, revision = {json.dumps(repo)}, "REVISION"
 base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}{base_revision}, dtype="auto")
-model = PeftModel.from_pretrained(base, {json.dumps(repo)}, revision="REVISION")
-tokenizer = AutoTokenizer.from_pretrained({json.dumps(repo)}, revision="REVISION")
+model = PeftModel.from_pretrained(base, adapter, revision=revision)
+model.generation_config = GenerationConfig.from_pretrained(adapter, revision=revision)  # where a reply ends
+tokenizer = AutoTokenizer.from_pretrained(adapter, revision=revision)
+
+messages = [{{"role": "user", "content": "Why is the sky blue?"}}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+reply = model.generate(**prompt.to(model.device), max_new_tokens=256)[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(reply, skip_special_tokens=True))
 ```
 """
 
