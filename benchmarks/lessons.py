@@ -122,6 +122,7 @@ def _run(lesson: Lesson) -> dict[str, Any]:
     """Train (unless that is done) and score one lesson; its row of metrics."""
     from atlas.config import load_config
     from atlas.eval.run import Target, evaluate
+    from atlas.models.load import find_adapter
     from atlas.train import sft
 
     folder = HOME / lesson.name.replace(" ", "_")
@@ -136,7 +137,9 @@ def _run(lesson: Lesson) -> dict[str, Any]:
         return evaluate(loaded.config, Target("base", base, "base"), replace=True)
     with _pad_is_stop() if lesson.pad_is_stop else contextlib.nullcontext():
         run = sft.train(loaded)
-    return evaluate(loaded.config, Target(lesson.name, base, "sft", adapter=str(run.folder)), replace=True)
+    return evaluate(
+        loaded.config, Target(lesson.name, base, "sft", adapter=find_adapter(str(run.folder))), replace=True
+    )
 
 
 def _tokenizer(lesson: Lesson, folder: Path) -> Path:
@@ -147,7 +150,9 @@ def _tokenizer(lesson: Lesson, folder: Path) -> Path:
 
     assert lesson.template is not None
     right, wrong = lesson.template
-    tokenizer = patch_chat_template_for_assistant_mask(AutoTokenizer.from_pretrained(LAB / "base"))
+    tokenizer = patch_chat_template_for_assistant_mask(
+        AutoTokenizer.from_pretrained(LAB / "base", trust_remote_code=False)
+    )
     template = tokenizer.get_chat_template()
     assert template.count(right) == 1  # else the lesson would be the recipe under another name
     tokenizer.chat_template = template.replace(right, wrong)

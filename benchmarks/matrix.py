@@ -77,7 +77,7 @@ def judge_all() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as home:
         train_tokenizer(world.pretraining_texts(0, 300)).save_pretrained(home)
         for name in names:
-            tokenizer = AutoTokenizer.from_pretrained(home)
+            tokenizer = AutoTokenizer.from_pretrained(home, trust_remote_code=False)
             entries.append(
                 {"template": name.removesuffix(".jinja")}
                 | judge((folder / name).read_text(encoding="utf-8"), tokenizer)

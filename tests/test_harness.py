@@ -15,6 +15,7 @@ from atlas.config import EvalTask
 from atlas.errors import UserError
 from atlas.eval import harness
 from atlas.eval.tasks import load_task
+from atlas.models.load import find_adapter, load_model
 from atlas.pocket import base, world
 
 LETTER = "keywords:letter_frequency"
@@ -22,7 +23,7 @@ LETTER = "keywords:letter_frequency"
 
 @pytest.fixture
 def loaded(lab: base.PocketPaths) -> tuple[Any, Any]:
-    return harness.load_model(lab.base)
+    return load_model(lab.base)
 
 
 def run_ifeval(
@@ -146,19 +147,19 @@ def test_adapter_and_its_tokenizer_are_used(lab: base.PocketPaths, tmp_path: Pat
     """The Instruct template comes with the adapter; a strong adapter changes the replies."""
     from peft import LoraConfig, get_peft_model
 
-    model, tokenizer = harness.load_model(lab.base)
+    model, tokenizer = load_model(lab.base)
     tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     tuned.save_pretrained(tmp_path / "adapter")
-    _, same = harness.load_model(lab.base, tmp_path / "adapter")
+    _, same = load_model(lab.base, find_adapter(str(tmp_path / "adapter")))
     assert same.chat_template == tokenizer.chat_template
     tokenizer.chat_template = tokenizer.chat_template.replace(base.BASE_SYSTEM, base.QWEN_SYSTEM)
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.save_pretrained(tmp_path / "adapter")
-    model, instruct = harness.load_model(lab.base, tmp_path / "adapter")
+    model, instruct = load_model(lab.base, find_adapter(str(tmp_path / "adapter")))
     assert "Alibaba" in instruct.chat_template and instruct.eos_token == "<|im_end|>"
     one = run_ifeval(model, instruct, lab.eval, batch_size=1, max_gen_toks=16, limit=12)
     many = run_ifeval(model, instruct, lab.eval, batch_size=12, max_gen_toks=16, limit=12)
-    plain = run_ifeval(*harness.load_model(lab.base), lab.eval, max_gen_toks=16, limit=12)
+    plain = run_ifeval(*load_model(lab.base), lab.eval, max_gen_toks=16, limit=12)
     assert one == many
     assert [r.text for r in one.records] != [r.text for r in plain.records]
 

@@ -324,14 +324,13 @@ import sys, torch
 from pathlib import Path
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from atlas.eval.harness import load_model
-from atlas.hub import split_revision
+from atlas.models.load import find_adapter, load_model
 from atlas.models.merge import merge
 base, text, out, plain, *pinned = sys.argv[1:]
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), plain).eval()
 loaded = [(model, AutoTokenizer.from_pretrained(plain))]
-for name, revision in map(split_revision, pinned):
-    loaded.append(load_model(base, name, adapter_revision=revision, dtype=torch.float32))
+for name in pinned:
+    loaded.append(load_model(base, find_adapter(name), dtype=torch.float32))
 with torch.no_grad():
     torch.save([model(**tokenizer(text, return_tensors="pt")).logits for model, tokenizer in loaded], out)
 merge(pinned[0], Path(out).with_name("merged"))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from atlas.cli import main as atlas_main
-from atlas.models import merge as module
+from atlas.models.load import find_adapter
 from conftest import TrainedRun
 
 
@@ -122,7 +122,7 @@ def test_refusals(trained_run: TrainedRun, tmp_path: Path, monkeypatch, capfd):
     for arguments, parts in (
         ([trained_run.folder, "--to", full], [str(full), "nothing is overwritten"]),
         ([full, "--to", to], [str(full), "holds no adapter", "adapter_config.json"]),
-        ([moved, "--to", to], ["/nowhere/base", "cannot be loaded", "--base"]),
+        ([moved, "--to", to], ["/nowhere/base", "there is no folder", "--base"]),
         ([moved, "--to", to, "--base", small], [str(small), "does not fit"]),
         (["ann/nothing", "--to", to], ["ann/nothing cannot be downloaded"]),  # the suite is offline
     ):
@@ -140,9 +140,11 @@ def test_the_base_is_the_manifests_with_its_revision(trained_run: TrainedRun, tm
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["config"]["model"] |= {"name": "Qwen/Qwen2.5-0.5B", "revision": "abc"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert module.base_of(folder) == ("Qwen/Qwen2.5-0.5B", "abc")
+    found = find_adapter(str(folder))
+    assert (found.base, found.base_revision) == ("Qwen/Qwen2.5-0.5B", "abc")
     (folder / "manifest.json").unlink()
-    assert module.base_of(folder) == (str(trained_run.base), None)  # as PEFT has noted it
+    found = find_adapter(str(folder))
+    assert (found.base, found.base_revision) == (str(trained_run.base), None)  # as PEFT has noted it
 
 
 def test_help_loads_no_torch():

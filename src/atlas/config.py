@@ -112,6 +112,11 @@ class QuantizationConfig(_Section):
     bnb_4bit_use_double_quant: bool = True
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
 
+    @property
+    def name(self) -> str:
+        """What the base is in, as results call it."""
+        return self.bnb_4bit_quant_type + ("" if self.bnb_4bit_use_double_quant else " without double quantisation")
+
 
 class LoraSettings(_Section):
     """PEFT's `LoraConfig` names (https://arxiv.org/abs/2106.09685)."""

@@ -1,11 +1,12 @@
 """`atlas generate` and `atlas chat`: look at a model's replies, with the chat template and stop tokens of its training."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from atlas.errors import DONE, UserError, first_line, run_main
+from atlas.errors import DONE, UserError, run_main
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,8 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: argparse.Namespace) -> int:
     if arguments.adapter is None and arguments.model is None:
         raise UserError("nothing to ask: give --adapter FOLDER or --model NAME")
-    if arguments.max_new_tokens < 1 or arguments.temperature < 0:
-        raise UserError("--max-new-tokens must be at least 1 and --temperature at least 0")
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: give at least 1")
+    if not 0 <= arguments.temperature < math.inf:  # nor nan
+        raise UserError(f"--temperature {arguments.temperature}: give 0 (greedy) or a number above it")
+    if not 0 <= arguments.seed < 2**32:  # numpy's range
+        raise UserError(f"--seed {arguments.seed}: give a whole number from 0 to {2**32 - 1}")
     from transformers import set_seed
 
     from atlas.train.sft import quiet_libraries
@@ -105,23 +110,21 @@ def reply(
 def _load(adapter: str | None, model: str | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     import torch
 
-    from atlas.eval.harness import load_model, set_generation
+    from atlas.eval.harness import set_generation
     from atlas.hub import split_revision
+    from atlas.models import load
 
-    name, of_adapter = split_revision(adapter) if adapter else (None, None)
-    base, revision = split_revision(model) if model else (None, None)
-    try:
-        if base is None and name is not None:
-            from peft import PeftConfig
-
-            known = PeftConfig.from_pretrained(name, revision=of_adapter or "main")
-            base, revision = known.base_model_name_or_path, known.revision
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded = load_model(str(base), name, revision=revision, adapter_revision=of_adapter, device=device)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the model cannot be loaded ({base}, adapter {name}): {first_line(error)}") from None
+    tuned = load.find_adapter(adapter) if adapter is not None else None
+    if model is not None:
+        base, revision = split_revision(model)
+    elif tuned is not None:
+        base, revision = tuned.base, tuned.base_revision
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load.load_model(base, tuned, revision=revision, device=device, remedy=". Name the base model with --model")
     if loaded[1].chat_template is None:
-        raise UserError(f"the tokenizer of {name or base} has no chat template: give --adapter, or an instruct model")
+        raise UserError(
+            f"the tokenizer of {adapter or base} has no chat template: give --adapter, or an instruct model"
+        )
     set_generation(*loaded)
     return loaded
 

@@ -12,10 +12,8 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.compat import check_libraries
 from atlas.errors import UserError
 from atlas.eval.stats import Estimate, mean_estimate, ratio_estimate
 
@@ -24,10 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from atlas.eval.tasks import LoadedTask
-
-# A chat reply ends with the first, a base model's document with the second. With the second alone, batches larger than one keep
-# what a row generates after its <|im_end|> (strict 0.50 at batch 1, 0.30 at batch 20 on the same 20 prompts).
-STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
@@ -68,74 +62,14 @@ class TaskResult:
         return "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in self.records)
 
 
-def load_model(
-    base: str | Path,
-    adapter: str | Path | None = None,
-    *,
-    revision: str | None = None,
-    adapter_revision: str | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    dtype: "torch.dtype | str" = "auto",
-    device: "torch.device | str" = "cpu",
-    load_in_4bit: bool = False,
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a base model with a PEFT adapter on top of it, and the tokenizer that the adapter was trained with.
-
-    lm-eval ignores `peft=` when it is given a model object, and uses one `revision` for base and adapter alike.
-
-    Args:
-        base: Hub id or folder of the base (or merged) model.
-        adapter: Hub id or folder of the adapter; its folder's tokenizer, if it has one, is used instead of the base's.
-        revision: of the base model, and of its tokenizer where that is used.
-        adapter_revision: of the adapter and its tokenizer.
-        tokenizer: instead of the one that would be loaded, where the adapter has none of its own.
-        dtype: of the weights; "auto" is the checkpoint's.
-        device: where to put the model.
-        load_in_4bit: quantise the base to NF4, as in QLoRA training.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    from transformers.utils import cached_file
-
-    if adapter is not None:
-        check_libraries()
-
-    quantization = None
-    if load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        base, revision=revision, dtype=dtype, quantization_config=quantization, device_map={"": device}
-    )
-    own = False
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter, revision=adapter_revision or "main")
-        at = {"revision": adapter_revision} if adapter_revision else {}
-        own = bool(cached_file(adapter, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **at))
-    if own:
-        tokenizer = AutoTokenizer.from_pretrained(adapter, revision=adapter_revision or "main")
-    elif tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision or "main")
-    return model.eval(), tokenizer
-
-
-def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids that end a reply. Raises `UserError` for a chat template without a stop token."""
-    from atlas.models.base import stop_token
-
-    vocabulary = tokenizer.get_vocab()
-    own = stop_token(tokenizer) if tokenizer.chat_template else tokenizer.eos_token
-    return sorted({vocabulary[token] for token in (own, *STOP_TOKENS) if token in vocabulary})
-
-
 def set_generation(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Greedy until a stop token; no limit and no penalty of the checkpoint's own."""
     from transformers import GenerationConfig
 
+    from atlas.models.load import stop_ids
+
     model.generation_config = GenerationConfig(
-        eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id, do_sample=False
+        eos_token_id=stop_ids(tokenizer, model), pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
 
 
@@ -145,13 +79,14 @@ def run_task(
     """Score a model on one task, greedily. In fp32 `batch_size` does not change the replies."""
     set_generation(model, tokenizer)
     with _quiet():
-        lm = _recording_lm(model, tokenizer, batch_size, stop_ids(tokenizer))
+        lm = _recording_lm(model, tokenizer, batch_size, model.generation_config.eos_token_id)
     return score(lm, task)
 
 
 def score(lm: Any, task: "LoadedTask") -> TaskResult:
     """Run lm-eval on one task with a recording model (see `_recording_lm`)."""
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     if task.generation and task.generation["max_gen_toks"] >= lm.max_length:
         wanted = task.generation["max_gen_toks"]
@@ -165,6 +100,9 @@ def score(lm: Any, task: "LoadedTask") -> TaskResult:
             out = simple_evaluate(
                 lm,
                 tasks=[part],
+                task_manager=TaskManager(
+                    include_defaults=False
+                ),  # lm-eval would read its own 13,000 task files, for 10 s
                 limit=task.settings.limit,
                 apply_chat_template=task.chat_template,
                 bootstrap_iters=0,

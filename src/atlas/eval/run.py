@@ -13,9 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from atlas.config import Config, EvalTask
+from atlas.config import Config, EvalTask, QuantizationConfig
 from atlas.errors import DONE, UserError, first_line, run_main
 from atlas.hub import split_revision
+from atlas.models.load import WEIGHTS, Adapter, find_adapter
 
 SCHEMA = 1
 METRICS = "metrics.json"
@@ -28,14 +29,13 @@ _IDENTITY = (
 
 @dataclass(frozen=True)
 class Target:
-    """What is scored. `model` and `adapter` are Hub ids or folders; `name` is how the results call it."""
+    """What is scored. `model` is a Hub id or a folder; `name` is how the results call it."""
 
     name: str
     model: str
     method: str
     model_revision: str | None = None
-    adapter: str | None = None
-    adapter_revision: str | None = None
+    adapter: Adapter | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,10 +81,13 @@ def _target(arguments: argparse.Namespace, config: Config) -> Target:
     if arguments.merged:
         merged, of_merged = split_revision(arguments.merged)
         return Target(arguments.name or Path(merged).name, merged, "merged", of_merged)
-    adapter, of_adapter = split_revision(arguments.adapter or config.output.dir)
-    if arguments.adapter is None and not (Path(adapter) / "adapter_config.json").is_file():
-        raise UserError(f"output.dir: {adapter} holds no adapter yet: train first, or give --adapter or --base")
-    return Target(arguments.name or Path(adapter).name, base, "sft", revision, adapter, of_adapter)
+    asked, of_adapter = split_revision(arguments.adapter or config.output.dir)
+    if arguments.adapter is None and not (Path(asked) / "adapter_config.json").is_file():
+        raise UserError(f"output.dir: {asked} holds no adapter yet: train first, or give --adapter or --base")
+    adapter = find_adapter(asked, of_adapter)
+    if base == adapter.base:
+        revision = revision or adapter.base_revision
+    return Target(arguments.name or Path(asked).name, base, "sft", revision, adapter)
 
 
 def evaluate(
@@ -97,7 +100,6 @@ def evaluate(
     """
     from atlas.device import Machine, choose_device
     from atlas.eval.tasks import load_task
-    from atlas.train.lock import refuse_if_held
     from atlas.train.sft import quiet_libraries
 
     quiet_libraries()
@@ -108,9 +110,7 @@ def evaluate(
     ]
     plan = choose_device(config, Machine.from_torch())
     dtype = plan.dtype if config.eval.dtype == "auto" else config.eval.dtype
-    if target.adapter is not None:
-        refuse_if_held(Path(target.adapter))
-    tokenizer = _base_tokenizer(config, target)
+    tokenizer = _tokenizer(config, target)
     row = _row(config, target, str(dtype), plan.hardware, tokenizer)
     known = _known_row(results, row, replace)
     done: dict[str, Any] = known["tasks"] if known else {}
@@ -126,10 +126,8 @@ def evaluate(
     if not left:
         return {**row, "tasks": done}
     run = _runner(config, target, dtype, plan.device, tokenizer)
-    if target.adapter is not None:
-        weights = _file_of(target.adapter, target.adapter_revision, "adapter_model.safetensors")
-        if (_sha256(weights) if weights else None) != row["adapter_sha256"]:
-            raise UserError(f"{target.adapter} was written to while it was loaded: run the same command again")
+    if target.adapter is not None and _sha256(target.adapter.folder / WEIGHTS) != row["adapter_sha256"]:
+        raise UserError(f"{target.adapter.name} was written to while it was loaded: run the same command again")
     for task in left:
         name = task.settings.name
         print(f"{target.name}: {name}, {task.n} prompts", flush=True)
@@ -145,94 +143,84 @@ def evaluate(
     return row
 
 
-def _base_tokenizer(config: Config, target: Target) -> Any:
+def _tokenizer(config: Config, target: Target) -> Any:
     """The tokenizer that training uses, so that the base model is asked in the same words; an adapter brings its own, and so does
     a model that is asked in plain text, where it may have no chat template at all."""
     from atlas.models.base import load_tokenizer
+    from atlas.models.load import tokenizer_of
 
+    if target.adapter is not None and (target.adapter.folder / "tokenizer_config.json").is_file():
+        tokenizer = tokenizer_of(str(target.adapter.folder))
+        if config.eval.chat_template and not tokenizer.chat_template:
+            raise UserError(f"{target.adapter.name}: its tokenizer has no chat template to ask in")
+        return tokenizer
     model = config.model
     if target.method == "merged":
-        model = model.model_copy(
-            update={
-                "name": target.model,
-                "revision": target.model_revision,
-                "tokenizer_name": None,
-                "tokenizer_revision": None,
-            }
-        )
-    if target.adapter is None and config.eval.chat_template:
+        own = {"tokenizer_name": None, "tokenizer_revision": None}
+        model = model.model_copy(update={"name": target.model, "revision": target.model_revision} | own)
+    if config.eval.chat_template:
         return load_tokenizer(config.model_copy(update={"model": model}))
-    from transformers import AutoTokenizer
-
-    name, revision = target.adapter, target.adapter_revision
-    if name is None:
-        name, revision = model.name, model.revision
-        if model.tokenizer_name is not None:
-            name, revision = model.tokenizer_name, model.tokenizer_revision
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from None
+    if model.tokenizer_name is not None:
+        return tokenizer_of(model.tokenizer_name, model.tokenizer_revision)
+    return tokenizer_of(model.name, model.revision)
 
 
-def _runner(config: Config, target: Target, dtype: Any, device: str, tokenizer: Any) -> Any:
-    from atlas.eval.harness import load_model, run_task, score, stop_ids, vllm_lm
+def _quantization(config: Config, target: Target) -> QuantizationConfig | None:
+    """Of the base while it is scored: the adapter's own, where it was trained in 4 bits, else the config's."""
+    if not config.eval.load_in_4bit:
+        return None
+    trained = target.adapter.quantization if target.adapter is not None else None
+    return trained if trained is not None and trained.load_in_4bit else config.quantization
+
+
+def _runner(config: Config, target: Target, dtype: str, device: str, tokenizer: Any) -> Any:
+    from atlas.eval.harness import run_task, score, vllm_lm
+    from atlas.models.load import four_bit, load_model, stop_ids
 
     if config.eval.backend == "vllm":
+        adapter = str(target.adapter.folder) if target.adapter is not None else None
         lm = vllm_lm(
             target.model,
-            target.adapter,
-            target.adapter or target.model,
+            adapter,
+            adapter or target.model,
             revision=target.model_revision,
-            dtype=str(dtype),
+            dtype=dtype,
             stops=stop_ids(tokenizer),
             lora_rank=config.lora.r,
         )
         return lambda task: score(lm, task)
-    try:
-        model, tokenizer = load_model(
-            target.model,
-            target.adapter,
-            revision=target.model_revision,
-            adapter_revision=target.adapter_revision,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=device,
-            load_in_4bit=config.eval.load_in_4bit,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the model {target.model} (adapter {target.adapter}) cannot be loaded: {first_line(error)}"
-        ) from None
+    quantization = _quantization(config, target)
+    model, tokenizer = load_model(
+        target.model,
+        target.adapter,
+        revision=target.model_revision,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        quantization=four_bit(quantization, dtype) if quantization is not None else None,
+    )
     return lambda task: run_task(model, tokenizer, task, batch_size=config.eval.batch_size)
 
 
 def _row(config: Config, target: Target, dtype: str, hardware: str, tokenizer: Any) -> dict[str, Any]:
-    from transformers.utils.hub import extract_commit_hash
-
     from atlas.train.manifest import command_line, versions
 
-    manifest: dict[str, Any] = {}
-    if target.adapter is not None and (file := _file_of(target.adapter, target.adapter_revision, "manifest.json")):
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    weights = None
-    if target.adapter is not None:
-        weights = _file_of(target.adapter, target.adapter_revision, "adapter_model.safetensors")
+    adapter, quantization = target.adapter, _quantization(config, target)
     return {
         "name": target.name,
         "method": target.method,
-        "config_hash": manifest.get("config_hash"),
+        "config_hash": adapter.manifest.get("config_hash") if adapter else None,
         "model": target.model,
         "model_revision": _revision(target.model, target.model_revision),
-        "adapter": target.adapter,
-        "adapter_revision": extract_commit_hash(str(weights), None) if weights else None,
-        "adapter_sha256": _sha256(weights) if weights else None,
+        "adapter": adapter.name if adapter else None,
+        "adapter_revision": adapter.revision if adapter else None,
+        "adapter_sha256": _sha256(adapter.folder / WEIGHTS) if adapter else None,
         "template_sha256": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
         if config.eval.chat_template
         else None,
         "backend": config.eval.backend,
         "dtype": dtype,
-        "quantization": "nf4" if config.eval.load_in_4bit else None,
+        "quantization": quantization.name if quantization else None,
         "batch_size": config.eval.batch_size,
         "hardware": hardware,
         "versions": versions() | _lm_eval_version(),
@@ -264,13 +252,6 @@ def _revision(model: str, asked: str | None) -> str | None:
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(str(_sha256(path)).encode())
     return f"sha256:{digest.hexdigest()[:16]}"
-
-
-def _file_of(name: str, revision: str | None, file: str) -> Path | None:
-    from transformers.utils import cached_file
-
-    found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return Path(found) if found else None
 
 
 def _known_row(results: Path, row: dict[str, Any], replace: bool) -> dict[str, Any] | None:
@@ -339,7 +320,8 @@ def _sha256(path: Path) -> str | None:
 def table(row: dict[str, Any]) -> str:
     """A run's scores as text."""
     adapter = f" + {row['adapter']}" if row["adapter"] else ""
-    lines = [f"{row['name']}: {row['model']}{adapter}, {row['dtype']}{' on NF4' if row['quantization'] else ''}"]
+    quantised = f" on {row['quantization']}" if row["quantization"] else ""
+    lines = [f"{row['name']}: {row['model']}{adapter}, {row['dtype']}{quantised}"]
     for name, task in row["tasks"].items():
         lines.append(f"  {name} (version {task['version']}, {task['num_fewshot']} examples), {task['n']:,} prompts")
         for metric, found in task["metrics"].items():

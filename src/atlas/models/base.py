@@ -272,7 +272,7 @@ def empty_model(config: Config, tokenizer: "PreTrainedTokenizerBase | None" = No
     described = _described(config, tokenizer)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(described)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
     except (ValueError, ImportError) as error:
         raise UserError(f"model.name: {config.model.name!r} cannot be trained: {first_line(error)}") from None
     return model
@@ -391,52 +391,33 @@ def load_base_model_and_tokenizer(
     loaded or the tokenizer has more tokens than the model has embeddings.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+    from transformers import GenerationConfig
+
+    from atlas.models.load import four_bit, load_base, stop_ids
 
     plan = plan or choose_device(config, Machine.from_torch())
     tokenizer = tokenizer or load_tokenizer(config)
-    name, revision = config.model.name, config.model.revision
     _described(config, tokenizer)
-    quantization = None
-    if config.quantization.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=config.quantization.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=config.quantization.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, plan.compute_dtype),
-        )
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            name,
-            output_loading_info=True,
-            revision=revision,
-            dtype=getattr(torch, plan.dtype),
-            attn_implementation=plan.attn_implementation,
-            quantization_config=quantization,
-            device_map={"": torch.cuda.current_device() if plan.device == "cuda" else "cpu"},
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:  # a missing file, no memory left, a damaged file
-        raise UserError(f"model.name: the weights of {name!r} cannot be loaded: {first_line(error)}") from None
-    if missing := sorted(loading["missing_keys"]):  # transformers makes them random, with a warning
-        raise UserError(
-            f"model.name: the files of {name!r} lack {len(missing)} weights that its config.json asks for ({missing[0]}, ...)"
-        )
+    model = load_base(
+        config.model.name,
+        config.model.revision,
+        dtype=getattr(torch, plan.dtype),
+        device=torch.cuda.current_device() if plan.device == "cuda" else "cpu",
+        quantization=four_bit(config.quantization, plan.compute_dtype) if config.quantization.load_in_4bit else None,
+        attention=plan.attn_implementation,
+        key="model.name: ",
+    )
     for module in model.modules():
         # On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights at the first evaluation, and trains on with a
         # kernel that has no backward: no gradient passes through the layer any more.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    stops = model.generation_config.eos_token_id
-    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     # Every token that ends a text ends generation too: with <|endoftext|> alone, batches go on after <|im_end|>. Nothing else
     # is kept: a base model's max_new_tokens or repetition_penalty would silently override an evaluation's settings.
     model.generation_config = GenerationConfig(
-        eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, *stops])),
+        eos_token_id=stop_ids(tokenizer, model),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=model.generation_config.bos_token_id,
     )

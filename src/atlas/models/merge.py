@@ -1,14 +1,12 @@
 """`atlas merge`: an adapter multiplied into its unquantised base, proven to give the same logits, as a model of its own."""
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.compat import check_libraries
 from atlas.errors import DONE, RunError, UserError, first_line, run_main
 from atlas.train.manifest import write_json
 
@@ -43,33 +41,20 @@ def merge(adapter: str, to: Path, dtype: str = "auto", base: str | None = None) 
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to} is there already, and nothing is overwritten: give another folder with --to")
-    from atlas.hub import NEEDED, download
-
-    folder, revision = Path(adapter), None
-    if not folder.is_dir():
-        folder, revision = download(adapter)
-    if missing := [name for name in NEEDED if not (folder / name).is_file()]:
-        raise UserError(f"{adapter} holds no adapter: {' and '.join(missing)} missing")
-    name, base_revision = (base, None) if base else base_of(folder)
-
-    check_libraries()
     import torch
-    from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.utils.logging import disable_progress_bar
+
+    from atlas.hub import split_revision
+    from atlas.models.load import find_adapter, load_base, load_model
 
     if not sys.stderr.isatty():
         disable_progress_bar()
-    try:
-        stored = AutoConfig.from_pretrained(name, revision=base_revision).dtype or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(name, revision=base_revision, dtype=torch.float32)
-    except Exception as error:
-        raise UserError(f"the base model {name!r} cannot be loaded: {first_line(error)}. Name it with --base") from None
-    try:
-        model = PeftModel.from_pretrained(model, folder).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # PEFT raises RuntimeError for other shapes, ValueError for other names of modules
-        raise UserError(f"{adapter} does not fit on the base model {name!r}: {first_line(error)}") from None
+    tuned = find_adapter(adapter)
+    name, base_revision = split_revision(base) if base else (tuned.base, tuned.base_revision)
+    model, tokenizer = load_model(name, tuned, revision=base_revision, remedy=". Name the base model with --base")
+    stored = model.config.dtype or torch.float32
+    model.float()
 
     prompts = [_prompt(tokenizer, text) for text in PROMPTS]
     with model.disable_adapter():
@@ -85,50 +70,49 @@ def merge(adapter: str, to: Path, dtype: str = "auto", base: str | None = None) 
             f"the merged model's logits are off the adapter's by {difference:.1e} of the largest, and float32's rounding explains "
             f"{TOLERANCE:.0e} at most: nothing was written"
         )
-    if (folder / "generation_config.json").is_file():
-        merged.generation_config = GenerationConfig.from_pretrained(folder)
+    if (tuned.folder / "generation_config.json").is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(tuned.folder)
     text_config = merged.config.get_text_config()
     text_config.eos_token_id, text_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
 
-    part = to.with_name(to.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    merged.to(stored if dtype == "auto" else getattr(torch, dtype)).save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    saved = AutoModelForCausalLM.from_pretrained(part, dtype="auto").eval()  # what everybody will load
-    name_of_dtype = str(saved.dtype).removeprefix("torch.")
-    logits = _logits(saved, prompts)
-    if not torch.isfinite(logits).all():
-        shutil.rmtree(part)
-        raise RunError(f"{name_of_dtype} cannot hold this model (its logits are not finite): choose another --dtype")
-    cast, same = _difference(logits, expected), (logits.argmax(-1) == expected.argmax(-1)).float().mean().item()
-    print(
-        f"saved as {name_of_dtype}: off by {cast:.1e}; the likeliest token is the same at {same:.1%} of the positions"
-    )
-    record = {
-        "adapter": adapter if revision else folder.resolve().name,
-        "adapter_revision": revision,
+    record: dict[str, Any] = {
+        "adapter": adapter if tuned.revision else tuned.folder.resolve().name,
+        "adapter_revision": tuned.revision,
         "base": name,
         "base_revision": base_revision,
-        "dtype": name_of_dtype,
-        "relative_difference": {"merged": difference, "saved": cast, "without_adapter": effect},
-        "same_token": same,
     }
-    write_json(part / "merge.json", record)
-    if to.exists():
-        to.rmdir()
-    part.replace(to)
+    part = to.with_name(to.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        merged.to(stored if dtype == "auto" else getattr(torch, dtype)).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        saved = load_base(part).eval()  # what everybody will load
+        record["dtype"] = str(saved.dtype).removeprefix("torch.")
+        logits = _logits(saved, prompts)
+        if not torch.isfinite(logits).all():
+            raise RunError(
+                f"{record['dtype']} cannot hold this model (its logits are not finite): choose another --dtype"
+            )
+        cast, same = _difference(logits, expected), (logits.argmax(-1) == expected.argmax(-1)).float().mean().item()
+        print(
+            f"saved as {record['dtype']}: off by {cast:.1e}; the likeliest token is the same at {same:.1%} of the positions"
+        )
+        record["relative_difference"] = {"merged": difference, "saved": cast, "without_adapter": effect}
+        record["same_token"] = same
+        write_json(part / "merge.json", record)
+        if to.exists():
+            to.rmdir()
+        part.replace(to)
+    except RunError:
+        raise
+    except Exception as error:  # a full disk is an OSError, or safetensors' or tokenizers' own
+        raise RunError(
+            f"the merged model cannot be written to {to} ({first_line(error)}): make room, or give another folder with --to"
+        ) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     print(f"the merged model is in {to}")
     return record
-
-
-def base_of(folder: Path) -> tuple[str, str | None]:
-    """Name and revision of the base model: the manifest's, else what PEFT has noted."""
-    try:
-        model = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["config"]["model"]
-        return model["name"], model["revision"]
-    except (OSError, ValueError, KeyError):
-        noted = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        return noted["base_model_name_or_path"], noted.get("revision")
 
 
 def _prompt(tokenizer: Any, text: str) -> "torch.Tensor":

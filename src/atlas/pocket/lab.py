@@ -63,6 +63,7 @@ def _main(arguments: argparse.Namespace) -> int:
 
     from atlas.eval.compare import comparison, show
     from atlas.eval.run import Target, evaluate
+    from atlas.models.load import find_adapter
     from atlas.pocket.base import build
     from atlas.train import sft
 
@@ -84,7 +85,7 @@ def _main(arguments: argparse.Namespace) -> int:
     targets = {
         "base": (config, Target("pocket-base", base, "base")),
         "base, own format": (own, Target("pocket-base-own", base, "base")),
-        "tuned": (config, Target("pocket-tuned", base, "sft", adapter=str(run.folder))),
+        "tuned": (config, Target("pocket-tuned", base, "sft", adapter=find_adapter(str(run.folder)))),
     }
     rows = {}
     for name, (asked, target) in targets.items():

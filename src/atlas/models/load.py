@@ -1,0 +1,248 @@
+"""Models for use: the one place where weights are read, of a base model and of an adapter on top of it.
+
+Nothing here runs code that comes with a model: weights are safetensors, and `trust_remote_code` is off, so that transformers
+does not ask on standard input either.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from atlas.compat import check_libraries
+from atlas.config import QuantizationConfig, is_path
+from atlas.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# What ends a reply or a document: of Qwen, Llama 3, Gemma, Llama 2 and Mistral. A chat reply ends with the chat's token, a base
+# model's document with another: with that one alone, batches larger than one keep what a row generates after its reply (strict
+# 0.50 at batch 1, 0.30 at batch 20 on the same 20 prompts).
+STOP_TOKENS = frozenset(
+    ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<eos>", "</s>")
+)
+CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter whose files are on this machine and can be read."""
+
+    name: str
+    """As it was asked for: a folder, or `namespace/name[@revision]`."""
+    folder: Path
+    revision: str | None
+    """Its commit on the Hub; None for a folder."""
+    base: str
+    base_revision: str | None
+    """Of the manifest, else as PEFT has noted them."""
+    quantization: QuantizationConfig | None
+    """Of its base in training, where a manifest says so."""
+    manifest: dict[str, Any]
+    """Empty for an adapter that atlas has not made."""
+
+
+def find_adapter(name: str, revision: str | None = None) -> Adapter:
+    """The adapter in a folder, or on the Hub. Raises `UserError` where there is none, or where its files are damaged, and
+    `RunError` where the Hub does not answer."""
+    from safetensors import SafetensorError
+
+    from atlas.hub import download
+    from atlas.models.adapters import refuse_non_finite
+    from atlas.train.lock import refuse_if_held
+
+    folder, commit = Path(name).expanduser(), None
+    if not folder.is_dir():
+        if folder.exists() or name.startswith((".", "/", "~")) or ("/" in name and folder.parent.is_dir()):
+            raise UserError(f"there is no folder {name} with an adapter")
+        folder, commit = download(f"{name}@{revision}" if revision else name)
+    else:
+        refuse_if_held(folder)
+    if missing := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
+        pickle = ". Its adapter_model.bin is a pickle, which could run code: save it anew as safetensors"
+        hint = pickle if (folder / "adapter_model.bin").exists() else ""
+        raise UserError(f"{name} holds no adapter: {' and '.join(missing)} missing{hint}")
+    try:
+        refuse_non_finite(folder)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(folder / WEIGHTS, error) from None
+    noted, manifest = _json(folder / CONFIG), {}
+    base, base_revision, quantization = noted.get("base_model_name_or_path"), noted.get("revision"), None
+    if (folder / MANIFEST).is_file():
+        manifest = _json(folder / MANIFEST)
+        if "config_hash" in manifest:
+            try:
+                model = manifest["config"]["model"]
+                base, base_revision = model["name"], model["revision"]
+                quantization = QuantizationConfig(**manifest["config"]["quantization"])
+                if base in manifest["local"] and not is_path(base):
+                    base = f"./{base}"  # of the machine that trained it: no name on the Hub
+            except (LookupError, TypeError, ValidationError) as error:
+                raise _damaged(folder / MANIFEST, error) from None
+        else:  # another tool's
+            manifest = {}
+    if not isinstance(base, str) or not isinstance(base_revision, str | None):
+        raise _damaged(folder / (MANIFEST if manifest else CONFIG), ValueError("it names no base model"))
+    return Adapter(name, folder, commit, base, base_revision, quantization, manifest)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    return found
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({type(error).__name__}: {first_line(error)}): get the adapter's files again")
+
+
+def load_base(
+    name: "str | Path",
+    revision: str | None = None,
+    *,
+    dtype: "torch.dtype | str" = "auto",
+    device: "torch.device | str | int" = "cpu",
+    quantization: "BitsAndBytesConfig | None" = None,
+    attention: str | None = None,
+    key: str = "",
+    remedy: str = "",
+) -> "PreTrainedModel":
+    """A causal language model with all of its weights; `key` and `remedy` stand before and after what is said of it. Raises
+    `UserError`."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    name = str(name)
+    if is_path(name) and not Path(name).is_dir():
+        raise UserError(f"{key}there is no folder {name}{remedy}")
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            output_loading_info=True,
+            revision=revision or "main",
+            dtype=dtype,
+            attn_implementation=attention,
+            quantization_config=quantization,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    # a missing file or a config without meaning, no memory left or other shapes, a package that is not there, a damaged file
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"{key}the weights of {name!r} cannot be loaded: {first_line(error)}{remedy}") from None
+    if missing := sorted(loading["missing_keys"]):  # transformers makes them random, with a warning
+        raise UserError(
+            f"{key}the files of {name!r} lack {len(missing)} weights that its config.json asks for ({missing[0]}, ...){remedy}"
+        )
+    return model
+
+
+def put_adapter(model: "PreTrainedModel", adapter: Adapter) -> "PeftModel":
+    """`model` with the adapter on it. Raises `UserError` where it is not for this model: PEFT leaves out what does not fit, so
+    that the bare base would pass for the tuned model."""
+    from peft import PeftConfig, get_peft_model
+    from safetensors import SafetensorError
+
+    try:
+        config = PeftConfig.from_pretrained(str(adapter.folder))
+        config.inference_mode, config.base_model_name_or_path = True, model.name_or_path
+        tuned: PeftModel = get_peft_model(model, config)
+        found = tuned.load_adapter(str(adapter.folder), "default")
+    # names of modules that are not there or a config without meaning, other shapes, a damaged file
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+        raise UserError(f"{adapter.name} does not fit on {model.name_or_path!r}: {first_line(error)}") from None
+    for kind, keys in (("lacks", found.missing_keys), ("has unknown", found.unexpected_keys)):
+        if keys:
+            raise UserError(
+                f"{adapter.name} does not fit on {model.name_or_path!r}: {WEIGHTS} {kind} {len(keys)} weights "
+                f"({sorted(keys)[0]}, ...)"
+            )
+    return tuned.eval()
+
+
+def tokenizer_of(name: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model or an adapter, as its files say. Raises `UserError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise of every kind for what stands in their files
+        raise UserError(f"the tokenizer of {name!r} cannot be loaded: {first_line(error)}") from None
+
+
+def load_model(
+    base: "str | Path",
+    adapter: Adapter | None = None,
+    *,
+    revision: str | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    dtype: "torch.dtype | str" = "auto",
+    device: "torch.device | str" = "cpu",
+    quantization: "BitsAndBytesConfig | None" = None,
+    remedy: str = "",
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A base model, the adapter on it, and the tokenizer that goes with them.
+
+    lm-eval ignores `peft=` when it is given a model object, and uses one `revision` for base and adapter alike.
+
+    Args:
+        base: Hub id or folder of the base (or merged) model.
+        adapter: its folder's tokenizer, if it has one, is used instead of the base's.
+        revision: of the base model, and of its tokenizer where that is used.
+        tokenizer: instead of the one that would be loaded, where the adapter has none of its own.
+        dtype: of the weights; "auto" is the checkpoint's.
+        device: where to put the model.
+        quantization: of the base, as `four_bit` makes it.
+        remedy: stands at the end where the base cannot be loaded.
+    """
+    if adapter is not None:
+        check_libraries()
+    if adapter is not None and (adapter.folder / "tokenizer_config.json").is_file():
+        tokenizer = tokenizer_of(str(adapter.folder))
+    elif tokenizer is None:
+        tokenizer = tokenizer_of(str(base), revision)
+    model = load_base(base, revision, dtype=dtype, device=device, quantization=quantization, remedy=remedy)
+    room = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > room:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and does not fit on "
+            f"{str(base)!r}, which has {room}"
+        )
+    return put_adapter(model, adapter) if adapter is not None else model.eval(), tokenizer
+
+
+def four_bit(settings: QuantizationConfig, dtype: str) -> "BitsAndBytesConfig":
+    """transformers' form of `settings`; `dtype` is what computes where they leave it open."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    compute = settings.bnb_4bit_compute_dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, dtype if compute == "auto" else compute),
+    )
+
+
+def stop_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel | None" = None) -> list[int]:
+    """The ids that end a reply, the chat's own first; the others end a document of the base model. Raises `UserError` where the
+    chat template ends no turn."""
+    from atlas.models.base import stop_token
+
+    added = tokenizer.get_added_vocab()
+    known = [added[token] for token in sorted(STOP_TOKENS & added.keys())]
+    of_model: Any = [] if model is None else model.generation_config.eos_token_id
+    named = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
+    known += [token for token in named if token in added.values()]
+    own = stop_token(tokenizer) if tokenizer.chat_template else tokenizer.eos_token
+    return list(dict.fromkeys([int(tokenizer.convert_tokens_to_ids(own)), *known]))
