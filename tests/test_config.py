@@ -1,16 +1,20 @@
 """Config: merging, typing, provenance, hash; fast and without torch."""
 
 import dataclasses
+import logging
+import os
 import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from atlas import init
 from atlas.config import load_config, render_config
-from atlas.errors import UserError
+from atlas.errors import UserError, run_main
 from atlas.train import sft
 from atlas.trainfields import train_fields
 from conftest import ROOT
@@ -311,6 +315,86 @@ def test_atlas_command_lists_and_refuses():
     assert run.returncode == 2 and "'sft'" in run.stderr
     listed = subprocess.run([sys.executable, "-m", "atlas.cli", "--help"], capture_output=True, text=True)
     assert listed.returncode == 0 and all(name in listed.stdout for name in COMMANDS)
+
+
+def test_each_command_calls_itself_by_its_name(capsys):
+    from importlib import import_module
+
+    from atlas.cli import COMMANDS
+
+    for name, (place, _) in COMMANDS.items():
+        module, _, function = place.partition(":")
+        with pytest.raises(SystemExit):
+            getattr(import_module(module), function or "main")(["--help"])
+        assert capsys.readouterr().out.startswith(f"usage: atlas {name} ")
+
+
+def test_one_message_of_bitsandbytes_is_left_out(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    run_main(lambda: 0)
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure", "no kernels")
+    logger.warning("another")
+    assert caplog.messages == ["another"]
+
+
+def test_init_writes_a_config_and_never_over_one(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert init.main([]) == 0 and init.main(["new/folder"]) == 0
+    for path in ("sft.yaml", "new/folder/sft.yaml"):
+        assert sft.main(["--config", path, "--print-config"]) == 0
+        assert "name: data.jsonl" in capsys.readouterr().out
+    # The columns of a CSV, as the comment in it says.
+    written = (tmp_path / "sft.yaml").read_text()
+    own = written.replace("name: data.jsonl", "name: qa.csv").replace("# columns:", "columns:")
+    (tmp_path / "sft.yaml").write_text(own)
+    assert load_config("sft.yaml").config.data.train[0].columns == {"prompt": "question", "response": "answer"}
+    assert init.main([]) == 2 and "sft.yaml is there already" in capsys.readouterr().err
+    assert (tmp_path / "sft.yaml").read_text() == own
+    assert init.main(["sft.yaml"]) == 2 and "sft.yaml is there already" in capsys.readouterr().err
+    assert init.main(["/proc/none"]) == 2 and "cannot be written" in capsys.readouterr().err
+    assert init.main(["--like", "sft_qwen05b_mix.yaml"]) == 0  # its base need not lie beside it
+    assert sft.main(["--config", "sft_qwen05b_mix.yaml", "--print-config"]) == 0
+    assert "# sft_qwen05b.yaml" in capsys.readouterr().out
+
+
+def test_the_wheel_brings_its_configs(tmp_path: Path):
+    """Built and installed as pip does it, in an empty folder, without the checkout."""
+    if find_spec("setuptools") is None:
+        pytest.skip("needs setuptools, which builds the wheel")
+    source, empty = tmp_path / "source", tmp_path / "empty"
+    empty.mkdir()
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    shutil.copytree(ROOT / "configs", source / "configs")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "-q",
+        "--disable-pip-version-check",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    subprocess.run(
+        [*pip, "--no-index", "--target", str(tmp_path / "installed"), str(source)], check=True, capture_output=True
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+
+    def atlas(*arguments: str) -> str:
+        command = [sys.executable, "-m", "atlas.cli", *arguments]
+        done = subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "sft.yaml is written" in atlas("init")
+    assert "hub_repo: null" in atlas("sft", "--config", "sft.yaml", "--print-config")
+    here = render_config(load_config(ROOT / "configs" / "sft_pocket.yaml")).splitlines()[0]
+    for name in ("sft_pocket.yaml", "configs/sft_pocket.yaml"):  # the second is the default of `atlas pocket`
+        assert here in atlas("sft", "--config", name, "--print-config")
+    brought = {path.name for path in (tmp_path / "installed" / "atlas" / "configs").iterdir()}
+    assert brought == {path.name for path in (ROOT / "configs").iterdir()}
 
 
 def test_a_base_has_a_base_too(tmp_path: Path):

@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
+    "init": ("atlas.init", "a commented config for your own data"),
     "sft": ("atlas.train.sft", "supervised fine-tuning: config -> adapter"),
     "preflight": ("atlas.train.preflight", "everything that would end a run badly, in seconds, before it starts"),
     "data": ("atlas.data.report", "what a config would train on: rows used, cut, dropped; lengths; held-out rows"),
@@ -11,7 +12,7 @@ COMMANDS = {
     "eval": ("atlas.eval.run", "score base, adapter or merged model with lm-eval; every reply is kept"),
     "compare": ("atlas.eval.compare", "is one run better than another on the same prompts, or is it luck?"),
     "generate": ("atlas.eval.generate", "one reply of a tuned model"),
-    "chat": ("atlas.eval.generate", "talk with a tuned model"),
+    "chat": ("atlas.eval.generate:main_chat", "talk with a tuned model"),
     "push": ("atlas.hub", "push a finished run to the Hub"),
     "pull": ("atlas.hub:main_pull", "get an adapter from the Hub, at a pinned revision"),
     "merge": ("atlas.models.merge", "an adapter and its base as one model"),

@@ -1,5 +1,6 @@
 """The one exception for wrong input, and how an entry point turns it into an exit status."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -30,8 +31,14 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """bitsandbytes 0.50 misses an optional kernel on every CPU with AVX512-BF16, whatever it is asked to do."""
+    return "Failed to load CPU gemm_4bit_forward" not in str(record.msg)
+
+
 def run_main(main: Callable[[], int]) -> int:
     """Run `main`; a `UserError` becomes one message on stderr and exit status 2, a `RunError` status 1, without a traceback."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_wanted)
     try:
         return main()
     except (UserError, RunError) as error:

@@ -18,9 +18,13 @@ class TooLongError(UserError):
     """What is asked, with what was said before, leaves no room for a reply."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main_chat(argv: Sequence[str] | None = None) -> int:
+    return main(argv, "atlas chat")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "atlas generate") -> int:
     parser = argparse.ArgumentParser(
-        prog="atlas generate",
+        prog=prog,
         description="One reply to a prompt, or, without a prompt, a conversation (`atlas chat`): " + CHAT_HELP + ".",
     )
     parser.add_argument("prompt", nargs="?", help="what to ask; `-` reads it from standard input")

@@ -305,13 +305,11 @@ def _remove_default_printing(trainer: "LabeledSFTTrainer") -> None:
 
 def quiet_libraries() -> None:
     """Warnings stay; progress bars go where the output is not a terminal."""
-    import logging
     import warnings
 
     import datasets
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # optional CPU kernels that are not installed
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # TRL 1.16 asks for the old name
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
