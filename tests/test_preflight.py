@@ -268,10 +268,13 @@ def test_a_finished_run_of_another_config_is_not_overwritten(sft_args: list[str]
     # Of a manifest that atlas did not write, or not whole, nothing is known but that it is not this run's.
     manifest = tmp_path / "out" / "manifest.json"
     whole = manifest.read_text()
-    for strange in ('{"data": null}', '{"config_hash": "0", "data": [], "experiment": []}'):
+    for strange, said in (
+        ('{"data": null}', "manifest.json is not one of atlas"),
+        ('{"config_hash": "0", "data": [], "experiment": []}', "what differs is not recorded"),
+    ):
         manifest.write_text(strange)
         assert preflight.main(sft_args) == 2
-        assert "what differs is not recorded" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
     manifest.write_text(whole)
 
     # The same config on other rows is seen as soon as the rows are known, before the model is loaded.
