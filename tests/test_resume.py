@@ -1,6 +1,7 @@
 """A run that is broken off and resumed gives what it would have given without the break, bit for bit."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -183,3 +184,17 @@ def test_checkpoints_by_the_clock(sft_args: list[str]):
     assert [path.name for path in checkpoints(run.folder)] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
     rarely = train([*sft_args, "checkpoint.every_minutes=10", f"output.dir={run.folder.with_name('rarely')}"])
     assert checkpoints(rarely.folder) == []
+
+
+def test_a_run_stops_after_so_many_hours_and_goes_on(sft_args: list[str], capsys):
+    """For machines with a limit: the clock is a stop signal with an exit status of its own."""
+    arguments = [*sft_args, "train.max_steps=1000000", "train.logging_steps=1000"]
+    folder, steps = Path(sft_args[4].partition("=")[2]), []
+    for seconds in (10, 0.001):  # of the second nothing is left when training begins
+        assert sft.main([*arguments, f"checkpoint.stop_after_hours={seconds / 3600}"]) == 142
+        out, err = capsys.readouterr()
+        found = re.search(r"stopped by checkpoint.stop_after_hours=\S+ after step (\d+)/1000000: (\S+) is whole", err)
+        assert found and "the same command goes on from there" in err, err
+        steps.append(int(found[1]))
+        assert found[2] == str(folder / f"checkpoint-{steps[-1]}")
+    assert 0 < steps[0] <= steps[1] <= steps[0] + 1 and f"resume from {folder / f'checkpoint-{steps[0]}'}" in out

@@ -299,7 +299,7 @@ class EvalConfig(_Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """auto: as for training on this machine."""
     load_in_4bit: bool = False
-    """Score on the NF4 base that QLoRA trained on, instead of the 16-bit one; 2.3-2.5x slower on a T4."""
+    """Score on the NF4 base that QLoRA trained on, instead of the 16-bit one; reported to be 2.3-2.5x slower on a T4."""
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -333,6 +333,8 @@ class CheckpointConfig(_Section):
 
     every_minutes: float | None = Field(default=15, gt=0)
     """Minutes since the last one, for machines that are taken away after some hours; null: by `train.save_strategy` alone."""
+    stop_after_hours: float | None = Field(default=None, gt=0)
+    """Save and stop (exit status 142) so many hours after the command began, for machines with a limit (Kaggle: 12 hours)."""
 
 
 class Config(_Section):

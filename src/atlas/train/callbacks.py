@@ -69,16 +69,22 @@ class LogLine(TrainerCallback):
 class SaveInTime(TrainerCallback):
     """Saves every so many minutes, and at once where the process is told to stop; the run then leaves in good order.
 
-    After SIGTERM or SIGINT the current micro-batch is finished, the step that it belongs to undone, and a checkpoint of the last
-    whole step written. A second signal acts as if this callback were not there. With several processes, which must agree, the step
-    is finished first.
+    After SIGTERM or SIGINT, or SIGALRM when `stop_in` seconds are up, the current micro-batch is finished, the step that it
+    belongs to undone, and a checkpoint of the last whole step written. A second signal acts as if this callback were not there.
+    With several processes, which must agree, the step is finished first.
     """
 
     def __init__(
-        self, trainer: LabeledSFTTrainer, log: LogLine, every_minutes: float | None, resumed: Path | None
+        self,
+        trainer: LabeledSFTTrainer,
+        log: LogLine,
+        every_minutes: float | None,
+        stop_in: float | None,
+        resumed: Path | None,
     ) -> None:
         self.trainer, self.log, self.resumed = trainer, log, resumed
         self.every_seconds = None if every_minutes is None else 60 * every_minutes
+        self.stop_in = stop_in
         self.received: int | None = None
         self._handlers: dict[int, Any] = {}
         self._saved = time.monotonic()
@@ -86,11 +92,16 @@ class SaveInTime(TrainerCallback):
     def __enter__(self) -> "SaveInTime":
         if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
             self._handlers = {
-                number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)
+                number: signal.signal(number, self._receive)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
             }
+            if self.stop_in is not None:
+                signal.setitimer(signal.ITIMER_REAL, max(self.stop_in, 0.001))
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._handlers:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -191,12 +191,15 @@ def _train(loaded: LoadedConfig, ready: "Ready", resume: str, started: float) ->
     trainable = cast_trainable_to_fp32(trainer.model)
     print(f"adapter r={config.lora.r} alpha={config.lora.lora_alpha}: {trainable:,} trainable parameters, float32")
 
-    with SaveInTime(trainer, log, config.checkpoint.every_minutes, checkpoint) as saving:
+    hours = config.checkpoint.stop_after_hours
+    stop_in = None if hours is None else started + 3600 * hours - time.perf_counter()
+    with SaveInTime(trainer, log, config.checkpoint.every_minutes, stop_in, checkpoint) as saving:
         trainer.add_callback(saving)
         with contextlib.suppress(EvaluationCutError):
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if saving.received:
         name, state, saved = signal.Signals(saving.received).name, trainer.state, newest(folder, identity.start)
+        name = f"checkpoint.stop_after_hours={hours:g}" if saving.received == signal.SIGALRM else name
         how = (
             f"{saved} is whole; {_again(resume, saved)} goes on from there" if saved else "no checkpoint could be saved"
         )
