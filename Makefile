@@ -17,10 +17,10 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons test test-slow lint sft sft-smoke data audit eval compare config preflight bench kill matrix figures picture docs clean
+.PHONY: help setup pocket lessons test test-slow test-notebook lint sft sft-smoke data audit eval compare config preflight bench kill matrix figures picture docs clean
 
 help:                   ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)         ## an environment with everything in it (.venv)
 
@@ -96,6 +96,16 @@ docs: setup             ## the site, in site/
 test: setup             ## lint and the whole suite, offline, CPU
 	$(MAKE) lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+
+# An environment with the versions of Colab's image, in which the notebook has to install atlas (2 GB, some minutes).
+outputs/colab-image/.built: tests/colab_image.txt
+	rm -rf outputs/colab-image
+	$(PYTHON) -m venv outputs/colab-image
+	outputs/colab-image/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+test-notebook: setup outputs/colab-image/.built   ## the notebook, installed and run in an environment like Colab's image
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow tests/test_notebook.py $(ARGS)
 
 test-slow: setup        ## what `make test` leaves out
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow $(ARGS)
