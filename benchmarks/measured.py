@@ -14,7 +14,7 @@ def stamp(command: str) -> dict[str, Any]:
     from atlas.train.manifest import versions
 
     return {
-        "hardware": f"CPU, {Machine.without_torch().cpus} cores",
+        "hardware": Machine.without_torch().cpu,
         "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,

@@ -3,7 +3,8 @@
     make figures              take over what was measured here (outputs/), rewrite the tables
     python benchmarks/tables.py --check      change nothing; exit status 1 where a table differs (the suite runs this)
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, on lines of their own.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, on lines of their own. The address of the repository, which README and
+notebook repeat, comes from pyproject.toml the same way.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import html
 import json
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,21 +22,21 @@ from atlas.eval.stats import wilson
 from measured import MEASURED
 
 FIGURES = Path("figures")
-PAGES = ("README.md", "docs/*.md")
+PAGES = ("README.md", "docs/*.md", "notebooks/*.ipynb")
 
 
 def pocket_table(figures: Path) -> str:
     """Scores and times of the pocket lab, and whether they are luck."""
     report = _read(figures / "pocket.json")
-    base, tuned = report["scores"]["base"], report["scores"]["tuned"]
-    lines = [f"| IFEval, {tuned['n']} held-out prompts | base | tuned |", "|---|---|---|"]
+    runs = report["scores"]
+    lines = [f"| IFEval, {runs['tuned']['n']} held-out prompts | {' | '.join(runs)} |", "|---" * (1 + len(runs)) + "|"]
     for key, name in (
         ("prompt_strict", "prompts with every instruction followed (strict)"),
         ("inst_strict", "instructions followed (strict)"),
         ("stop_rate", "replies that end by themselves"),
     ):
-        lines.append(f"| {name} | {base[key]:.1%} | {tuned[key]:.1%} |")
-    lines.append(f"| mean tokens of a reply | {base['mean_tokens']} | {tuned['mean_tokens']} |")
+        lines.append(f"| {name} | {' | '.join(f'{run[key]:.1%}' for run in runs.values())} |")
+    lines.append(f"| mean tokens of a reply | {' | '.join(str(run['mean_tokens']) for run in runs.values())} |")
     found = report["difference"]
     low, high = (100 * end for end in found["interval"])
     p = "< 0.0001" if found["p"] < 0.0001 else f"= {found['p']:.4f}"
@@ -197,6 +199,23 @@ def _escaped(text: str) -> str:
     return html.escape(text, quote=False).replace("|", "&#124;")
 
 
+def install(figures: Path) -> str:
+    """How to get atlas: with its address, once pyproject.toml has one, and without."""
+    address = repository(figures.parent)
+    lines = [f"git clone {address} && cd {Path(address).stem}"] if address else []
+    lines.append(
+        "pip install '.[eval]'                # in a checkout; the commands are then `atlas ...`, from any folder"
+    )
+    lines.append("pip wheel --no-deps -w dist .        # or one file that takes it to a machine without the checkout")
+    return "\n".join(["```", *lines, "```"])
+
+
+def repository(root: Path) -> str:
+    """The address of the repository, from its one place; empty while there is none."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return str(project.get("urls", {}).get("Repository", ""))
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "pocket-table": pocket_table,
     "pocket-seeds": pocket_seeds,
@@ -205,6 +224,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "audit-cost": audit_cost_table,
     "prepare-speed": prepare_speed,
     "template-matrix": template_matrix,
+    "install": install,
 }
 
 
@@ -220,7 +240,8 @@ def filled(page: str, figures: Path) -> str:
         return f"<!-- {name} -->\n{TABLES[name](figures)}\n<!-- /{name} -->"
 
     names = "|".join(TABLES)
-    return re.sub(rf"<!-- ({names}) -->\n.*?<!-- /\1 -->", block, page, flags=re.DOTALL)
+    page = re.sub(rf"<!-- ({names}) -->\n.*?<!-- /\1 -->", block, page, flags=re.DOTALL)
+    return re.sub(r'"ATLAS = \\"[^"]*\\"', lambda _: f'"ATLAS = \\"{repository(figures.parent)}\\"', page)
 
 
 def collect() -> None:

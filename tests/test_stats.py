@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from atlas.eval import stats
+from conftest import ROOT
 
 
 def test_mcnemar_is_the_exact_binomial_test():
@@ -158,6 +159,12 @@ def test_power_is_as_computed(n: int, discordant: float):
         for _ in range(600)
     )
     assert 0.70 <= better / 600 <= 0.86  # 80 %; the exact test is a little conservative
+
+
+def test_what_541_prompts_can_show_is_what_the_docs_say():
+    said = [f"{100 * stats.smallest_difference(541, share):.1f}" for share in (0.1, 0.2, 0.3)]
+    docs = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert f"show a true difference of {said[0]}, {said[1]} or {said[2]} points with a probability of 80 %" in docs
 
 
 def test_the_same_run_twice_differs_by_nothing_that_541_prompts_could_show():

@@ -1,6 +1,10 @@
 """Tables in README and docs are what figures/ says, and only `make figures` renews those."""
 
+import json
+import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +23,23 @@ def test_tables_of_readme_and_docs_are_those_of_figures(monkeypatch: pytest.Monk
 def test_every_table_stands_somewhere_and_is_rewritten():
     pages = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
     for name in tables.TABLES:
-        assert f"<!-- {name} -->\n|" in pages and f"<!-- /{name} -->" in pages
+        assert f"<!-- {name} -->\n" in pages and f"<!-- /{name} -->" in pages
         stale = f"<!-- {name} -->\n| 99 |\n<!-- /{name} -->"
         assert "| 99 |" not in tables.filled(stale, ROOT / "figures")
+
+
+def test_the_address_of_the_repository_has_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("figures", "notebooks"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    project = tmp_path / "pyproject.toml"
+    text = re.sub(
+        r"^(# )?Repository = .*$", 'Repository = "https://hub.example/ann/atlas.git"', project.read_text(), flags=re.M
+    )
+    project.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert tables.main([]) == 0
+    assert "git clone https://hub.example/ann/atlas.git && cd atlas\n" in (tmp_path / "README.md").read_text()
+    cells = json.loads((tmp_path / "notebooks" / "kaggle_sft_t4.ipynb").read_text())["cells"]
+    assert 'ATLAS = "https://hub.example/ann/atlas.git"\n' in cells[1]["source"]

@@ -9,6 +9,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from atlas.config import Config
@@ -49,6 +50,12 @@ class Machine:
     has_bitsandbytes: bool = True
     has_flash_attention: bool = False
     cpus: int = 1
+    cpu_model: str = ""
+
+    @property
+    def cpu(self) -> str:
+        """The CPU in words."""
+        return f"CPU, {self.cpus} cores" + (f" ({self.cpu_model})" if self.cpu_model else "")
 
     @staticmethod
     def from_torch() -> "Machine":
@@ -89,8 +96,18 @@ def _rest() -> dict[str, Any]:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "has_bitsandbytes": find_spec("bitsandbytes") is not None,
         "has_flash_attention": find_spec("flash_attn") is not None,
+        "cpu_model": _cpu_model(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     }
+
+
+def _cpu_model() -> str:
+    """As Linux names it; empty elsewhere."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return ""
+    return found[1].strip() if found else ""
 
 
 class Choice(NamedTuple):
@@ -153,7 +170,7 @@ def choose_device(config: Config, machine: Machine) -> DevicePlan:
             "quantization.load_in_4bit needs bitsandbytes, which is not installed: `pip install bitsandbytes`, or set "
             "quantization.load_in_4bit=false (LoRA on the unquantised base model)"
         )
-    hardware = f"CPU, {machine.cpus} cores" if gpu is None else f"{gpu.name}, {gpu.sm}, {gpu.memory}"
+    hardware = machine.cpu if gpu is None else f"{gpu.name}, {gpu.sm}, {gpu.memory}"
 
     dtype, why = _precision(config, gpu)
     choices = [Choice("model.dtype", dtype, why)]

@@ -4,8 +4,9 @@ Everything here is written by this file and a seed, with the standard library al
 conversations to tune it, and held-out prompts in IFEval's schema to score it. A prompt asks about one subject and may ask for
 one or two formats that lm-eval's `ifeval` checkers verify (none of them needs NLTK's data).
 
-Held out from training, so that a score means more than memory: for every format and every pair of formats, one subject in six
-(`is_held_out`). No conversation asks for that format about that subject.
+Held out from training, so that a score means more than memory, are combinations of a subject and all that is asked for: for every
+single format and every pair of formats, one subject in six (`is_held_out`). No training text asks for exactly that about that
+subject. Texts do ask for the same format about that subject together with a second one, and about other subjects.
 """
 
 import random
@@ -94,7 +95,7 @@ class Exchange:
 
 
 def is_held_out(subject: str, formats: Sequence[str]) -> bool:
-    """Whether asking for these formats about this subject is kept out of all training texts (one subject in six, for each)."""
+    """Whether asking for exactly these formats about this subject is kept out of training (one subject in six, for each)."""
     key = _FORMATS.index(tuple(sorted(formats, key=list(REQUESTS).index))) if formats else -1
     return key >= 0 and (list(SUBJECTS).index(subject) + 5 * key) % 6 == 0
 
