@@ -23,7 +23,7 @@ from conftest import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "kaggle_sft_t4.ipynb"
 IMAGE = ROOT / "outputs" / "colab-image"
-KEPT = ("torch", "ipython", "ipykernel", "jupyter_client", "traitlets", "tornado", "pyzmq", "numpy", "protobuf")
+KEPT = ("torch", "ipython", "ipykernel", "jupyter_client", "traitlets", "tornado", "pyzmq", "numpy")
 
 
 def code_cells() -> list[str]:
@@ -163,7 +163,7 @@ def test_the_notebook_in_colabs_image_stopped_and_gone_on_with(lab: PocketPaths,
     first.execute(monkeypatch, STOP_AFTER_HOURS=25 / 3600, **given)
     said = first.text()
     assert "torchao 0.10.0 is removed" in said and f"in {tmp_path / 'first'}/lib" in said
-    assert first.versions() == before, "the kernel's own packages, torch, numpy and protobuf stay"
+    assert first.versions() == before, "the kernel's own packages, torch and numpy stay"
     assert "no GPU: this will run on the CPU" in said and "nothing stands in the way of this run" in said
     stopped = re.search(r"stopped by checkpoint.stop_after_hours=\S+ after step (\d+)/1500", said)
     assert stopped and "Stopped after 0.00" in said and "exit status" not in said
