@@ -31,11 +31,14 @@ setup: $(STAMP)         ## an environment with everything in it (.venv)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,dev]'
 	@touch $@
 
-# Whatever torch is here stays: it is built for this machine's driver.
+# Whatever torch is here stays: it is built for this machine's driver. PEFT refuses to run beside a torchao before 0.16, which
+# images bring along and atlas does not use.
 outputs/.installed: pyproject.toml
 	@mkdir -p outputs
 	python -m pip freeze | grep -iE '^(torch|torchvision|torchaudio)==' > outputs/.torch-constraints.txt || true
-	python -m pip install --quiet --disable-pip-version-check -c outputs/.torch-constraints.txt -e '.[eval,dev]'
+	python -m pip install --quiet --disable-pip-version-check -c outputs/.torch-constraints.txt -e '.[eval,wandb]'
+	python -c 'import sys; from importlib.metadata import version as v; sys.exit(tuple(map(int, v("torchao").split(".")[:2])) < (0, 16))' \
+	  2>/dev/null || python -m pip uninstall --quiet -y torchao
 	@touch $@
 
 pocket: setup           ## base -> audit -> SFT -> IFEval of base and tuned -> gain or luck, on two CPU cores
@@ -110,7 +113,7 @@ test-notebook: setup outputs/colab-image/.built   ## the notebook, installed and
 test-slow: setup        ## what `make test` leaves out
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow $(ARGS)
 
-lint: setup
+lint: setup             ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy

@@ -43,3 +43,18 @@ def test_the_address_of_the_repository_has_one_place(tmp_path: Path, monkeypatch
     assert "git clone https://hub.example/ann/atlas.git && cd atlas\n" in (tmp_path / "README.md").read_text()
     cells = json.loads((tmp_path / "notebooks" / "kaggle_sft_t4.ipynb").read_text())["cells"]
     assert 'ATLAS = "https://hub.example/ann/atlas.git"\n' in cells[1]["source"]
+
+
+def test_what_was_measured_here_is_taken_over_on_request_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "figures", tmp_path / "figures")
+    report = json.loads((ROOT / "figures" / "pocket.json").read_text()) | {"hardware": "a loom"}
+    for name, found in {"pocket/results/pocket.json": report, "figures/benchmarks.json": {"new": {}}}.items():
+        (tmp_path / "outputs" / name).parent.mkdir(parents=True)
+        (tmp_path / "outputs" / name).write_text(json.dumps(found))
+    monkeypatch.chdir(tmp_path)
+    assert tables.main([]) == 0 and "a loom" not in (tmp_path / "README.md").read_text()
+    assert tables.main(["--collect"]) == 0 and "a loom, " in (tmp_path / "README.md").read_text()
+    entries = json.loads((tmp_path / "figures" / "benchmarks.json").read_text())
+    assert set(entries) == {"new", *json.loads((ROOT / "figures" / "benchmarks.json").read_text())}
