@@ -133,8 +133,9 @@ def cached(folder: Path, home: Path, name: str) -> str:
     return revision
 
 
-def test_the_pinned_revision_of_the_base_is_loaded(
-    trained_run: TrainedRun, lab: PocketPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+@pytest.mark.parametrize("written", ["in the config", "by the run"])
+def test_the_revision_of_the_base_is_that_of_the_training(
+    written: str, trained_run: TrainedRun, lab: PocketPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     """The base has gone on since: main is another model now, on which the adapter would say something else."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -144,7 +145,9 @@ def test_the_pinned_revision_of_the_base_is_loaded(
     save_file({k: -v for k, v in tensors.items()}, changed / "model.safetensors", metadata={"format": "pt"})
     assert cached(changed, tmp_path / "cache", "ann/base") != pinned
     folder = Path(shutil.copytree(trained_run.folder, tmp_path / "run"))
-    edit(folder / "manifest.json", lambda m: m["config"]["model"].update(name="ann/base", revision=pinned))
+    in_config, by_run = (pinned, None) if written == "in the config" else (None, pinned)
+    edit(folder / "manifest.json", lambda m: m["config"]["model"].update(name="ann/base", revision=in_config))
+    edit(folder / "manifest.json", lambda m: m["base"].update(commit=by_run))
     edit(folder / "adapter_config.json", lambda c: c.update(base_model_name_or_path="ann/base", revision=None))
 
     asked = ["--max-new-tokens", "6", "Where does Mira live?"]
@@ -152,13 +155,35 @@ def test_the_pinned_revision_of_the_base_is_loaded(
     expected = capsys.readouterr().out
     assert generate.main(["--adapter", str(folder), *asked]) == 0
     assert capsys.readouterr().out == expected
-    assert generate.main(["--adapter", str(folder), "--model", "ann/base", *asked]) == 0
-    assert capsys.readouterr().out != expected
+    assert generate.main(["--adapter", str(folder), "--model", "ann/base", *asked]) == 2
+    assert "trained on another base model than 'ann/base' holds now" in capsys.readouterr().err
     does = commands(lab, Path("ann/base"), folder, tmp_path)
     assert does["eval"]() == 0 and does["merge"]() == 0
     (row,) = evaluation.read_metrics(tmp_path)["runs"]
     assert row["model_revision"] == pinned
     assert json.loads((tmp_path / "merged" / "merge.json").read_text())["base_revision"] == pinned
+
+
+def test_another_base_of_the_same_shape_is_refused(
+    trained_run: TrainedRun, lab: PocketPaths, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """The folder of the base holds another model since, or the user names another one."""
+    other = Path(shutil.copytree(trained_run.base, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.5
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    moved = Path(shutil.copytree(trained_run.base, tmp_path / "moved"))
+    folder = Path(shutil.copytree(trained_run.folder, tmp_path / "run"))
+    edit(folder / "manifest.json", lambda m: m["config"]["model"].update(name=str(other)))
+    for name, command in commands(lab, other, folder, tmp_path / "out").items():
+        assert command() == 2, name
+        err = capsys.readouterr().err
+        assert "was trained on another base model" in err and str(other) in err and err.count("error: ") == 1
+    edit(
+        folder / "manifest.json", lambda m: m["config"]["model"].update(name=str(moved))
+    )  # another place, the same model
+    for name, command in commands(lab, moved, folder, tmp_path / "out").items():
+        assert command() == 0, name
 
 
 def test_a_local_base_is_not_looked_for_on_the_hub(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -97,10 +98,26 @@ def test_weights_that_float16_cannot_hold(trained_run: TrainedRun, tmp_path: Pat
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][0] = 1e6  # float16 ends at 65504
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    arguments = [trained_run.folder, "--base", base, "--dtype", "float16", "--to", tmp_path / "merged"]
+    run = Path(shutil.copytree(trained_run.folder, tmp_path / "run"))
+    (run / "manifest.json").unlink()  # which knows the base that it was trained on
+    arguments = [run, "--base", base, "--dtype", "float16", "--to", tmp_path / "merged"]
     assert merge(monkeypatch, *arguments) == 1
     assert "float16 cannot hold this model" in capfd.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+
+
+def test_a_full_disk_leaves_nothing_behind(trained_run: TrainedRun, tmp_path: Path, monkeypatch, capfd):
+    """Files may not grow beyond a part of the model's size: writing fails in the middle."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (trained_run.base / "model.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limit[1]))
+    try:
+        status = merge(monkeypatch, trained_run.folder, "--to", tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    err = capfd.readouterr().err
+    assert status == 1 and "cannot be written to" in err and "make room" in err and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_refusals(trained_run: TrainedRun, tmp_path: Path, monkeypatch, capfd):

@@ -359,7 +359,12 @@ def check_weights(config: Config) -> BaseFiles:
             raise UserError(
                 f"model.name: the weights of {name!r} cannot be loaded: {folder / shard} {problem}"
             ) from None
-    return BaseFiles(0, _content(_digests(folder)), None)
+    return BaseFiles(0, content_of(folder), None)
+
+
+def content_of(folder: Path) -> str:
+    """`BaseFiles.content` of a model in a folder, or in a snapshot of the Hub's cache."""
+    return _content(_digests(folder))
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -77,12 +77,12 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter:
         manifest = _json(folder / MANIFEST)
         if "config_hash" in manifest:
             try:
-                model = manifest["config"]["model"]
-                base, base_revision = model["name"], model["revision"]
+                model, trained = manifest["config"]["model"], manifest.get("base", {})
+                base, base_revision = model["name"], trained.get("commit") or model["revision"]
                 quantization = QuantizationConfig(**manifest["config"]["quantization"])
                 if base in manifest["local"] and not is_path(base):
                     base = f"./{base}"  # of the machine that trained it: no name on the Hub
-            except (LookupError, TypeError, ValidationError) as error:
+            except (LookupError, TypeError, AttributeError, ValidationError) as error:
                 raise _damaged(folder / MANIFEST, error) from None
         else:  # another tool's
             manifest = {}
@@ -217,7 +217,35 @@ def load_model(
             f"the tokenizer of {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and does not fit on "
             f"{str(base)!r}, which has {room}"
         )
-    return put_adapter(model, adapter) if adapter is not None else model.eval(), tokenizer
+    if adapter is None:
+        return model.eval(), tokenizer
+    _refuse_another_base(adapter, str(base), revision)
+    return put_adapter(model, adapter), tokenizer
+
+
+def _refuse_another_base(adapter: Adapter, name: str, revision: str | None) -> None:
+    """Raises `UserError` where the files of the base model, which have been loaded, are not those that the adapter was trained on:
+    of the same shape, it would take the adapter without a word."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from atlas.models.base import content_of
+
+    trained = adapter.manifest.get("base", {})
+    same = revision is not None and (name, revision) == (adapter.base, trained.get("commit"))
+    if same or not trained.get("content"):
+        return
+    folder = Path(name)
+    if not folder.is_dir():
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(found, str):
+            return  # nothing is kept of it on this machine
+        folder = Path(found).parent
+    if content_of(folder) != trained["content"]:
+        at = f" at {trained['commit']}" if trained.get("commit") else ""
+        raise UserError(
+            f"{adapter.name} was trained on another base model than {name!r} holds now (the files differ from those of its "
+            f"{MANIFEST}): name the one it was trained on, {adapter.base}{at}"
+        )
 
 
 def four_bit(settings: QuantizationConfig, dtype: str) -> "BitsAndBytesConfig":
