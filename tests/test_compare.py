@@ -1,6 +1,11 @@
 """`atlas compare`: pairs on prompts, refuses what is not comparable, and shows the same thing everywhere."""
 
+import copy
+import hashlib
 import json
+import random
+import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +31,15 @@ def add_run(results: Path, name: str, passed: np.ndarray, **changes: Any) -> dic
                 "scores": scores,
                 "groups": groups,
                 "prompt": asked,
-                "text": f"{name} says {key}.",
+                "text": f"{name} says\u2028\x85\u2029 {key}.",  # three line breaks of Unicode, none of JSONL
                 "tokens": 5,
             }
             | {"stopped": True}
         )
     path = results / "eval" / name / "ifeval.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text(text, encoding="utf-8")
     strict = mean_estimate([r["scores"]["prompt_strict"] for r in records])
     inst = ratio_estimate([2 * r["scores"]["inst_strict"] for r in records], [2] * len(records))
     task = {
@@ -50,7 +56,7 @@ def add_run(results: Path, name: str, passed: np.ndarray, **changes: Any) -> dic
         },
         "stop_rate": 0.9,
         "mean_tokens": 5.0,
-        "records_sha256": "",
+        "records_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
     noted = {
         "dtype": "float32",
@@ -157,11 +163,15 @@ def test_missing_and_damaged_results_are_named(results: Path, capsys: pytest.Cap
     assert "two runs" in refused("base")
     assert "no results of 'gsm8k'" in refused("base", "tuned", "--task", "gsm8k")
     records = results / "eval" / "tuned" / "ifeval.jsonl"
-    lines = records.read_text().splitlines(keepends=True)
+    lines = [line + "\n" for line in records.read_text().split("\n")[:-1]]
     records.write_text("".join(lines[:-1]))
     assert "holds 149 prompts, metrics.json says 150" in refused("base", "tuned")
     records.write_text("".join([*lines[:3], lines[3][:20] + "\n", *lines[4:]]))
     assert "tuned/ifeval.jsonl cannot be read" in refused("base", "tuned")
+    records.write_text("".join([*lines[:3], lines[3].replace("says", "sang"), *lines[4:]]))
+    assert "tuned/ifeval.jsonl has changed since it was scored" in refused("base", "tuned")
+    records.write_text("".join([lines[1], *lines[1:]]))
+    assert "holds 150 prompts, metrics.json says 150" in refused("base", "tuned")
     records.unlink()
     assert "score the run again" in refused("base", "tuned")
     (results / "metrics.json").write_text('{"schema": 99, "runs": []}')
@@ -212,3 +222,173 @@ def test_several_runs_are_corrected_together_and_only_the_main_metric(results: P
         in page
     )
     assert "not corrected, for a look only: inst_strict" in page and "bootstrap" not in page
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "runs is no list": lambda m: m.update(runs={"base": 1}),
+    "runs is missing": lambda m: m.pop("runs"),
+    "a row is null": lambda m: m["runs"].append(None),
+    "a row is a list": lambda m: m["runs"].append([]),
+    "no name": lambda m: m["runs"][0].pop("name"),
+    "a name that is a number": lambda m: m["runs"][0].update(name=7),
+    "a name that leads elsewhere": lambda m: m["runs"][1].update(name="../tuned"),
+    "a name of a folder below": lambda m: m["runs"][1].update(name="a/b"),
+    "a name with an escape": lambda m: m["runs"][1].update(name="\x1b[2J"),
+    "half a character": lambda m: m["runs"][1].update(name="\ud800"),
+    "one name twice": lambda m: m["runs"].append(m["runs"][0]),
+    "no tasks": lambda m: m["runs"][0].pop("tasks"),
+    "tasks is a list": lambda m: m["runs"][0].update(tasks=["ifeval"]),
+    "a task that leads elsewhere": lambda m: m["runs"][0]["tasks"].update({"../x": m["runs"][0]["tasks"]["ifeval"]}),
+    "a task is null": lambda m: m["runs"][0]["tasks"].update(ifeval=None),
+    **{
+        f"{key} is missing": lambda m, key=key: m["runs"][0]["tasks"]["ifeval"].pop(key)  # type: ignore[misc]
+        for key in ("version", "n", "data", "generation", "num_fewshot", "chat_template", "metrics", "records_sha256")
+    },
+    "n is a text": lambda m: m["runs"][0]["tasks"]["ifeval"].update(n="150"),
+    "n is 0": lambda m: m["runs"][0]["tasks"]["ifeval"].update(n=0),
+    "no metrics": lambda m: m["runs"][0]["tasks"]["ifeval"].update(metrics={}),
+    "another metric": lambda m: m["runs"][0]["tasks"]["ifeval"]["metrics"].update(
+        better=m["runs"][0]["tasks"]["ifeval"]["metrics"]["inst_strict"]
+    ),
+    "a metric less": lambda m: m["runs"][0]["tasks"]["ifeval"]["metrics"].pop("inst_strict"),
+    "a score above 1": lambda m: m["runs"][0]["tasks"]["ifeval"]["metrics"]["inst_strict"].update(score=1.5),
+    "an infinite score": lambda m: m["runs"][0]["tasks"]["ifeval"]["metrics"]["inst_strict"].update(score=float("inf")),
+    "a score that is another": lambda m: m["runs"][0]["tasks"]["ifeval"]["metrics"]["prompt_strict"].update(score=0.99),
+    "an interval of one end": lambda m: m["runs"][0]["tasks"]["ifeval"]["metrics"]["inst_strict"].update(
+        interval=[0.1]
+    ),
+    "a stop rate that is a text": lambda m: m["runs"][0]["tasks"]["ifeval"].update(stop_rate="often"),
+    "tokens that are no number": lambda m: m["runs"][0]["tasks"]["ifeval"].update(mean_tokens=float("nan")),
+    "another sum": lambda m: m["runs"][0]["tasks"]["ifeval"].update(records_sha256="0" * 64),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_metrics_file_is_one_message(kind: str, results: Path, capsys: pytest.CaptureFixture):
+    file = results / "metrics.json"
+    metrics = json.loads(file.read_text())
+    DAMAGE[kind](metrics)
+    file.write_text(json.dumps(metrics))
+    assert run(results, "base", "tuned") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and str(results) in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "{",
+            "null",
+            "7",
+            "[]",
+            '{"schema": 1, "runs": []} x',
+            "\x00\xff",
+            "[" * 100_000,
+            '{"schema": 1' + "0" * 5000 + "}",
+        ),
+        '{"schema": 1, "schema": 1, "runs": []}',
+    ],
+)
+def test_what_is_no_metrics_file_is_one_message(text: str, results: Path, capsys: pytest.CaptureFixture):
+    (results / "metrics.json").write_text(text, encoding="latin-1")
+    assert run(results, "base", "tuned") == 2
+    assert "metrics.json is no metrics file of this version" in capsys.readouterr().err
+
+
+def sealed(results: Path, name: str, change: Callable[[list[Any]], object]) -> None:
+    """Change the records and the sum in metrics.json with them, as somebody would who wants to be believed."""
+    path, file = results / "eval" / name / "ifeval.jsonl", results / "metrics.json"
+    records = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    change(records)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    metrics = json.loads(file.read_text())
+    (row,) = [row for row in metrics["runs"] if row["name"] == name]
+    row["tasks"]["ifeval"]["records_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    file.write_text(json.dumps(metrics))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.__setitem__(3, None),
+        lambda r: r.__setitem__(3, [1]),
+        lambda r: r[3].pop("groups"),
+        lambda r: r[3].update(groups=[["x"]]),
+        lambda r: r[3].update(groups=[]),
+        lambda r: r[3].update(groups=r[3]["groups"][:1]),
+        lambda r: r[3].update(groups=[["another:type", True], ["x:y", True]]),
+        lambda r: r[3].update(scores={}),
+        lambda r: r[3]["scores"].pop("inst_strict"),
+        lambda r: r[3].update(scores={"prompt_strict": "1", "inst_strict": 0.5}),
+        lambda r: r[3].update(scores={"prompt_strict": -1.0, "inst_strict": 0.5}),
+        lambda r: r[3].update(scores={"prompt_strict": float("nan"), "inst_strict": 0.5}),
+        lambda r: [record["scores"].update(prompt_strict=1.0) for record in r],
+        lambda r: r[3].update(prompt=None),
+        lambda r: r[3].update(text=7),
+        lambda r: r[3].update(key=[1]),
+        lambda r: r[3].update(key=99999),
+    ],
+)
+def test_damaged_records_are_one_message(
+    change: Callable[[list[Any]], object], results: Path, capsys: pytest.CaptureFixture
+):
+    sealed(results, "tuned", change)
+    assert run(results, "base", "tuned") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "tuned" in error and error.count("\n") == 1
+
+
+def test_no_value_in_the_wrong_place_gets_through(results: Path):
+    """A thousand damaged files: compared as they are, or refused with one message; never anything else."""
+    from atlas.errors import UserError
+
+    whole = json.loads((results / "metrics.json").read_text())
+    hostile = (
+        None,
+        True,
+        -1,
+        0,
+        10**30,
+        1.5,
+        float("inf"),
+        "",
+        "x" * 300,
+        "../x",
+        "\x1b[2J",
+        "\ud800",
+        [],
+        {},
+        [[]],
+        {"": 0},
+    )
+    rng, refused = random.Random(0), 0
+    for _ in range(1000):
+        metrics = copy.deepcopy(whole)
+        place, parents = metrics["runs"][rng.randrange(2)], []
+        while isinstance(place, (dict, list)) and place and (not parents or rng.random() < 0.75):
+            key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            parents.append((place, key))
+            place = place[key]
+        above, key = parents[-1]
+        above[key] = rng.choice(hostile)
+        (results / "metrics.json").write_text(json.dumps(metrics))
+        try:
+            (found,) = compare.comparison(results, ["base", "tuned"])
+            (compare.table(found) + compare.markdown([found])).encode()
+        except UserError as error:
+            refused += 1
+            str(error).encode()
+    assert refused > 400
+
+
+def test_a_full_disk_is_one_message(results: Path, capsys: pytest.CaptureFixture):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        assert run(results, "base", "tuned") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert "comparison.md cannot be written (File too large)" in error and error.count("\n") == 1

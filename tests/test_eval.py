@@ -1,19 +1,22 @@
 """`atlas eval`: what is kept of a run, what is refused before a model is loaded, and that a killed run goes on."""
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from atlas.config import load_config
-from atlas.eval import compare, run
+from atlas.eval import compare, run, store
 from atlas.pocket import base
 from conftest import ROOT, write_rows
 
@@ -155,6 +158,81 @@ def test_another_model_never_adds_to_a_row(
     run.records_file(tmp_path, "x", "ifeval").write_text("")  # damaged: scored again, not believed
     assert run.main(arguments(lab, tmp_path, "--adapter", str(adapter), "--name", "x", "--limit", "2")) == 0
     assert len(run.records_file(tmp_path, "x", "ifeval").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "", ".", "-x", "x\n", "\x1b[2J", "x" * 101])
+def test_a_name_is_one_plain_part_of_a_path(
+    name: str, lab: base.PocketPaths, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    given = arguments(lab, tmp_path / "r", "--base", f"--name={name}" if name else "--name=.")
+    assert run.main(given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --name: ") and "cannot name results: a name " in error and "\x1b" not in error
+    assert not (tmp_path / "r").exists() and [path.name for path in tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "many"])
+def test_a_limit_is_at_least_one(limit: str, lab: base.PocketPaths, tmp_path: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stopped:
+        run.main(arguments(lab, tmp_path, "--base", "--limit", limit))
+    assert stopped.value.code == 2 and "--limit" in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_kept_are_refused_before_a_model_is_loaded(
+    lab: base.PocketPaths, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    from transformers import AutoModelForCausalLM
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+
+    def refused(results: Path) -> str:
+        assert run.main(arguments(lab, results, "--base", "--name", "x")) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    (tmp_path / "file").write_text("mine")
+    assert "output.results_dir" in refused(tmp_path / "file") and (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "eval").write_text("mine")
+    assert "output.results_dir" in refused(tmp_path)
+    with full_disk(64 * 1024):
+        assert "does not take 0 MiB of results (File too large)" in refused(tmp_path / "full")
+    assert not list((tmp_path / "full" / "eval").glob("*.probe"))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "metrics.json").write_text('{"schema": 1, "runs": [{"name": "y"}]}')
+    assert "0.tasks: Field required" in refused(tmp_path / "damaged")
+    with store.claimed(tmp_path / "used", "x", 1):
+        assert f"'x' is being scored by process {os.getpid()} on " in refused(tmp_path / "used")
+
+
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file may grow beyond `room` bytes: writing more is an `OSError`, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_row_of_an_older_version_is_read(
+    lab: base.PocketPaths, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    given = arguments(lab, tmp_path, "--adapter", str(adapter), "--name", "x", "--limit", "2")
+    assert run.main(given) == 0
+    file = tmp_path / "metrics.json"
+    whole = file.read_text()
+    for key in run._IDENTITY:
+        metrics = json.loads(whole)
+        lost = metrics["runs"][0].pop(key)
+        file.write_text(json.dumps(metrics))
+        assert run.main(given) == (0 if lost is None else 2), key
+        if lost is not None:
+            assert f"({key} None there, {lost} now)" in capsys.readouterr().err
 
 
 def test_all_tasks_offline(lab: base.PocketPaths, tmp_path: Path):

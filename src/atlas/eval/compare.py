@@ -18,6 +18,7 @@ from typing import Any
 
 from atlas.errors import DONE, UserError, run_main
 from atlas.eval.stats import ALPHA, Difference, Estimate, corrected, holm, paired_difference
+from atlas.eval.store import METRICS, locked, read_metrics, read_records, writing
 
 # What must be equal for scores to be comparable, and what is only said where it differs.
 _SAME = ("version", "data", "prompt", "generation", "num_fewshot", "limit")
@@ -100,8 +101,10 @@ def show(found: Sequence[Comparison], results: Path) -> None:
     for compared in found:
         print(table(compared, references) + "\n")
     report = results / "comparison.md"
-    report.write_text(markdown(found, references), encoding="utf-8")
-    plots = plot(found, results / "plots")
+    with writing(report):
+        report.write_text(markdown(found, references), encoding="utf-8")
+    with writing(results / "plots"):
+        plots = plot(found, results / "plots")
     print(f"written: {report}, {', '.join(map(str, plots))}")
 
 
@@ -113,7 +116,8 @@ def comparison(results: Path, names: Sequence[str], task: str | None = None) -> 
     """
     if len(names) < 2:
         raise UserError("compare needs two runs: atlas compare A B")
-    first, *others = [load_run(results, name, task) for name in names]
+    with locked(results):
+        first, *others = [load_run(results, name, task) for name in names]
     found = []
     for other in others:
         tasks = [name for name in first.records if name in other.records]
@@ -132,8 +136,6 @@ def load_run(results: Path, name: str, task: str | None = None) -> Run:
     """A run by its name, with the records of its tasks (or of one)."""
     from difflib import get_close_matches
 
-    from atlas.eval.run import METRICS, read_metrics, records_file
-
     rows = {row["name"]: row for row in read_metrics(results)["runs"]}
     if name not in rows:
         near = get_close_matches(name, rows, n=1, cutoff=0)
@@ -143,24 +145,7 @@ def load_run(results: Path, name: str, task: str | None = None) -> Run:
     if task is not None and task not in tasks:
         raise UserError(f"{name} has no results of {task!r}, only of {', '.join(tasks) or 'nothing'}")
     wanted = [task] if task else list(tasks)
-    return Run(name, rows[name], {t: _records(records_file(results, name, t), tasks[t]["n"]) for t in wanted})
-
-
-def _records(path: Path, n: int) -> list[dict[str, Any]]:
-    records = []
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            record = json.loads(line)
-            if not {"key", "scores", "groups", "prompt", "text"} <= record.keys():
-                raise ValueError(f"line {number} is no record of a prompt")
-            records.append(record)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"the records {path} cannot be read ({error}): score the run again (`atlas eval`)") from None
-    if len(records) != n or len({record["key"] for record in records}) != n:
-        raise UserError(
-            f"{path} holds {len(records)} prompts, metrics.json says {n}: score the run again (`atlas eval`)"
-        )
-    return records
+    return Run(name, rows[name], {t: read_records(results, name, t, tasks[t]) for t in wanted})
 
 
 def _compare(a: Run, b: Run, task: str) -> Comparison:
@@ -181,6 +166,12 @@ def _compare(a: Run, b: Run, task: str) -> Comparison:
     if by_key.keys() != {record["key"] for record in a.records[task]}:
         raise UserError(f"{a.name} and {b.name} are not comparable on {task}: they have different prompts")
     pairs = [(record, by_key[record["key"]]) for record in a.records[task]]
+    for x, y in pairs:
+        if x["scores"].keys() != y["scores"].keys() or [g[0] for g in x["groups"]] != [g[0] for g in y["groups"]]:
+            raise UserError(
+                f"{a.name} and {b.name} are not comparable on {task}: prompt {x['key']!r} has other metrics or instructions in "
+                "the one than in the other"
+            )
     metrics = []
     for name in pairs[0][0]["scores"]:
         scores = [(x["scores"][name], y["scores"][name]) for x, y in pairs]
@@ -256,9 +247,9 @@ def _rows(found: Comparison) -> list[tuple[str, ...]]:
             verdict += ", not corrected"
         rows.append((name, _points(metric.a), _points(metric.b), _change(difference), _p(difference.p), verdict))
     of_a, of_b = found.a.row["tasks"][found.task], found.b.row["tasks"][found.task]
-    if of_a["stop_rate"] is not None:
-        rows.append(("stops by itself", f"{100 * of_a['stop_rate']:.1f}", f"{100 * of_b['stop_rate']:.1f}", "", "", ""))
-        rows.append(("mean tokens", f"{of_a['mean_tokens']:.1f}", f"{of_b['mean_tokens']:.1f}", "", "", ""))
+    for key, name, form in (("stop_rate", "stops by itself", "{:.1%}"), ("mean_tokens", "mean tokens", "{:.1f}")):
+        if None not in (of_a[key], of_b[key]):
+            rows.append((name, *(form.format(of[key]).removesuffix("%") for of in (of_a, of_b)), "", "", ""))
     return rows
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from atlas.errors import UserError
-from atlas.eval.stats import Estimate, mean_estimate, ratio_estimate
+from atlas.eval.stats import Estimate, estimates
 
 if TYPE_CHECKING:
     import torch
@@ -109,18 +109,9 @@ def score(lm: Any, task: "LoadedTask") -> TaskResult:
             )
         (samples,) = out["samples"].values()
         records += _records(samples, task, lm, name)
-    main = records[0].scores
-    metrics = {}
-    for metric in main:
-        if metric.startswith("inst_"):
-            metrics[metric] = ratio_estimate(
-                [len(r.groups) * r.scores[metric] for r in records], [len(r.groups) for r in records]
-            )
-        else:
-            metrics[metric] = mean_estimate([record.scores[metric] for record in records])
     generated = [record for record in records if record.tokens is not None]
     return TaskResult(
-        metrics=metrics,
+        metrics=estimates([record.scores for record in records], [len(record.groups) for record in records]),
         records=tuple(records),
         stop_rate=sum(bool(r.stopped) for r in generated) / len(generated) if generated else None,
         mean_tokens=sum(r.tokens or 0 for r in generated) / len(generated) if generated else None,

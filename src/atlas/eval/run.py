@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atlas.config import Config, EvalTask, QuantizationConfig
 from atlas.errors import DONE, UserError, first_line, run_main
+from atlas.eval.store import METRICS, claimed, name_problem, read_metrics, records_file, store
 from atlas.hub import split_revision
 from atlas.models.load import WEIGHTS, Adapter, find_adapter
 
-SCHEMA = 1
-METRICS = "metrics.json"
+if TYPE_CHECKING:
+    from atlas.eval.tasks import LoadedTask
+
 # What makes two runs of one name the same: a row of another is never added to.
 _IDENTITY = (
     *("model", "model_revision", "adapter", "adapter_revision", "adapter_sha256", "config_hash", "template_sha256"),
@@ -47,11 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--merged", metavar="FOLDER|REPO[@REVISION]", help="score a whole model")
     parser.add_argument("--name", help="how results/ calls it (default: from model or adapter)")
     parser.add_argument("--tasks", help="comma-separated, instead of eval.tasks")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of each task")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N prompts of each task")
     parser.add_argument("--replace", action="store_true", help="discard another run's results of the same name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path into the config")
     arguments = parser.parse_intermixed_args(argv)
     return run_main(lambda: _main(arguments))
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -77,17 +85,21 @@ def _target(arguments: argparse.Namespace, config: Config) -> Target:
     base, revision = config.model.name, config.model.revision
     if arguments.base:
         asked = "base" if config.eval.chat_template else "base-plain"
-        return Target(arguments.name or f"{Path(base).name}-{asked}", base, "base", revision)
+        return Target(arguments.name or f"{_last_part(base)}-{asked}", base, "base", revision)
     if arguments.merged:
         merged, of_merged = split_revision(arguments.merged)
-        return Target(arguments.name or Path(merged).name, merged, "merged", of_merged)
+        return Target(arguments.name or _last_part(merged), merged, "merged", of_merged)
     asked, of_adapter = split_revision(arguments.adapter or config.output.dir)
     if arguments.adapter is None and not (Path(asked) / "adapter_config.json").is_file():
         raise UserError(f"output.dir: {asked} holds no adapter yet: train first, or give --adapter or --base")
     adapter = find_adapter(asked, of_adapter)
     if base == adapter.base:
         revision = revision or adapter.base_revision
-    return Target(arguments.name or Path(asked).name, base, "sft", revision, adapter)
+    return Target(arguments.name or _last_part(asked), base, "sft", revision, adapter)
+
+
+def _last_part(name: str) -> str:
+    return Path(name).resolve().name  # also of `.`
 
 
 def evaluate(
@@ -95,19 +107,27 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score `target` on the tasks that are not yet done; returns its row of results/metrics.json.
 
-    Raises `UserError`, before a model is loaded, for what is missing (data, extras) and for a row of the same name that belongs
-    to another model, adapter, template or precision.
+    Raises `UserError`, before a model is loaded, for what is missing (data, extras, room), for a row of the same name that belongs
+    to another model, adapter, template or precision, and for a name that another process is scoring.
     """
-    from atlas.device import Machine, choose_device
     from atlas.eval.tasks import load_task
     from atlas.train.sft import quiet_libraries
 
+    if problem := name_problem(target.name):
+        raise UserError(f"--name: {target.name!r} cannot name results: a name {problem}")
     quiet_libraries()
-    results = Path(config.output.results_dir)
     ready = [
         load_task(task, config.eval.data.get(task.name), config.eval.chat_template)
         for task in tasks or config.eval.tasks
     ]
+    with claimed(Path(config.output.results_dir), target.name, sum(task.room for task in ready)):
+        return _evaluate(config, target, ready, replace)
+
+
+def _evaluate(config: Config, target: Target, ready: Sequence["LoadedTask"], replace: bool) -> dict[str, Any]:
+    from atlas.device import Machine, choose_device
+
+    results = Path(config.output.results_dir)
     plan = choose_device(config, Machine.from_torch())
     dtype = plan.dtype if config.eval.dtype == "auto" else config.eval.dtype
     tokenizer = _tokenizer(config, target)
@@ -122,9 +142,9 @@ def evaluate(
             print(f"{target.name}: {task.settings.name} is done already ({before['n']} prompts)")
         else:
             left.append(task)
-    row["tasks"] = {name: entry for name, entry in done.items() if name not in {t.settings.name for t in left}}
+    row["tasks"] = done  # each is replaced when it is scored anew, so that nothing is lost on the way
     if not left:
-        return {**row, "tasks": done}
+        return row
     run = _runner(config, target, dtype, plan.device, tokenizer)
     if target.adapter is not None and _sha256(target.adapter.folder / WEIGHTS) != row["adapter_sha256"]:
         raise UserError(f"{target.adapter.name} was written to while it was loaded: run the same command again")
@@ -132,12 +152,7 @@ def evaluate(
         name = task.settings.name
         print(f"{target.name}: {name}, {task.n} prompts", flush=True)
         result = run(task)
-        records = records_file(results, target.name, name)
-        _write(records, result.lines())
-        entry = task.settings_record() | result.as_json() | {"records_sha256": _sha256(records)}
-        row["tasks"] = row["tasks"] | {name: json.loads(json.dumps(entry))}
-        row["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-        _store(results, row)
+        store(results, row, name, task.settings_record() | result.as_json(), result.lines())
         if result.cut_prompts:
             print(f"  {result.cut_prompts} prompts were longer than the model's context and lost their beginning")
     return row
@@ -262,52 +277,10 @@ def _known_row(results: Path, row: dict[str, Any], replace: bool) -> dict[str, A
     if different:
         raise UserError(
             f"{results / METRICS} has results of another {row['name']!r} ("
-            + "; ".join(f"{key} {known[key]} there, {row[key]} now" for key in different)
+            + "; ".join(f"{key} {known.get(key)} there, {row[key]} now" for key in different)
             + "): choose another --name, or --replace to discard them"
         )
     return known
-
-
-def read_metrics(results: Path) -> dict[str, Any]:
-    """results/metrics.json, or an empty one. Raises `UserError` for a file that is none."""
-    path = results / METRICS
-    if not path.is_file():
-        return {"schema": SCHEMA, "runs": []}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["schema"] == SCHEMA and isinstance(found["runs"], list):
-            return found
-        raise ValueError(f"schema {found['schema']}, not {SCHEMA}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no metrics file of this version ({error}): move it away") from None
-
-
-def _store(results: Path, row: dict[str, Any]) -> None:
-    """Put the row in its place; whole or not at all, also when two evaluations end at once."""
-    from filelock import FileLock
-
-    from atlas.train.manifest import write_json
-
-    results.mkdir(parents=True, exist_ok=True)
-    with FileLock(results / ".metrics.lock"):
-        metrics = read_metrics(results)
-        names = [known["name"] for known in metrics["runs"]]
-        if row["name"] in names:
-            metrics["runs"][names.index(row["name"])] = row
-        else:
-            metrics["runs"].append(row)
-        write_json(results / METRICS, metrics)
-
-
-def records_file(results: Path, name: str, task: str) -> Path:
-    return results / "eval" / name / f"{task}.jsonl"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _sha256(path: Path) -> str | None:

@@ -1,6 +1,6 @@
 """Scores with their uncertainty, and whether one run is really better than another on the same prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -44,6 +44,19 @@ def ratio_estimate(passed: Sequence[float], of: Sequence[int]) -> Estimate:
     residuals = sum((a - ratio * b) ** 2 for a, b in zip(passed, of, strict=True))
     stderr = (n * residuals / max(n - 1, 1)) ** 0.5 / sum(of)
     return Estimate(ratio, stderr, (max(0.0, ratio - Z95 * stderr), min(1.0, ratio + Z95 * stderr)))
+
+
+def estimates(scores: Sequence[Mapping[str, float]], instructions: Sequence[int]) -> dict[str, Estimate]:
+    """Each metric over prompts: scores of each prompt, and its number of instructions, whose shares are named `inst_...`."""
+    found = {}
+    for metric in scores[0]:
+        values = [of_prompt[metric] for of_prompt in scores]
+        if metric.startswith("inst_"):
+            passed = [count * value for count, value in zip(instructions, values, strict=True)]
+            found[metric] = ratio_estimate(passed, instructions)
+        else:
+            found[metric] = mean_estimate(values)
+    return found
 
 
 ALPHA, POWER = 0.05, 0.8

@@ -129,6 +129,11 @@ class LoadedTask:
     folder: tempfile.TemporaryDirectory[str] = field(repr=False)
     """Holds the task files, as long as the tasks live."""
 
+    @property
+    def room(self) -> int:
+        """Bytes that the records may take at most, by and large: a token is about four of them."""
+        return self.n * (4096 + 4 * (self.generation["max_gen_toks"] if self.generation else 0))
+
     def settings_record(self) -> dict[str, Any]:
         """What a score of this task depends on, besides the model."""
         return {
@@ -280,7 +285,7 @@ def _rows_file(path: Path, rows: Iterable[dict[str, Any]]) -> str:
 def _read(path: Path, columns: tuple[str, ...], where: str) -> Rows:
     """The rows of a JSONL file, each with the task's columns."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # splitlines breaks within texts, at U+2028 or U+0085
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: {path} cannot be read: {error}") from None
     rows: Rows = []
@@ -289,7 +294,8 @@ def _read(path: Path, columns: tuple[str, ...], where: str) -> Rows:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+            json.dumps(row, ensure_ascii=False).encode()  # half a character cannot be asked, nor be recorded
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: {path} line {number} is not JSON: {error}") from None
         missing = [column for column in columns if not isinstance(row, dict) or column not in row]
         if missing:

@@ -9,7 +9,6 @@ Everything runs for real (NF4, LoRA, SFTTrainer, lm-eval's own scorer), on two C
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.config import Config, load_config
-from atlas.errors import DONE, FAILED, run_main
+from atlas.errors import DONE, FAILED, UserError, run_main
 from atlas.pocket import world
 
 if TYPE_CHECKING:
@@ -41,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}: give 0 or more")
     overrides = list(arguments.overrides)
     if arguments.seed:  # beside the default lab, not over it
         home = f"outputs/pocket/seed_{arguments.seed}"
@@ -134,14 +135,13 @@ def _report(
 
 
 def _scores(row: dict[str, Any], results: Path) -> dict[str, Any]:
-    from atlas.eval.run import records_file
+    from atlas.eval.store import read_records
 
     kinds: dict[str, list[bool]] = {}
-    with records_file(results, row["name"], "ifeval").open(encoding="utf-8") as lines:
-        for line in lines:
-            for kind, passed in json.loads(line)["groups"]:
-                kinds.setdefault(kind, []).append(passed)
     task = row["tasks"]["ifeval"]
+    for record in read_records(results, row["name"], "ifeval", task):
+        for kind, passed in record["groups"]:
+            kinds.setdefault(kind, []).append(passed)
     return {
         "n": task["n"],
         **{name: round(found["score"], 4) for name, found in task["metrics"].items()},
