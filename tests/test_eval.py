@@ -18,6 +18,7 @@ import pytest
 from atlas.config import load_config
 from atlas.eval import compare, run, store
 from atlas.pocket import base
+from atlas.train import lock
 from conftest import ROOT, write_rows
 
 
@@ -200,12 +201,16 @@ def test_results_that_cannot_be_kept_are_refused_before_a_model_is_loaded(
     assert "output.results_dir" in refused(tmp_path)
     with full_disk(64 * 1024):
         assert "does not take 0 MiB of results (File too large)" in refused(tmp_path / "full")
-    assert not list((tmp_path / "full" / "eval").glob("*.probe"))
+    assert not list((tmp_path / "full" / "eval").rglob("*.*"))
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "metrics.json").write_text('{"schema": 1, "runs": [{"name": "y"}]}')
     assert "0.tasks: Field required" in refused(tmp_path / "damaged")
     with store.claimed(tmp_path / "used", "x", 1):
-        assert f"'x' is being scored by process {os.getpid()} on " in refused(tmp_path / "used")
+        monkeypatch.setattr(lock, "PATIENCE", 0)
+        error = refused(tmp_path / "used")
+        assert (
+            f"eval/x is in use by atlas eval (process {os.getpid()} on " in error and "choose another --name" in error
+        )
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import pytest
 
 from atlas.errors import RunError, UserError
 from atlas.eval import compare, store
+from atlas.train import lock
 
 ROUNDS = 50
 TASKS = ("ifeval", "gsm8k")
@@ -65,7 +66,8 @@ def other(work: Any, results: Path) -> tuple[multiprocessing.Process, Connection
     return process, here
 
 
-def test_two_evaluations_of_one_name(tmp_path: Path):
+def test_two_evaluations_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lock, "PATIENCE", 0)
     process, pipe = other(lambda results, rng: _late(results, rng, "x", ("gsm8k",)), tmp_path)
     refused = 0
     for number in range(1, ROUNDS + 1):
@@ -79,7 +81,7 @@ def test_two_evaluations_of_one_name(tmp_path: Path):
             assert len(store.read_records(results, "x", task, row["tasks"][task])) == 20
         for said in {mine, theirs} - {"done"}:
             refused += 1
-            assert "'x' is being scored by " in said and "choose another --name" in said
+            assert "eval/x is in use by " in said and "choose another --name" in said
     pipe.send(None)
     process.join(10)
     assert refused
@@ -108,7 +110,7 @@ def test_a_comparison_beside_an_evaluation(tmp_path: Path):
     for name in ("a", "b"):
         assert evaluate(tmp_path, name, rng, TASKS) == "done"
     (tmp_path / "0").symlink_to(tmp_path)
-    process, pipe = other(lambda results, rng: [evaluate(results, "b", rng, TASKS) for _ in range(ROUNDS)], tmp_path)
+    process, pipe = other(lambda results, rng: [_late(results, rng, "b", TASKS) for _ in range(ROUNDS)], tmp_path)
     pipe.send(0)
     seen, compared = set(), 0
     while not pipe.poll():

@@ -126,6 +126,7 @@ def evaluate(
 
 def _evaluate(config: Config, target: Target, ready: Sequence["LoadedTask"], replace: bool) -> dict[str, Any]:
     from atlas.device import Machine, choose_device
+    from atlas.train.lock import refuse_if_held
 
     results = Path(config.output.results_dir)
     plan = choose_device(config, Machine.from_torch())

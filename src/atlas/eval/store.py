@@ -7,9 +7,8 @@ time; who reads rows and records never finds the one without the other.
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -161,38 +160,26 @@ def records_file(results: Path, name: str, task: str) -> Path:
 def claimed(results: Path, name: str, room: int) -> Iterator[None]:
     """Score `name` alone, in a folder that takes what will be written: nobody wants to find out after hours.
 
-    `room` is the number of bytes that the records may take. The lock is the operating system's, so that none outlives its process.
+    `room` is the number of bytes that the records may take.
     Raises `UserError` for a name that another process is scoring, and for a folder that cannot be written to, or is full.
     """
-    from filelock import FileLock, Timeout
+    from atlas.train.lock import held
 
-    folder = results / "eval"
-    holder = folder / f".{name}.lock"
-    probe = folder / f".{name}.probe"
-    lock = FileLock(holder)
+    folder = results / "eval" / name
+    probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
         probe.write_bytes(bytes(room))
-        probe.unlink()
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {now}", encoding="utf-8")
-    except Timeout:
-        who = holder.read_text(encoding="utf-8") or "another process"
-        raise UserError(
-            f"{name!r} is being scored by {who}: wait until that has ended, or choose another --name"
-        ) from None
     except OSError as error:
-        probe.unlink(missing_ok=True) if folder.is_dir() else None
-        lock.release()
         raise UserError(
             f"output.results_dir: {results} does not take {room / 2**20:.0f} MiB of results ({error.strerror or error}): "
             "make room, or choose another folder"
         ) from None
-    try:
-        yield
     finally:
-        lock.release()
+        with suppress(OSError):  # where the folder could not be made
+            probe.unlink()
+    with held(folder, "atlas eval", "--name", "choose another --name"):
+        yield
 
 
 def store(results: Path, row: dict[str, Any], task: str, scored: dict[str, Any], records: str) -> None:
@@ -230,7 +217,7 @@ def locked(results: Path) -> Iterator[None]:
     if not (results / "eval").is_dir():  # nothing has been scored here
         yield
         return
-    with FileLock(results / ".metrics.lock"):
+    with FileLock(results / ".metrics.lock", poll_interval=0.01):  # each holds it for milliseconds
         yield
 
 

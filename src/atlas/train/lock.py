@@ -21,14 +21,15 @@ PATIENCE = 1.0  # seconds: a look at the lock (`refuse_if_held`) holds it for a 
 
 
 @contextmanager
-def held(folder: Path, what: str) -> Iterator[None]:
-    """Hold `folder` for the command `what`. Raises `UserError`, which names the other process, where it is held already."""
+def held(folder: Path, what: str, key: str = "output.dir", remedy: str = "set another output.dir") -> Iterator[None]:
+    """Hold `folder` for the command `what`. Raises `UserError`, which names the other process, where it is held already; `key` is
+    what the user chose it by."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=PATIENCE)
     except Timeout:
-        raise UserError(_in_use(folder)) from None
+        raise UserError(_in_use(folder, key, remedy)) from None
     except OSError as error:
         if os.access(folder, os.W_OK):  # else nobody can write here anyway
             print(f"{folder} cannot be locked ({error}): make sure that no other run writes to it")
@@ -58,10 +59,10 @@ def refuse_if_held(folder: Path) -> None:
         return
 
 
-def _in_use(folder: Path) -> str:
+def _in_use(folder: Path, key: str = "output.dir", remedy: str = "set another output.dir") -> str:
     try:
         found = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
         who = f"{found['command']} (process {found['process']} on {found['host']}, since {found['started']})"
     except (OSError, ValueError, LookupError, TypeError):
         who = "another process"
-    return f"output.dir: {folder} is in use by {who}: wait until that has ended, or set another output.dir"
+    return f"{key}: {folder} is in use by {who}: wait until that has ended, or {remedy}"
