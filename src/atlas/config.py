@@ -485,6 +485,8 @@ def _unreadable(error: Exception) -> str:
 
 
 _DEPTH, _VALUES = 20, 1_000_000  # of a config that a person could mean
+_ODD = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of a character, separators of lines and paragraphs
+_ASKED = re.compile(r"\.eval\.tasks.*\.(prompt|until(\[\d+\])?)")  # how a question is worded: lines are a part of it
 
 
 def _refuse_odd(tree: Any, origin: str) -> None:
@@ -507,7 +509,8 @@ def _refuse_odd(tree: Any, origin: str) -> None:
         elif isinstance(value, list):
             left += [(f"{place}[{index}]", item, depth + 1) for index, item in enumerate(value)]
         elif isinstance(value, str):
-            if odd := next((c for c in value if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None):
+            known = "\n\t" if _ASKED.fullmatch(place) else ""
+            if odd := next((c for c in value if unicodedata.category(c) in _ODD and c not in known), None):
                 raise UserError(f"{at}: {_short(value)} holds the character {odd!r}, which no value here may have")
         elif isinstance(value, float):
             if not math.isfinite(value):

@@ -5,7 +5,6 @@ Each finished task is on the disk before the next begins: started again, a run g
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,7 +125,6 @@ def evaluate(
 
 def _evaluate(config: Config, target: Target, ready: Sequence["LoadedTask"], replace: bool) -> dict[str, Any]:
     from atlas.device import Machine, choose_device
-    from atlas.train.lock import refuse_if_held
 
     results = Path(config.output.results_dir)
     plan = choose_device(config, Machine.from_torch())
