@@ -151,7 +151,7 @@ def test_columns_of_other_names_are_mapped(kind: str, row: dict, columns: dict, 
     labeled, _ = label(base_folder, [{"name": str(path), "columns": columns}], *more)
     assert list(labeled.dataset) == list(label(base_folder, plain)[0].dataset)
     assert labeled.ledgers[0].used == 3
-    _, given, format_name = labeled.first[0]  # what the audit's record is made of
+    _, given, format_name, _ = labeled.shown[0]  # what the audit's record is made of
     assert labeled.labeler.label([given], format_name)[0].ids == next(iter(labeled.dataset))["input_ids"]
 
 

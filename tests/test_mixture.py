@@ -65,7 +65,7 @@ def test_a_mixture_is_shuffled_the_same_way_everywhere(base_folder: Path, tmp_pa
     other, _ = label(base_folder, [str(a), str(b)], "data.seed=1")
     assert sorted(texts(other, tokenizer)) == sorted(found) != texts(other, tokenizer)
     assert other.fingerprint != labeled.fingerprint
-    first = [row for _, row, _ in labeled.first]
+    first = [shown.row for shown in labeled.shown]
     assert [json.loads(row)["messages"][1]["content"] + "<|im_end|>" for row in first] == found[: len(first)]
 
 

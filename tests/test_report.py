@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import re
 import shutil
 import subprocess
 from importlib import resources
@@ -46,7 +47,10 @@ def read(folder: Path) -> tuple[list[dict], dict]:
 def test_record_and_summary(audit_args: list[str], tmp_path: Path, capfd):
     assert command.main(audit_args) == 0
     rows, summary = read(tmp_path / "results")
-    assert len(rows) == 2 and summary["rows"] == 3
+    assert [row["row"] for row in rows] == [2, 0, 1] and summary[
+        "rows"
+    ] == 3  # the one that was cut, then the first two
+    rows = rows[1:]
     first = rows[0]
     text = first["text"].encode()
     assert bytes.fromhex("".join(first["bytes"])) == text
@@ -67,7 +71,103 @@ def test_record_and_summary(audit_args: list[str], tmp_path: Path, capfd):
         "<|endoftext|>",
     )
     out = capfd.readouterr().out
-    assert "audit clean" in out and "1 rows cut at 160" in out
+    assert "audit warning: 1 of 3 rows lost a part of what is trained" in out and "1 rows cut at 160" in out
+
+
+def test_a_bad_row_far_from_the_start_is_shown_first(sft_args: list[str], leaky: str, tmp_path: Path, capfd):
+    """One answer of 300 begins with a newline, which makes a token straddle with this template; its page shows it."""
+    template = Path(leaky.partition("=")[2]) / "chat_template.jinja"
+    right = (resources.files("trl") / "chat_templates" / "llama3_training.jinja").read_text()
+    swapped = right.replace("<|eot_id|>", "<|im_end|>").replace("message['content'] | trim", "message['content'][:40]")
+    assert swapped.count("[:40]") == right.count("| trim")
+    template.write_text(swapped)
+    rows = [chat("Hi", f"Number {i}.") for i in range(300)]
+    rows[220] = chat("Hi", "A long answer, of which the template leaves out the end: the word LOST.")
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    assert command.main([*sft_args, leaky, f"data.train={data}", "data.max_bad_fraction=1"]) == 2
+    found, summary = read(tmp_path / "results")
+    assert len(found) == 9 and (found[0]["row"], found[1]["row"]) == (220, 0)
+    assert [(f["kind"], f["turn"]) for f in found[0]["findings"]] == [("lost", 1)] and found[0]["place"].endswith(
+        "line 221"
+    )
+    assert summary["verdict"] == "defect" and "lost in 1 row" in capfd.readouterr().out
+    page = (tmp_path / "results" / "sft_template_audit.html").read_text()
+    assert "<p class='verdict bad'>defect: lost in 1 row" in page
+    heads = re.findall(r"<h2>(.*?)</h2>", page)
+    assert "rows.jsonl line 221" in heads[0] and "tag bad'>lost" in heads[0]
+    assert all("tag good'>clean" in head for head in heads[1:])
+
+
+def test_a_failing_row_that_is_held_out_is_shown_too(sft_args: list[str], leaky: str, tmp_path: Path):
+    train, held = (
+        write_rows(tmp_path / name, [chat(f"{name} {i}", "b") for i in range(4)]) for name in ("a.jsonl", "b.jsonl")
+    )
+    arguments = [*sft_args, leaky, f"data.train={train}", f"data.eval={held}", "audit.rows=6"]
+    assert command.main(arguments) == 2
+    found, summary = read(tmp_path / "results")
+    assert [row["row"] for row in found] == [0, 1, 2, 3, None, None] and summary["findings"]["leak"] == 8
+    assert found[4]["place"].endswith("b.jsonl line 1") and found[4]["findings"][0]["kind"] == "leak"
+
+
+def test_many_cut_answers_are_no_clean_data(sft_args: list[str], tmp_path: Path, capfd):
+    """A quarter of 300 answers does not fit: the verdict names the least max_length that keeps 99 % of the rows whole."""
+    long = {i: "word " * (200 if i < 4 else 60) for i in range(0, 300, 4)}
+    data = write_rows(tmp_path / "rows.jsonl", [chat("Hi", long.get(i, "ok")) for i in range(300)])
+    arguments = [*sft_args, f"data.train={data}"]
+    assert command.main([*arguments, "train.max_length=50"]) == 0
+    out = capfd.readouterr().out
+    _, summary = read(tmp_path / "results")
+    assert summary["verdict"] == "warning" and "75 of 300 rows lost a part of what is trained" in out
+    page = (tmp_path / "results" / "sft_template_audit.html").read_text()
+    assert "<p class='verdict warn'>warning: 75 of 300" in page and page.count("tag warn'>cut: 50 of") == 4
+    named = int(re.search(r"; train.max_length=(\d+) would keep 99 % of the rows whole", out)[1])
+    assert command.main([*arguments, f"train.max_length={named}"]) == 0
+    _, summary = read(tmp_path / "results")
+    assert summary["verdict"] == "clean" and summary["rows_shortened"] <= 3
+    assert (
+        command.main([*arguments, f"train.max_length={named - 2}"]) == 0
+    )  # the last token is the newline after the stop token
+    assert read(tmp_path / "results")[1]["rows_shortened"] > 3
+
+
+def test_what_is_not_audited_is_not_clean(audit_args: list[str], tmp_path: Path, capfd):
+    audit_args = [*audit_args, "train.max_length=1024"]
+    assert command.main([*audit_args, "train.assistant_only_loss=false"]) == 0
+    assert "audit warning: the loss falls on all tokens, prompts too" in capfd.readouterr().out
+    assert command.main([*audit_args, "audit.gate=off"]) == 0
+    assert "audit warning: nothing is audited (audit.gate=off)" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_plain_text_and_streams_have_a_record_too(streaming: bool, sft_args: list[str], tmp_path: Path, capfd):
+    text = write_rows(tmp_path / "text.jsonl", [{"text": f"The mill of number {i}. \x1b[2J"} for i in range(12)])
+    more = [f"data.train={text}", f"data.streaming={streaming}", "audit.rows=2"]
+    assert sft.main([*sft_args, *more, "--dump-template-audit"]) == 0
+    out = capfd.readouterr().out
+    assert "audit clean: the loss falls on every token of plain text" in out
+    assert "\x1b[2J" not in out and r"\x1b[2J" in out
+    rows, summary = read(tmp_path / "results")
+    assert len(rows) == 2 and rows[0]["trained_text"] == "The mill of number 0. \x1b[2J<|endoftext|>" == rows[0]["text"]
+    assert summary["rows"] == summary["documents"] == 12 and summary["only_first_rows"] is streaming
+    both = json.dumps([str(text), str(write_rows(tmp_path / "chat.jsonl", [chat("a", "b")] * 9))])
+    assert command.main([*sft_args, f"data.train={both}"]) == 0
+    assert "exactly what the model must generate, and on every token of plain text" in capfd.readouterr().out
+
+
+def test_a_run_shows_its_audit(sft_args: list[str], tmp_path: Path, capfd):
+    from atlas import hub
+
+    assert sft.main([*sft_args, "train.max_length=100"]) == 0
+    out, folder = capfd.readouterr().out, tmp_path / "out"
+    assert "\naudit warning: " in out and re.search(r"done: .*, audit warning, ", out)
+    block = json.loads((folder / "manifest.json").read_text())["audit"]
+    assert block["verdict"] == "warning" and (block["mask"], block["rows"]) == ("markers", 120)
+    assert not any(block["findings"].values()) and 1 < block["rows_shortened"] <= block["rows_cut"]
+    summary = json.loads((folder / "audit_summary.json").read_text())
+    assert summary["verdict"] == "warning" and not {"sources", "digests"} & summary.keys()
+    page = (folder / "sft_template_audit.html").read_text()
+    assert "verdict warn" in page and page.count("<h2>") > 4
+    assert not {"sft_template_audit.html", "data_report.html"} & set(hub.ALLOWED)  # rows stay on this machine
 
 
 class Page(html.parser.HTMLParser):
@@ -103,6 +203,7 @@ def check_page(text: str) -> None:
     page = Page()
     page.feed(text)
     assert page.title == "atlas: what is trained"
+    del page.trained[0]  # the row that was cut
     assert page.trained[0] == NASTY["messages"][1]["content"] + "<|im_end|>"
     assert page.trained[1] == "b<|im_end|>d<|im_end|>"
     assert "script" not in page.tags
@@ -113,7 +214,11 @@ def test_page_escapes_everything_and_shows_the_trained_text(audit_args: list[str
     page = (tmp_path / "results" / "sft_template_audit.html").read_text()
     check_page(page)
     assert "http" not in page and "src=" not in page  # nothing is fetched
-    assert "title='id " in page and "prefers-color-scheme:dark" in page
+    assert (
+        re.search(r"tabindex=0 title='id \d+ &middot; [0-9a-f ]+'", page)
+        and "content:attr(title);position:fixed" in page
+    )
+    assert "prefers-color-scheme:dark" in page
 
 
 def test_browser_shows_the_trained_text(audit_args: list[str], tmp_path: Path):
@@ -173,7 +278,8 @@ def test_diff_finds_the_first_difference(audit_args: list[str], tmp_path: Path, 
     assert "row 1, token" in out and "'d' (id" in out and "'e' (id" in out and "trained" in out
 
     rows = [NASTY, chat("a", "b", "c", "d"), chat("Hi", "Word " * 200, system="s")]
-    _, message = diff(a, run("d", f"data.train={write_rows(tmp_path / 'third.jsonl', rows)}"))
+    third = f"data.train={write_rows(tmp_path / 'third.jsonl', rows)}"
+    _, message = diff(run("whole a", "train.max_length=1024"), run("d", "train.max_length=1024", third))
     assert "first difference: row 2, which these files do not record (audit.rows=3 would)" in message
 
     whole, cut = run("whole", "audit.rows=3"), run("cut", "audit.rows=3", "train.max_length=130")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from atlas.audit.report import public
 from atlas.train.manifest import write_json, write_text
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", re.ASCII)
@@ -105,8 +106,8 @@ def _metrics(runs: list[dict[str, Any]]) -> Iterator[tuple[str, str, float, tupl
 
 
 def _audit_of(text: str, fingerprint: str) -> Any:
-    last = json.loads(text if text.startswith("{\n") else text.splitlines()[-1])
-    summary = {name: value for name, value in last.get("summary", last).items() if name != "sources"}
+    last = json.loads(text if text.startswith("{\n") else text.rstrip("\n").rpartition("\n")[2])
+    summary = public(last.get("summary", last))
     _audit_part(summary)  # raises where it is not a summary
     return summary if summary["stream_sha256"] == fingerprint else None
 

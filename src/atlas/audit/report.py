@@ -8,19 +8,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from atlas.audit.spans import IGNORED, KINDS
+from atlas.audit.spans import IGNORED, KINDS, NOTES, where
 from atlas.audit.tokens import token_bytes
+from atlas.console import visible
+from atlas.data.formats import TEXT
 from atlas.data.prepare import Labeled
+from atlas.models.base import PINNED_DATE
 
 AUDIT_FILE = "sft_template_audit.jsonl"
 AUDIT_PAGE = "sft_template_audit.html"
+# The share of rows that may lose a part of their answers before the verdict is a warning: what the `max_length` that is then named
+# would still cut.
+MOST_SHORTENED = 0.01
+_COLOURS = {"clean": "good", "warning": "warn", "defect": "bad"}
 _DIGESTS = 4096  # rows, or blocks of rows, whose digests the summary holds, so that a difference can be placed
 
 
 def write_audit(labeled: Labeled, folder: Path) -> Path:
     """Write `sft_template_audit.jsonl` and `.html` to `folder` and print the short form; returns the first's path.
 
-    One line per recorded row, then one with `summary` for all rows; see docs/audit.md for the fields.
+    One line per recorded row, failing ones first, then one with `summary` for all rows; see docs/audit.md for the fields.
     """
     folder.mkdir(parents=True, exist_ok=True)
     records = list(_records(labeled))
@@ -34,20 +41,29 @@ def write_audit(labeled: Labeled, folder: Path) -> Path:
     return path
 
 
+def write_page(labeled: Labeled, folder: Path) -> None:
+    """Write only `sft_template_audit.html` to `folder`. It holds rows of the data: it is no file to push."""
+    (folder / AUDIT_PAGE).write_text(page(list(_records(labeled)), summarize(labeled)), encoding="utf-8")
+
+
 def _records(labeled: Labeled) -> Iterator[dict[str, Any]]:
     tokenizer = labeled.labeler.tokenizer
     table = token_bytes(tokenizer)
-    for index, (place, given, format_name) in enumerate(labeled.first):
+    for place, given, format_name, number in labeled.shown:
         (row,) = labeled.labeler.label([given], format_name)
-        trained = labeled.dataset[index]  # what the trainer gets, not what was just computed
+        trained = {"input_ids": row.ids, "labels": row.labels}
+        if number is not None:
+            trained = labeled.dataset[number]  # what the trainer gets, not what was just computed
         ids, mask = trained["input_ids"], [int(label != IGNORED) for label in trained["labels"]]
         pieces = [table[token] for token in ids]
         assert row.parsed is not None  # rows of the dataset are good rows
         yield {
-            "row": index,
+            "row": number,
             "place": place,
+            "format": format_name,
             "text": b"".join(pieces).decode(errors="replace"),
             "roles": _role_spans(labeled, row.parsed.messages, row.parsed.tools),
+            "length": row.length,
             "ids": ids,
             "tokens": tokenizer.convert_ids_to_tokens(ids),
             "bytes": [piece.hex() for piece in pieces],
@@ -69,7 +85,7 @@ def _role_spans(labeled: Labeled, messages: list[dict[str, Any]], tools: list[An
         return []
     normalize = labeler.oracle.normalize if labeler.oracle else str
     ends = [len(normalize(text).encode()) for text in texts]
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][: len(ends)]  # plain text has no messages
     return [{"role": m["role"], "start": s, "end": e} for m, s, e in zip(messages, starts, ends, strict=True)]
 
 
@@ -87,27 +103,36 @@ def trained_text(pieces: list[bytes], mask: list[int]) -> str:
 
 
 def summarize(labeled: Labeled) -> dict[str, Any]:
-    """One object about all rows: counts per finding, share of supervised tokens, lengths, what `max_length` took, hashes."""
+    """One object about all rows: verdict, counts per finding, share of supervised tokens, lengths, what `max_length` took, hashes.
+
+    Of a stream that has not been read yet: about its first rows.
+    """
     tokenizer = labeled.labeler.tokenizer
-    ledgers = labeled.ledgers
-    findings = {kind: sum(ledger.findings.get(kind, 0) for ledger in ledgers) for kind in KINDS}
+    is_read = any(ledger.rows for ledger in labeled.ledgers)
+    ledgers = labeled.ledgers if is_read else labeled.previews
+    everywhere = (*ledgers, *labeled.eval_ledgers)
+    findings = {kind: sum(ledger.findings.get(kind, 0) for ledger in everywhere) for kind in KINDS}
     findings["stop"] += len(labeled.tokenizer_findings)
-    findings["injected"] += sum(ledger.dropped.get("injected", 0) for ledger in ledgers)
+    findings["injected"] += sum(ledger.dropped.get("injected", 0) for ledger in everywhere)
     rows = sum(ledger.used for ledger in ledgers)
+    tokens, supervised = (sum(getattr(x, name) for x in ledgers) for name in ("tokens", "supervised_tokens"))
     block = -(-rows // _DIGESTS)
     digests = labeled.digests.astype("<i8")
-    return {
+    summary: dict[str, Any] = {
         "rows": rows,
+        "documents": sum(ledger.used for ledger in ledgers if ledger.format == TEXT),
+        "only_first_rows": not is_read,
         "audited": labeled.audited,
         "mask": labeled.mask,
         "findings": findings,
         "tokenizer_findings": [finding.text for finding in labeled.tokenizer_findings],
-        "tokens": labeled.tokens,
-        "supervised_tokens": labeled.supervised_tokens,
-        "supervised_share": round(labeled.supervised_tokens / max(labeled.tokens, 1), 4),
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "supervised_share": round(supervised / max(tokens, 1), 4),
         "lengths": labeled.lengths,
         "max_length": labeled.labeler.max_length,
         "rows_cut": sum(ledger.cut for ledger in ledgers),
+        "rows_shortened": sum(ledger.shortened for ledger in ledgers),
         "supervised_tokens_cut": sum(ledger.lost_supervised_tokens for ledger in ledgers),
         "answers_without_stop": sum(ledger.cut_stops for ledger in ledgers),
         "answers_lost": sum(ledger.cut_answers for ledger in ledgers),
@@ -115,26 +140,59 @@ def summarize(labeled: Labeled) -> dict[str, Any]:
         "stop_token": labeled.labeler.oracle.stop if labeled.labeler.oracle else None,
         "eos_token": tokenizer.eos_token,
         "pad_token": tokenizer.pad_token,
+        "date": str(PINNED_DATE) if labeled.labeler.renderer.is_dated else None,
         "template_sha256": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest(),
         "stream_sha256": labeled.fingerprint,
         "digest_rows": block,
         "digests": "".join(
-            hashlib.sha256(digests[at : at + block].tobytes()).hexdigest()[:8] for at in range(0, rows, max(block, 1))
+            hashlib.sha256(digests[at : at + block].tobytes()).hexdigest()[:8]
+            for at in range(0, len(digests), max(block, 1))
         ),
     }
+    state, text = _verdict(summary)
+    return {"verdict": state, "verdict_text": text} | summary
 
 
-def verdict(summary: dict[str, Any]) -> str:
-    """The summary in one phrase."""
-    if not summary["audited"]:
-        return "not audited"
-    found = {kind: count for kind, count in summary["findings"].items() if count and kind != "injected"}
-    if not found:
-        return "clean: the loss falls on exactly what the model must generate"
-    return ", ".join(
-        f"{kind} in {count:,} row{'s' * (count > 1)}" if kind != "stop" else f"stop ({count:,})"
-        for kind, count in found.items()
-    )
+def _verdict(summary: dict[str, Any]) -> tuple[str, str]:
+    """clean, warning or defect, and why."""
+    counts = {kind: count for kind, count in summary["findings"].items() if count and kind != "injected"}
+    said = {
+        kind: f"{kind} in {count:,} row{'s' * (count > 1)}" if kind != "stop" else f"stop ({count:,})"
+        for kind, count in counts.items()
+    }
+    defects = [text for kind, text in said.items() if kind not in NOTES]
+    notes = [text for kind, text in said.items() if kind in NOTES]
+    warnings = []
+    if summary["mask"] == "all tokens":
+        warnings.append(
+            "the loss falls on all tokens, prompts too (train.assistant_only_loss=false), so that nothing is audited"
+        )
+    elif not summary["audited"]:
+        warnings.append("nothing is audited (audit.gate=off)")
+    if summary["rows_shortened"] > MOST_SHORTENED * summary["rows"]:
+        warnings.append(
+            f"{summary['rows_shortened']:,} of {summary['rows']:,} rows lost a part of what is trained at train.max_length="
+            f"{summary['max_length']}; train.max_length={summary['lengths']['p99']} would keep 99 % of the rows whole"
+        )
+    if defects or warnings:
+        return ("defect" if defects else "warning"), "; ".join([*defects, *warnings, *notes])
+    where = "every token of plain text" if summary["documents"] else ""
+    if summary["documents"] < summary["rows"]:
+        where = "exactly what the model must generate" + (f", and on {where}" if where else "")
+    return "clean", "; ".join([f"the loss falls on {where}", *notes])
+
+
+def public(summary: dict[str, Any]) -> dict[str, Any]:
+    """What of the summary may leave the machine: nothing that quotes or identifies a row."""
+    return {name: value for name, value in summary.items() if name not in ("sources", "digests")}
+
+
+def for_manifest(labeled: Labeled) -> dict[str, Any]:
+    """The summary's core: verdict, counts per finding, where the labels come from, how many rows were audited."""
+    summary = summarize(labeled)
+    kept = ("verdict", "verdict_text", "mask", "findings", "rows_cut", "rows_shortened", "date")
+    rows = summary["rows"] - summary["documents"] if summary["audited"] else 0
+    return {name: summary[name] for name in kept} | {"rows": rows}
 
 
 def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -148,27 +206,32 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         f"{summary['rows_cut']:,} rows cut at {summary['max_length']}: {summary['supervised_tokens_cut']:,} supervised tokens, "
         f"{summary['answers_without_stop']:,} stop tokens, {summary['answers_lost']:,} whole answers lost"
     )
+    rows = f"{summary['rows']:,}" + (" (the first; more are streamed)" if summary["only_first_rows"] else "")
+    labels = {"markers": "the template's markers", "rendered": "rendering each turn"}.get(summary["mask"], "")
+    if summary["documents"] == summary["rows"] or summary["mask"] == "all tokens":
+        labels = "all tokens"
+    elif summary["documents"]:
+        labels += f"; {summary['documents']:,} rows of plain text: all tokens"
+    dated = [("date", f"{summary['date']}, pinned: the template asks for today's")] if summary["date"] else []
     return [
-        (
-            "rows",
-            f"{summary['rows']:,}" + "".join(f", {count:,} dropped ({reason})" for reason, count in dropped.items()),
-        ),
-        (
-            "labels from",
-            {"markers": "the template's markers", "rendered": "rendering each turn"}.get(
-                summary["mask"], summary["mask"]
-            ),
-        ),
+        ("rows", rows + "".join(f", {count:,} dropped ({reason})" for reason, count in dropped.items())),
+        ("labels from", labels),
         (
             "supervised",
             f"{summary['supervised_tokens']:,} of {summary['tokens']:,} tokens ({summary['supervised_share']:.1%})",
         ),
         ("tokens a row", ", ".join(f"{name} {value:,}" for name, value in lengths.items())),
         ("truncation", lost if summary["rows_cut"] else "none"),
+        *dated,
         ("stop / eos / pad", f"{summary['stop_token']} / {summary['eos_token']} / {summary['pad_token']}"),
         ("template sha256", summary["template_sha256"][:16]),
         ("stream sha256", summary["stream_sha256"][:16]),
     ]
+
+
+def line(summary: dict[str, Any]) -> str:
+    """The verdict as a line of text."""
+    return f"audit {summary['verdict']}: {summary['verdict_text']}"
 
 
 def show(records: list[dict[str, Any]], summary: dict[str, Any]) -> None:
@@ -177,14 +240,14 @@ def show(records: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False, soft_wrap=True)
-    good = verdict(summary).startswith("clean")
-    console.print(Text(f"audit {verdict(summary)}", style="bold green" if good else "bold red"))
+    style = {"clean": "bold green", "warning": "bold yellow", "defect": "bold red"}[summary["verdict"]]
+    console.print(Text(line(summary), style=style))
     for name, value in facts(summary):
-        console.print(Text(f"  {name:<17}{value}"))
+        console.print(Text(f"  {name:<17}{visible(value)}"))
     if records:
-        text = Text("  row 0: ")
+        text = Text(visible(f"  {_place(records[0])}: "))
         for piece, trained in list(zip(records[0]["bytes"], records[0]["mask"], strict=True))[:120]:
-            shown = bytes.fromhex(piece).decode(errors="replace").replace("\n", "↵")
+            shown = visible(bytes.fromhex(piece).decode(errors="replace").replace("\n", "↵"))
             text.append(shown, style="green" if trained else "dim")
         console.print(text.append("…" if len(records[0]["mask"]) > 120 else ""))
 
@@ -192,14 +255,15 @@ def show(records: list[dict[str, Any]], summary: dict[str, Any]) -> None:
 # Whitespace is made visible by CSS, so that the text of the page is the text of the row.
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#667080;--line:#dfe3e8;--card:#f6f7f9;
---sup-bg:#cdeed6;--sup:#0b5a28;--bad-bg:#ffd3d0;--bad:#9c1111;--sp:#8a93a0}
+--sup-bg:#cdeed6;--sup:#0b5a28;--warn-bg:#ffe7ad;--warn:#6b4400;--bad-bg:#ffd3d0;--bad:#9c1111;--sp:#8a93a0}
 @media(prefers-color-scheme:dark){:root{--bg:#14171b;--fg:#e4e7eb;--dim:#97a1ae;--line:#2c323a;--card:#1b1f25;
---sup-bg:#12452a;--sup:#a9ecc0;--bad-bg:#5c1a1a;--bad:#ffc2bc;--sp:#6d7784}}
+--sup-bg:#12452a;--sup:#a9ecc0;--warn-bg:#4d3800;--warn:#ffd98a;--bad-bg:#5c1a1a;--bad:#ffc2bc;--sp:#6d7784}}
 *{box-sizing:border-box}body{margin:0 auto;max-width:70rem;padding:1rem;background:var(--bg);color:var(--fg);
 font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.3rem;margin:.2rem 0}h2{font-size:1rem;margin:1.6rem 0 .4rem;overflow-wrap:anywhere}
 .verdict{font-weight:600;padding:.5rem .8rem;border-radius:.4rem;margin:.6rem 0}
 .good{background:var(--sup-bg);color:var(--sup)}.bad{background:var(--bad-bg);color:var(--bad)}
+.warn{background:var(--warn-bg);color:var(--warn)}
 dl{display:grid;grid-template-columns:minmax(7rem,auto) 1fr;gap:.15rem 1rem;margin:.8rem 0}
 dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
 .row{background:var(--card);border:1px solid var(--line);border-radius:.4rem;padding:.7rem;
@@ -215,32 +279,66 @@ ul{padding-left:1.2rem;margin:.3rem 0}code{overflow-wrap:anywhere}small{color:va
 """
 
 
+# The id and bytes of the token that is pointed at, tapped or has the focus stand in a line of their own: a phone has no mouse,
+# and shows no titles.
+_STYLE = """
+body{padding-bottom:4rem}.t:focus{outline:2px solid currentColor}.t:hover::after,.t:focus::after{content:attr(title);position:fixed;
+left:0;right:0;bottom:0;padding:.6rem 1rem;background:var(--fg);color:var(--bg);font:15px/1.4 ui-monospace,Menlo,monospace;
+font-weight:400;text-decoration:none;white-space:normal;z-index:2}.t:hover::after{z-index:3}
+.tag{font-size:.8rem;font-weight:600;padding:.1rem .5rem;margin-left:.3rem;border-radius:.8rem;white-space:nowrap}
+.note{border:1px solid var(--line)}
+.facts{margin:0 0 .3rem;color:var(--dim);font-size:.85rem}
+@media(max-width:34rem){body{padding:.7rem .7rem 4rem}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.4rem}.row{padding:.5rem}}
+"""
+
+
 def page(records: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     """A self-contained HTML page: summary, legend, and each recorded row with its trained tokens in colour."""
-    state = verdict(summary)
+    verdict = f"{summary['verdict']}: {summary['verdict_text']}"
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>",
-        f"<title>atlas: what is trained</title><style>{STYLE}</style>",
+        f"<title>atlas: what is trained</title><style>{STYLE}{_STYLE}</style>",
         "<h1>What is trained</h1>",
-        f"<p class='verdict {'good' if state.startswith('clean') else 'bad'}'>{html.escape(state)}</p>",
+        f"<p class='verdict {_COLOURS[summary['verdict']]}'>{html.escape(verdict)}</p>",
         "<dl>" + "".join(f"<dt>{html.escape(k)}<dd>{html.escape(v)}" for k, v in facts(summary)) + "</dl>",
     ]
     parts += [f"<p class='verdict bad'>stop: {html.escape(text)}</p>" for text in summary["tokenizer_findings"]]
     parts.append(
         "<p class=legend><span class='t s'>trained</span><span class=t>context</span><span class='t f'>finding</span>"
-        "<small>· space, ↵ newline, → tab; <b>special tokens</b> are bold; point at a token for its id and bytes</small></p>"
+        "<small>· space, ↵ newline, → tab; <b>special tokens</b> are bold. Tap a token, point at it or go to it with the Tab "
+        "key: its id and bytes stand at the foot of the page.</small></p>"
     )
     parts += [_row(record) for record in records]
     return "\n".join(parts) + "\n"
 
 
+def _place(record: dict[str, Any]) -> str:
+    """Where a row is from: a file by its last part, a Hub id whole."""
+    place: str = record["place"]
+    return place.rpartition("/")[2] if place.startswith("/") else place
+
+
+def _state(record: dict[str, Any]) -> str:
+    """A row's verdict: a word for each thing that is wrong."""
+    kinds = sorted({finding["kind"] for finding in record["findings"] or []})
+    words = [("note" if kind in NOTES else "bad", kind) for kind in kinds]
+    if record["length"] > len(record["ids"]):
+        words.append(("warn", f"cut: {len(record['ids']):,} of {record['length']:,} tokens"))
+    if not words:
+        words = [("good", "clean")] if record["findings"] is not None else [("note", "not audited")]
+    if record["format"] == TEXT:
+        words = [("note", TEXT), *(word for word in words if word[0] == "warn")]
+    return "".join(f"<span class='tag {colour}'>{word}</span>" for colour, word in words)
+
+
 def _row(record: dict[str, Any]) -> str:
     findings = record["findings"] or []
     described = "".join(
-        f"<li><b>{html.escape(f['kind'])}</b> ({html.escape(KINDS[f['kind']])}): message {f['turn']}, bytes "
-        f"{f['start']}-{f['end']}: <code>{html.escape(repr(f['text']))}</code>"
+        f"<li><b>{html.escape(f['kind'])}</b> ({html.escape(KINDS[f['kind']])}): {where(f)}: "
+        f"<code>{html.escape(repr(f['text']))}</code>"
         for f in findings
     )
+    marked = [f for f in findings if f["kind"] in ("leak", "missing", "straddle", "history", "stop", "foreign")]
     tokens, at = [], 0
     pieces = [bytes.fromhex(hexed) for hexed in record["bytes"]]
     displays = _displays(pieces, record["mask"])
@@ -248,15 +346,16 @@ def _row(record: dict[str, Any]) -> str:
         record["ids"], record["tokens"], pieces, record["mask"], displays, strict=True
     ):
         end = at + len(piece)
-        bad = any(f["start"] < end and at < f["end"] for f in findings if f["kind"] not in ("empty", "text"))
+        bad = any(f["start"] < end and at < f["end"] for f in marked)
         special = name.encode() == piece and name.startswith("<") and name.endswith(">")
         classes = "t" + (" s" if trained else "") + (" f" if bad else "") + (" x" if special else "")
-        tokens.append(f"<span class='{classes}' title='id {token} &middot; {piece.hex(' ')}'>{shown}</span>")
+        tokens.append(f"<span class='{classes}' tabindex=0 title='id {token} &middot; {piece.hex(' ')}'>{shown}</span>")
         at = end
     roles = ", ".join(span["role"] for span in record["roles"])
+    number = f"row {record['row']}" if record["row"] is not None else "outside the data set, or streamed"
+    facts = [number, roles, f"{sum(record['mask'])} of {len(record['mask'])} tokens trained"]
     return (
-        f"<h2>row {record['row']} <small>{html.escape(record['place'])}; {html.escape(roles)}; "
-        f"{sum(record['mask'])} of {len(record['mask'])} tokens trained</small></h2>"
+        f"<h2>{html.escape(_place(record))} {_state(record)}</h2><p class=facts>{html.escape('; '.join(filter(None, facts)))}</p>"
         f"{'<ul>' + described + '</ul>' if described else ''}<div class=row>{''.join(tokens)}</div>"
     )
 
@@ -306,7 +405,9 @@ def diff(first: Path, second: Path) -> tuple[bool, str]:
     for name in ("mask", "max_length", "template_sha256", "eos_token"):
         if a[name] != b[name]:
             lines.append(f"  {name}: {a[name]} and {b[name]}")
-    for row_a, row_b in zip(rows_a, rows_b, strict=False):
+    numbered = [{row["row"]: row for row in rows if row["row"] is not None} for rows in (rows_a, rows_b)]
+    for number in sorted(numbered[0].keys() & numbered[1].keys()):
+        row_a, row_b = (rows[number] for rows in numbered)
         if (row_a["ids"], row_a["mask"]) != (row_b["ids"], row_b["mask"]):
             return False, "\n".join([*lines, _first_difference(row_a, row_b)])
     if a["digest_rows"] == b["digest_rows"]:

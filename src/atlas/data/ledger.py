@@ -28,6 +28,8 @@ class SourceLedger:
     cut: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    shortened: int = 0
+    """Used rows that lost supervised tokens to `max_length`."""
     lost_supervised_tokens: int = 0
     """Supervised tokens that `max_length` cut off from rows that are used."""
     dropped: dict[str, int] = field(default_factory=dict)
@@ -131,10 +133,10 @@ class HeldOut:
 
 
 def percentiles(values: "np.ndarray") -> dict[str, int]:
-    """p50, p90, p99 and max; empty for none."""
+    """p50, p90, p99 and max, each a value that occurs: p99 is the least that 99 % do not exceed. Empty for none."""
     import numpy as np
 
     if not len(values):
         return {}
-    found = np.percentile(values, [50, 90, 99, 100]).tolist()
-    return dict(zip(("p50", "p90", "p99", "max"), map(round, found), strict=True))
+    found = np.percentile(values, [50, 90, 99, 100], method="inverted_cdf").tolist()
+    return dict(zip(("p50", "p90", "p99", "max"), map(int, found), strict=True))

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,16 @@ BATCH_ROWS = 1000
 DETECT_ROWS = 100
 
 
+class Shown(NamedTuple):
+    """A source row for the audit's record."""
+
+    place: str
+    row: Any
+    format: str
+    number: int | None
+    """Its number in the dataset; None: it is streamed, held out or set aside."""
+
+
 @dataclass(frozen=True)
 class Labeled:
     """Rows ready for SFTTrainer (columns `input_ids`, `labels`), their ledgers, and a fingerprint of ids and labels."""
@@ -48,14 +58,16 @@ class Labeled:
     audited: bool
     tokenizer_findings: tuple[Finding, ...]
     labeler: Labeler
-    first: tuple[tuple[str, Any, str], ...]
-    """Place, source row and its format of the first `audit.rows` rows of the dataset, for the record."""
+    shown: tuple[Shown, ...]
+    """For the record: rows that the audit found fault with, some that were cut, the first `audit.rows` of the dataset."""
     digests: np.ndarray
     """A 64-bit hash of each row's ids and labels, in the dataset's order; empty where rows are streamed."""
     eval_dataset: "Dataset | None" = None
     eval_ledgers: tuple[SourceLedger, ...] = ()
     """Of the sources of `data.eval`."""
     held_out: HeldOut | None = None
+    previews: tuple[SourceLedger, ...] = ()
+    """Of the first rows of each streamed source, which are judged before the others are read."""
 
     @property
     def supervised_tokens(self) -> int:
@@ -111,6 +123,7 @@ class Part:
         self.numbers["unit"] = np.where(grouped, facts["group"].fill_null(0).to_numpy(), self.numbers["prompt"])
         self.grouped = int(grouped.sum())
         self.ledger = SourceLedger(source.name, len(rows), self.format)
+        self.failing: list[int] = []  # the rows in which the audit found what must not be trained
         self.good = self._judge(facts)
 
     def _judge(self, facts: Any) -> np.ndarray:
@@ -126,7 +139,10 @@ class Part:
                 self.ledger.drop(reason, self.place(index), facts["detail"][index].as_py())
             self.ledger.dropped[reason] = len(found)
         for index in np.flatnonzero(pc.not_equal(facts["findings"], "").to_numpy()).tolist():
-            self.ledger.add_findings(json.loads(facts["findings"][index].as_py()), self.place(index))
+            findings = json.loads(facts["findings"][index].as_py())
+            self.ledger.add_findings(findings, self.place(index))
+            if any(finding["kind"] not in NOTES for finding in findings):
+                self.failing.append(index)
         return np.flatnonzero(is_good)
 
     def place(self, index: int) -> str:
@@ -151,7 +167,8 @@ class Part:
         ledger.tokens, ledger.supervised_tokens = int(self.of("tokens").sum()), int(self.of("supervised").sum())
         cut = lengths > self.of("tokens")
         ledger.cut = int(cut.sum())
-        ledger.lost_supervised_tokens = int((self.of("all_supervised") - self.of("supervised"))[cut].sum())
+        lost = self.of("all_supervised") - self.of("supervised")
+        ledger.shortened, ledger.lost_supervised_tokens = int((lost > 0).sum()), int(lost.sum())
         ledger.cut_stops = int(self.of("cut_stops")[cut].sum())
         ledger.cut_answers = int(self.of("cut_answers")[cut].sum())
         ledger.count_lengths(lengths, self.of("supervised"), max_length)
@@ -198,7 +215,7 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
         audited=labeler.audited,
         tokenizer_findings=tuple(tokenizer_findings(tokenizer)) if labeler.audited else (),
         labeler=labeler,
-        first=tuple(_first(parts, order[: config.audit.rows])),
+        shown=tuple(_shown(parts, eval_parts, order, config.audit.rows)),
         digests=digests,
         eval_dataset=evaluated,
         eval_ledgers=tuple(part.ledger for part in eval_parts),
@@ -294,13 +311,28 @@ def _dataset(parts: Sequence[Part], order: np.ndarray) -> "Dataset":
     return whole if np.array_equal(rows, np.arange(len(whole))) else whole.select(rows)
 
 
-def _first(parts: Sequence[Part], order: np.ndarray) -> Iterable[tuple[str, Any, str]]:
+def _shown(parts: Sequence[Part], eval_parts: Sequence[Part], order: np.ndarray, count: int) -> Iterable[Shown]:
+    """For the record: the first `count` rows, and before them as many that fail, wherever they are, and half as many cut ones."""
+    failing = np.concatenate([np.isin(part.good, part.failing) for part in parts])[order].nonzero()[0].tolist()
+    outside = [(part, index) for part in parts for index in np.setdiff1d(part.failing, part.good).tolist()]
+    outside += [(part, index) for part in eval_parts for index in part.failing]
+    cut = (_joined(parts, "all_supervised") > _joined(parts, "supervised"))[order].nonzero()[0].tolist()
     ends = np.cumsum([len(part.good) for part in parts])
-    for at in order.tolist():
-        number = int(np.searchsorted(ends, at, side="right"))
-        part = parts[number]
-        index = int(part.good[at - (ends[number] - len(part.good))])
-        yield part.place(index), renamed(_raw(part.rows, [index])[0], part.columns), part.format
+
+    def row(part: Part, index: int, number: int | None) -> Shown:
+        given = renamed(_raw(part.rows, [index])[0], part.columns)
+        return Shown(part.place(index), given, part.format, number)
+
+    def of_dataset(number: int) -> Shown:
+        at = int(order[number])
+        which = int(np.searchsorted(ends, at, side="right"))
+        part = parts[which]
+        return row(part, int(part.good[at - (ends[which] - len(part.good))]), number)
+
+    yield from map(of_dataset, failing[:count])
+    yield from (row(part, index, None) for part, index in outside[: max(0, count - len(failing))])
+    others = dict.fromkeys([*cut[: (count + 1) // 2], *range(min(count, len(order)))])
+    yield from map(of_dataset, [number for number in others if number not in failing[:count]])
 
 
 def _raw(rows: "Dataset", indices: Iterable[int]) -> list[Any]:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atlas.audit.spans import tokenizer_findings
+from atlas.audit.spans import NOTES, tokenizer_findings
 from atlas.config import Config, Source
 from atlas.data.formats import detect, renamed
 from atlas.data.ledger import SHARED_PROMPT, SourceLedger, percentiles
-from atlas.data.prepare import BATCH_ROWS, DETECT_ROWS, Labeled, complaints, hold_out, label_all, refuse_if_bad
+from atlas.data.prepare import BATCH_ROWS, DETECT_ROWS, Labeled, Shown, complaints, hold_out, label_all, refuse_if_bad
 from atlas.data.sources import data_files, stream_source
 from atlas.data.tokenize import Labeler
 from atlas.errors import UserError
@@ -55,7 +55,8 @@ def stream(config: Config, labeler: Labeler) -> Labeled:
         audited=labeler.audited,
         tokenizer_findings=found,
         labeler=labeler,
-        first=tuple(row for rows, _ in heads for row in rows)[: config.audit.rows],
+        shown=tuple(row for rows, _ in heads for row in rows)[: config.audit.rows],
+        previews=tuple(each.preview for each in streams),
         digests=np.zeros(0, np.int64),
         eval_dataset=evaluated,
         eval_ledgers=tuple(part.ledger for part in eval_parts),
@@ -68,21 +69,23 @@ class _Stream:
 
     def __init__(self, source: Source, labeler: Labeler, config: Config, held_out: frozenset[int]) -> None:
         self.source, self.labeler, self.config, self.held_out = source, labeler, config, held_out
-        self.ledger = SourceLedger(source.name, 0)
+        self.ledger = self.preview = SourceLedger(source.name, 0)
 
-    def head(self) -> tuple[list[tuple[str, Any, str]], list[int]]:
-        """Judge the first rows: (place, row, format) of the first that is trained on, and the tokens of all."""
+    def head(self) -> tuple[list[Shown], list[int]]:
+        """Judge the first rows: some of them for the audit's record, failing ones first, and the tokens of all."""
         rows = list(islice(stream_source(self.source), BATCH_ROWS))
         if not rows:
             raise UserError(f"data: {self.source.name} holds no rows")
         first = [row for _, row in rows[:DETECT_ROWS]]
         self.ledger.format = detect(first, self.source.name, self.source.columns, self.source.format)
         rows = list(self._renamed(rows))
-        preview = SourceLedger(self.source.name, 0, self.ledger.format)
+        preview = self.preview = SourceLedger(self.source.name, 0, self.ledger.format)
         used = list(self._labelled(rows, preview))
         refuse_if_bad(preview, self.config.data.max_bad_fraction)
         self.ledger.findings, self.ledger.finding_examples = preview.findings, preview.finding_examples  # for the gate
-        shown = [(*rows[index], self.ledger.format) for index, _, _ in used[: self.config.audit.rows]]
+        failing = {place for place, finding in preview.finding_examples if finding["kind"] not in NOTES}
+        used.sort(key=lambda row: rows[row[0]][0] not in failing)
+        shown = [Shown(*rows[index], self.ledger.format, None) for index, _, _ in used[: self.config.audit.rows]]
         return shown, [length for _, _, length in used]
 
     def __call__(self) -> Iterator[dict[str, list[int]]]:
@@ -125,7 +128,9 @@ class _Stream:
             ledger.tokens += columns["tokens"][index]
             ledger.supervised_tokens += columns["supervised"][index]
             if cut:
-                ledger.lost_supervised_tokens += columns["all_supervised"][index] - columns["supervised"][index]
+                lost = columns["all_supervised"][index] - columns["supervised"][index]
+                ledger.shortened += lost > 0
+                ledger.lost_supervised_tokens += lost
                 ledger.cut_stops += columns["cut_stops"][index]
                 ledger.cut_answers += columns["cut_answers"][index]
             row = {"input_ids": columns["input_ids"][index], "labels": columns["labels"][index]}

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atlas.audit.report import for_manifest
 from atlas.config import Config, LoadedConfig, experiment
 from atlas.data.prepare import Labeled
 from atlas.device import DevicePlan
@@ -51,6 +52,7 @@ def build_manifest(
             "eval_sources": [ledger.counts() for ledger in labeled.eval_ledgers],
             "held_out": asdict(labeled.held_out) if labeled.held_out else None,
         },
+        "audit": for_manifest(labeled),
         "chat_template_sha256": hashlib.sha256(chat_template.encode()).hexdigest(),
         "result": result,
     }

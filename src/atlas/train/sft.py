@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.config import LoadedConfig, load_config, render_config
+from atlas.console import say
 from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError, run_main
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def dump_audit(loaded: LoadedConfig) -> Path:
     quiet_libraries()
     tokenizer = load_tokenizer(config)
     labeled = prepare(config, tokenizer)
-    print(labeled.table())
+    say(labeled.table())
     path = write_audit(labeled, Path(config.output.results_dir))
     gate(config, labeled)
     return path
@@ -145,6 +146,7 @@ def _train(loaded: LoadedConfig, ready: "Ready", resume: str, started: float) ->
     from accelerate import PartialState
     from transformers import set_seed
 
+    from atlas.audit.report import line, summarize
     from atlas.data.pack import arrange
     from atlas.data.prepare import gate, prepare
     from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm
@@ -158,7 +160,8 @@ def _train(loaded: LoadedConfig, ready: "Ready", resume: str, started: float) ->
     print(plan.table())
     with PartialState().local_main_process_first():  # one prepares, the others read its cache
         labeled = prepare(config, tokenizer)
-        print(labeled.table())
+        say(labeled.table())
+        say(line(summarize(labeled)), flush=True)
         gate(config, labeled)
         rows = arrange(labeled.dataset, arguments)
     if arguments.world_size > 1 and not config.data.streaming:
@@ -234,7 +237,8 @@ def _train(loaded: LoadedConfig, ready: "Ready", resume: str, started: float) ->
     fall = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, " if losses else ""
     print(
         f"done: {result['steps']} steps, {result['supervised_tokens']:,} supervised tokens, {fall}"
-        f"LoRA B norm {result['lora_b_norm']:.4f}, {duration(time.perf_counter() - started)}, saved in {folder}"
+        f"LoRA B norm {result['lora_b_norm']:.4f}, audit {manifest['audit']['verdict']}, "
+        f"{duration(time.perf_counter() - started)}, saved in {folder}"
     )
     return SftRun(folder, trainer, manifest)
 
@@ -263,8 +267,9 @@ def _save_result(
     manifest: dict[str, Any],
     resume: str,
 ) -> None:
-    """Adapter, tokenizer, generation config, data report and card; the manifest, which says that the run is finished, after what
-    it speaks of. Raises `RunError` where they cannot be written: the run ends from its last checkpoint, once they can."""
+    """Adapter, tokenizer, generation config, data report, audit and card; the manifest, which says that the run is finished, after
+    what it speaks of. Raises `RunError` where they cannot be written: the run ends from its last checkpoint, once they can."""
+    from atlas.audit.report import public, summarize, write_page
     from atlas.card import write_card
     from atlas.data.report import write_report
     from atlas.train.checkpoints import STAGING, flush, newest, own, sha256
@@ -287,6 +292,8 @@ def _save_result(
             path.replace(folder / path.name)
         staging.rmdir()
         write_report(labeled, folder)
+        write_page(labeled, folder)
+        write_json(folder / "audit_summary.json", public(summarize(labeled)))
         write_json(folder / "manifest.json", manifest)
         write_card(folder, manifest["config"]["output"]["hub_repo"], new=True)
     except Exception as error:  # a full disk is an OSError, or safetensors' or tokenizers' own

@@ -1,0 +1,18 @@
+"""Text that is not ours on its way to a terminal: rows of data, replies, names, messages of libraries, servers and templates."""
+
+import re
+from typing import TextIO
+
+# All control characters but newline and tab (C0, DEL and C1: a terminal obeys them), those that turn the direction of writing, and
+# lone surrogates, which cannot be printed at all.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""`text` with each control character written out, as `\x1b`."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def say(text: str, *, file: TextIO | None = None, flush: bool = False) -> None:
+    """Print a line that may hold text of others."""
+    print(visible(text), file=file, flush=flush)
