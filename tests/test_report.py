@@ -245,7 +245,7 @@ def test_gate_stops_the_run_before_a_model_is_loaded(sft_args: list[str], leaky:
     assert sft.main(arguments) == 2
     err = capfd.readouterr().err
     assert "leak: 120 rows" in err and "line 1, message 1, bytes " in err and "remedy: move the template's" in err
-    assert "model.name" not in err and not (tmp_path / "out").exists()
+    assert "model.name" not in err and not list((tmp_path / "out").glob("[!.]*"))
     # The two ways out that the message names.
     assert sft.main([*sft_args, leaky, "data.mask=rendered"]) == 0
     assert sft.main([*sft_args, leaky, "audit.gate=warn", f"output.dir={tmp_path / 'other'}"]) == 0
@@ -260,6 +260,14 @@ def test_audit_of_a_leaky_template_is_written_before_it_stops(audit_args: list[s
     assert summary["findings"]["leak"] == 3 and summary["findings"]["missing"] == 0
     assert [f["kind"] for f in rows[1]["findings"]] == ["leak"] * 4
     assert "class='t s f" in (tmp_path / "results" / "sft_template_audit.html").read_text()
+
+
+def test_diff_reads_rows_with_line_breaks_of_unicode(audit_args: list[str], tmp_path: Path, capfd):
+    rows = write_rows(tmp_path / "breaks.jsonl", [chat("a\u2028b\x85c", "d\u2029e")])
+    assert command.main([*audit_args, f"data.train={rows}"]) == 0
+    record = str(tmp_path / "results" / "sft_template_audit.jsonl")
+    assert command.main(["--diff", record, record]) == 0
+    assert "the same 1 rows" in capfd.readouterr().out
 
 
 def test_diff_finds_the_first_difference(audit_args: list[str], tmp_path: Path, capfd):

@@ -438,7 +438,7 @@ def _first_difference(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
         return [line for line in lines if "ids" in line], next(line["summary"] for line in lines if "summary" in line)
     except (OSError, ValueError, StopIteration, TypeError) as error:
         raise ValueError(f"{path} is no template audit: {error or 'it has no summary line'}") from None
