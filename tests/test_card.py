@@ -124,7 +124,7 @@ def test_the_audit_of_these_data_is_summed_up(run: Path, sft_args: list[str]):
     results = run.parent / "results"
     assert sft.main([*sft_args, f"output.results_dir={results}", "--dump-template-audit"]) == 0
     text = card_of(run)
-    assert "The labels of all 120 rows were audited; findings: none." in text
+    assert "The labels of all 120 rows were audited: clean, the loss falls on exactly what" in text
     assert "sources" not in json.loads((run / "audit_summary.json").read_text())
     path = results / "sft_template_audit.jsonl"
     path.write_text(
@@ -133,10 +133,13 @@ def test_the_audit_of_these_data_is_summed_up(run: Path, sft_args: list[str]):
         )
     )
     assert card_of(run) == text  # the folder's own copy still fits
-    change(run / "audit_summary.json", lambda audit: audit["findings"].update(stop=2))
-    assert "findings: stop 2." in card_of(run)
+    defect = {"verdict": "defect", "verdict_text": "stop (2)"}
+    change(run / "audit_summary.json", lambda audit: audit.update(defect))
+    assert "The labels of all 120 rows were audited: defect, stop (2)." in card_of(run).replace("&#40;", "(").replace(
+        "&#41;", ")"
+    )
     change(run / "audit_summary.json", lambda audit: audit.update(audited=False))
-    assert "The labels of its 120 rows were not audited." in card_of(run)
+    assert "The labels of all 120 rows were not audited: defect" in card_of(run)
 
 
 def test_names_cannot_write_into_the_card(run: Path):

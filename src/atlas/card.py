@@ -200,10 +200,9 @@ def card(manifest: dict[str, Any], repo: str, runs: list[dict[str, Any]], audit:
 def _audit_part(audit: dict[str, Any] | None) -> str:
     if not audit:
         return ""
-    if not audit["audited"]:
-        return f"The labels of its {audit['rows']:,} rows were not audited.\n"
-    found = ", ".join(f"{_text(kind)} {count:,}" for kind, count in audit["findings"].items() if count)
-    return f"The labels of all {audit['rows']:,} rows were audited; findings: {found or 'none'}.\n"
+    was = "were" if audit["audited"] else "were not"
+    verdict = _text(f"{audit['verdict']}, {audit['verdict_text']}")
+    return f"The labels of all {audit['rows']:,} rows {was} audited: {verdict}.\n"
 
 
 def _scores_part(runs: list[dict[str, Any]]) -> str:
