@@ -152,7 +152,7 @@ def test_the_notebook_in_colabs_image_stopped_and_gone_on_with(lab: PocketPaths,
         f"data.train={lab.train}",
         f"eval.data.ifeval={lab.eval}",
         "eval.tasks=[{name: ifeval, max_gen_toks: 16}]",
-        "train.max_steps=1500",
+        "train.max_steps=600",
         "train.per_device_train_batch_size=2",
     ]
     given = {"CONFIG": "configs/sft_pocket.yaml", "OVERRIDES": shlex.join(overrides), "SMOKE_STEPS": 2}
@@ -160,15 +160,16 @@ def test_the_notebook_in_colabs_image_stopped_and_gone_on_with(lab: PocketPaths,
 
     first = Machine(tmp_path / "first", tmp_path / "work")
     before = first.versions()
-    first.execute(monkeypatch, STOP_AFTER_HOURS=25 / 3600, **given)
+    first.execute(monkeypatch, STOP_AFTER_HOURS=30 / 3600, **given)
     said = first.text()
     assert "torchao 0.10.0 is removed" in said and f"in {tmp_path / 'first'}/lib" in said
     assert first.versions() == before, "the kernel's own packages, torch and numpy stay"
     assert "no GPU: this will run on the CPU" in said and "nothing stands in the way of this run" in said
-    stopped = re.search(r"stopped by checkpoint.stop_after_hours=\S+ after step (\d+)/1500", said)
+    stopped = re.search(r"stopped by checkpoint.stop_after_hours=\S+ after step (\d+)/600", said)
     assert stopped and "Stopped after 0.00" in said and "exit status" not in said
-    times = [when for when, text in first.said if re.search(r"^step +\d+/1500", text, re.MULTILINE)]
-    assert times[-1] - times[0] > 1, "the log is live"
+    begun = max(when for when, text in first.said if "600 steps of 2 rows" in text)  # preflight says it before
+    (ended,) = [when for when, text in first.said if "stopped by" in text]
+    assert ended - begun > 5, "the log is live"
     assert "stopped by" in (tmp_path / "work" / "outputs" / "log.txt").read_text()
 
     # Another machine: the packages are gone, the folder is there still, and the run lies in what was attached.
@@ -176,7 +177,7 @@ def test_the_notebook_in_colabs_image_stopped_and_gone_on_with(lab: PocketPaths,
     second = Machine(tmp_path / "second", tmp_path / "work")
     notebook = second.execute(monkeypatch, STOP_AFTER_HOURS=1.0, RESUME_FROM=str(tmp_path / "attached"), **given)
     said = second.text()
-    assert f"resume from outputs/run/checkpoint-{stopped[1]}" in said and "done: 1500 steps" in said
+    assert f"resume from outputs/run/checkpoint-{stopped[1]}" in said and "done: 600 steps" in said
     assert re.search(r"ifeval: tuned against base, 24 prompts in pairs", said)
     shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
     assert sum("image/png" in output.data for output in shown) >= 1
