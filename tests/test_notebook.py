@@ -8,8 +8,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,21 @@ def test_a_command_is_shown_while_it_runs_and_kept(cells: dict[str, Any], tmp_pa
     with pytest.raises(RuntimeError, match=r"exit status 3 of: .*outputs/log.txt"):
         cells["run"](sys.executable, "-c", "raise SystemExit(3)")
     assert cells["run"](sys.executable, "-c", "raise SystemExit(142)", fine=(0, 142)) == 142
+
+
+def test_the_stop_button_stops_the_command_once_and_lets_it_save(cells: dict[str, Any], capsys):
+    saves = (
+        "import time\ntry:\n print('begun', flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n time.sleep(0.5); print('saved'); raise SystemExit(130)"
+    )
+    cells["print"] = lambda text, *rest, file=None, **how: (
+        threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+        if text == "begun\n" and file is None
+        else print(text, *rest, file=file)
+    )
+    with pytest.raises(RuntimeError, match="exit status 130 of"):
+        cells["run"](sys.executable, "-c", saves)
+    assert "saved" in capsys.readouterr().out
 
 
 class Machine:
