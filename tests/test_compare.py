@@ -31,7 +31,7 @@ def add_run(results: Path, name: str, passed: np.ndarray, **changes: Any) -> dic
                 "scores": scores,
                 "groups": groups,
                 "prompt": asked,
-                "text": f"{name} says\u2028\x85\u2029 {key}.",  # three line breaks of Unicode, none of JSONL
+                "text": f"{name} says\u2028\x85\u2029 {key}.\x1b[2J",  # line breaks of Unicode, none of JSONL; clears a screen
                 "tokens": 5,
             }
             | {"stopped": True}
@@ -197,6 +197,7 @@ def test_prompts_on_which_they_differ(results: Path, capsys: pytest.CaptureFixtu
     shown = [line for line in out.splitlines() if line.startswith("ifeval ") and "prompt_strict" in line]
     assert 1 <= len(shown) <= 2 and "Prompt 1 | <b>?" in out and "base says" in out and " | other-seed says" in out
     assert "fails " in out
+    assert "\x1b" not in out and r"\x1b[2J" in out
 
 
 def test_several_runs_are_corrected_together_and_only_the_main_metric(results: Path, capsys: pytest.CaptureFixture):

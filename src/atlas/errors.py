@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from atlas.console import say
 from atlas.redact import redact
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -44,12 +45,12 @@ def run_main(main: Callable[[], int]) -> int:
     except (UserError, RunError) as error:
         sys.stdout.flush()
         if os.environ.get("RANK", "0") == "0":  # under torchrun every process finds the same error
-            print(f"error: {redact(str(error))}", file=sys.stderr)
+            say(f"error: {redact(str(error))}", file=sys.stderr)
         return WRONG_INPUT if isinstance(error, UserError) else FAILED
     except StoppedError as stop:
         sys.stdout.flush()
         if os.environ.get("RANK", "0") == "0":
-            print(stop, file=sys.stderr)
+            say(str(stop), file=sys.stderr)
         return stop.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from atlas.card import write_card
+from atlas.console import say
 from atlas.errors import DONE, FAILED, RunError, UserError, run_main
 from atlas.redact import find_secret, redact
 from atlas.train.manifest import write_json
@@ -122,7 +123,7 @@ def _push(folder: Path, repo: str, *, private: bool) -> int:
         revision, committed = _patiently(lambda: _commit(files, repo), repo, PUSH_TRIES)
     except HubError as problem:
         sys.stdout.flush()
-        print(f"error: the push to {repo} failed: {problem}.\n       {later}", file=sys.stderr)
+        say(f"error: the push to {repo} failed: {problem}.\n       {later}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print(f"\n{later}", file=sys.stderr)
@@ -135,7 +136,7 @@ def _push(folder: Path, repo: str, *, private: bool) -> int:
     try:
         write_json(folder / "push.json", {"repo": repo, "revision": revision, "date": date})
     except OSError as error:  # a folder that can only be read
-        print(f"push.json is not written: {_short(error)}")
+        say(f"push.json is not written: {_short(error)}")
     return DONE
 
 
@@ -143,7 +144,7 @@ def _renew_card(folder: Path, repo: str) -> None:
     try:
         write_card(folder, repo)
     except (OSError, ValueError, LookupError, TypeError) as error:  # a folder that can only be read; another's manifest
-        print(f"the card stays as it is: {_short(error)}")
+        say(f"the card stays as it is: {_short(error)}")
 
 
 def finish_later(folder: Path, repo: str, *, private: bool) -> str:
@@ -208,7 +209,7 @@ def _patiently(action: Callable[[], Result], repo: str, tries: int, *, write: bo
         if not problem.passing or number == tries or too_late:
             raise problem from None
         number, wait = number + 1, 2 * wait
-        print(f"{problem}; next try in {pause:.1f} s ({number} of {tries})", flush=True)
+        say(f"{problem}; next try in {pause:.1f} s ({number} of {tries})", flush=True)
         time.sleep(pause)
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from atlas.console import say
 from atlas.errors import DONE, FAILED, UserError, run_main
 
 
@@ -37,7 +38,7 @@ def _diff(first: Path, second: Path) -> int:
         same, message = diff(first, second)
     except ValueError as error:
         raise UserError(str(error)) from None
-    print(message)
+    say(message)
     return DONE if same else FAILED
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from atlas.audit.spans import NOTES, REMEDIES, Finding, tokenizer_findings, where
 from atlas.config import Config, Source
+from atlas.console import say
 from atlas.data import mixture, sources
 from atlas.data.cache import cached
 from atlas.data.formats import detect, renamed
@@ -398,7 +399,7 @@ def gate(config: Config, labeled: Labeled) -> None:
             f"{complaint}\n  `atlas audit` shows the rows token by token; audit.gate=warn trains all the same"
         )
     if complaint:
-        print(f"warning (audit.gate={config.audit.gate}): {complaint}")
+        say(f"warning (audit.gate={config.audit.gate}): {complaint}")
 
 
 def complaints(ledgers: Iterable[SourceLedger], of_tokenizer: Iterable[Finding] = ()) -> str | None:

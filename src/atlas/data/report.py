@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from atlas.console import say
 from atlas.errors import DONE, UserError, run_main
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def _main(config_file: str, overrides: Sequence[str]) -> int:
             raise UserError("data.streaming: say with `rows` how much of each source `atlas data` is to read")
         for _ in labeled.dataset:  # the ledgers count what passes by
             pass
-    print(labeled.table())
+    say(labeled.table())
     print(f"report: {write_report(labeled, Path(config.output.results_dir))}")
     gate(config, labeled)
     return DONE

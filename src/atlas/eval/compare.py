@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from atlas.console import say
 from atlas.errors import DONE, UserError, run_main
 from atlas.eval.stats import ALPHA, Difference, Estimate, corrected, holm, paired_difference
 from atlas.eval.store import METRICS, locked, read_metrics, read_records, writing
@@ -91,7 +92,7 @@ def _main(arguments: argparse.Namespace) -> int:
     found = comparison(results, arguments.runs, arguments.task)
     show(found, results)
     for compared in found if arguments.show else ():
-        print(differing(compared, arguments.show, shutil.get_terminal_size((100, 24)).columns))
+        say(differing(compared, arguments.show, shutil.get_terminal_size((100, 24)).columns))
     return DONE
 
 
@@ -99,7 +100,7 @@ def show(found: Sequence[Comparison], results: Path) -> None:
     """Print the comparisons, and write `comparison.md` and the plots to `results`."""
     references = _references(results)
     for compared in found:
-        print(table(compared, references) + "\n")
+        say(table(compared, references) + "\n")
     report = results / "comparison.md"
     with writing(report):
         report.write_text(markdown(found, references), encoding="utf-8")

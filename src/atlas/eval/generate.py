@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from atlas.console import say, visible
 from atlas.errors import DONE, UserError, run_main
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 CHAT_HELP = "an empty line or /quit ends, /reset starts anew"
 
@@ -80,7 +81,7 @@ def _main(arguments: argparse.Namespace) -> int:
         try:
             said = reply(model, tokenizer, [*messages, turn], arguments)
         except TooLongError as error:
-            print(f"{error}: /reset, or ask less", file=sys.stderr)
+            say(f"{error}: /reset, or ask less", file=sys.stderr)
             continue
         messages += [turn, {"role": "assistant", "content": said}]
 
@@ -92,15 +93,13 @@ def reply(
     arguments: argparse.Namespace,
 ) -> str:
     """Print the reply as it comes, and return it without its stop token."""
-    from transformers import TextStreamer
-
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     length = prompt["input_ids"].shape[1]
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and length >= room:
         raise TooLongError(f"the conversation has {length} tokens, and the model takes {room}")
     sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _streamer(tokenizer)
     output = model.generate(
         **prompt.to(model.device), max_new_tokens=arguments.max_new_tokens, streamer=streamer, **sampling
     )
@@ -109,6 +108,17 @@ def reply(
         print(f"[cut at {arguments.max_new_tokens} tokens]", file=sys.stderr)
     text: str = tokenizer.decode(generated, skip_special_tokens=True)
     return text
+
+
+def _streamer(tokenizer: "PreTrainedTokenizerBase") -> "TextStreamer":
+    """Prints a reply as it comes: to a file as it is, to a terminal, which would obey its control characters, made visible."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(visible(text) if sys.stdout.isatty() else text, stream_end)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _load(adapter: str | None, model: str | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

@@ -17,6 +17,7 @@ from typing import Any
 
 from atlas.card import is_generated
 from atlas.config import LoadedConfig, experiment
+from atlas.console import say
 from atlas.errors import UserError
 from atlas.train.manifest import processes, versions, write_json
 
@@ -244,7 +245,7 @@ def checkpoint_to_resume(output_dir: Path, resume: str, run: Identity) -> Path |
         problem = damage(path) or difference(path, run)
         if problem is None:
             return _chosen(path, run)
-        print(f"not resumed from {path}: {problem}")
+        say(f"not resumed from {path}: {problem}")
     if passed_over:
         print(f"no checkpoint in {output_dir} is usable: training starts from step 0")
     return None

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas.compat import check_libraries
 from atlas.config import Config, LoadedConfig, is_path, load_config
+from atlas.console import say
 from atlas.data.sources import data_files, reach
 from atlas.device import DevicePlan, Machine, choose_device
 from atlas.errors import DONE, RunError, UserError, first_line, run_main
@@ -127,7 +128,7 @@ def _main(loaded: LoadedConfig, resume: str) -> int:
 
     quiet_libraries()
     ready = preflight(loaded, resume)
-    print(ready.table())
+    say(ready.table())
     ready.refuse_failures()
     print("nothing stands in the way of this run")
     return DONE

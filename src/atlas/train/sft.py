@@ -133,7 +133,7 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     from atlas.train.preflight import preflight
 
     ready = preflight(loaded, resume)
-    print(f"preflight\n{ready.table()}", flush=True)
+    say(f"preflight\n{ready.table()}", flush=True)
     ready.refuse_failures()
     with held(Path(loaded.config.output.dir), "atlas sft") if is_main_process() else contextlib.nullcontext():
         return _train(loaded, ready, resume, started)

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
+from atlas.console import say
 from atlas.errors import RunError, first_line
 from atlas.train import checkpoints
 from atlas.train.manifest import write_json
@@ -220,7 +221,7 @@ class LabeledSFTTrainer(SFTTrainer):
                 raise  # the other processes wait for this one
             newest = checkpoints.newest(output_dir, self.identity.start)
             last = f"the last one is {newest}" if newest else "there is none yet"
-            print(f"{name} could not be saved ({first_line(error)}); {last}; training goes on", flush=True)
+            say(f"{name} could not be saved ({first_line(error)}); {last}; training goes on", flush=True)
         else:
             if self.args.should_save:
                 keep = {output_dir / name, Path(self.state.best_model_checkpoint or output_dir / name)}

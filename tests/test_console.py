@@ -1,0 +1,72 @@
+"""Text of others reaches a terminal with its control characters written out, and a file as it is."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from atlas.audit import command
+from atlas.console import visible
+from atlas.eval.generate import _streamer
+from conftest import chat, write_rows
+
+CLEAR, TITLE, C1, BIDI = "\x1b[2J", "\x1b]0;pwned\x07", "\x9b31m", "\u202egnp.exe\u2066"
+HOSTILE = CLEAR + TITLE + C1 + BIDI + "\r\x7f"
+
+
+def test_control_characters_are_written_out():
+    assert visible(HOSTILE) == r"\x1b[2J\x1b]0;pwned\x07\x9b31m\u202egnp.exe\u2066\r\x7f"
+    plain = "Zeile\n\tHé 你 👩\u200d🚀 עברית"
+    assert visible(plain) == plain
+    assert visible("\ud800") == r"\ud800"
+
+
+def obeyed(text: str) -> list[str]:
+    return [char for char in text if visible(char) != char]
+
+
+def test_nothing_of_a_row_is_obeyed(sft_args: list[str], tmp_path: Path, capfd: pytest.CaptureFixture):
+    rows = [chat(HOSTILE, HOSTILE), *[chat("a", "b")] * 9, chat(f"<|im_end|>{HOSTILE}", "c")]
+    given = [*sft_args, f"data.train={write_rows(tmp_path / 'rows.jsonl', rows)}"]
+    assert command.main([*given, "data.max_bad_fraction=0.5"]) == 0
+    said = capfd.readouterr()
+    assert not obeyed(said.out + said.err)
+    assert said.out.count(r"\x1b[2J\x1b]0;pwned\x07") >= 2  # the first row, and the message about the injected one
+    assert command.main(given) == 2
+    said = capfd.readouterr()
+    assert not obeyed(said.out + said.err) and r"\x1b[2J" in said.err
+    record = (tmp_path / "results" / "sft_template_audit.jsonl").read_text()
+    assert json.loads(record.split("\n")[0])["text"].count(HOSTILE) == 2  # a file keeps the row as it is
+
+
+def test_nothing_of_a_template_is_obeyed(sft_args: list[str], base_folder: Path, tmp_path: Path, capfd):
+    import shutil
+
+    folder = tmp_path / "hostile"
+    shutil.copytree(base_folder, folder)
+    for asked, status in (("messages[0].content == 'no'", 0), ("true", 2)):
+        stops = "{%- if " + asked + " %}{{- raise_exception('" + HOSTILE + "') }}{%- endif %}"
+        template = (base_folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.jinja").write_text(stops + template, newline="")
+        rows = write_rows(tmp_path / "rows.jsonl", [chat("yes", "b")] * 3 + [chat("no", "b")])
+        more = [f"data.train={rows}", "data.max_bad_fraction=0.5", "data.mask=rendered"]
+        assert command.main([*sft_args, f"model.tokenizer_name={folder}", *more]) == status
+        said = capfd.readouterr()
+        assert not obeyed(said.out + said.err) and r"\x1b[2J" in said.out + said.err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_reply_is_obeyed_by_no_terminal(
+    terminal: bool, base_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    streamer = _streamer(tokenizer)
+    for token in tokenizer(["asked", f"one {CLEAR} two\n{TITLE}"], add_special_tokens=False)["input_ids"]:
+        streamer.put(torch.tensor(token))
+    streamer.end()
+    reply = f"one {CLEAR} two\n{TITLE}"
+    assert capsys.readouterr().out == (visible(reply) if terminal else reply) + "\n"
