@@ -190,6 +190,28 @@ def test_published_numbers_stand_beside_and_are_marked(results: Path, capsys: py
     assert "| unpaired: Instruct &#124; x | | prompt_strict 31.0 |" in (results / "comparison.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "[]",
+            "{}",
+            '{"runs": {}}',
+            '{"runs": [null]}',
+            '{"runs": [{"name": "x", "source": "y", "tasks": {"ifeval": {}}}]}',
+        ),
+        '{"runs": [{"name": "x", "source": "y", "tasks": {"ifeval": {"metrics": {"prompt_strict": 0.3}}}}]}',
+        '{"runs": [{"name": "x", "source": "y", "tasks": {"ifeval": {"metrics": {"prompt_strict": {"score": 31}}}}}]}',
+    ],
+)
+def test_damaged_published_numbers_are_one_message(text: str, results: Path, capsys: pytest.CaptureFixture):
+    (results / "references.json").write_text(text)
+    assert run(results, "base", "tuned") == 2
+    error = capsys.readouterr().err
+    assert "references.json: " in error and "Each of its runs has a name" in error and error.count("\n") == 1
+
+
 def test_prompts_on_which_they_differ(results: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert run(results, "base", "other-seed", "--show", "2") == 0

@@ -7,7 +7,6 @@ Runs are rows of results/metrics.json. Writes results/comparison.md and plots, a
 
 import argparse
 import html
-import json
 import shutil
 import sys
 import textwrap
@@ -19,7 +18,7 @@ from typing import Any
 from atlas.console import say
 from atlas.errors import DONE, UserError, run_main
 from atlas.eval.stats import ALPHA, Difference, Estimate, corrected, holm, paired_difference
-from atlas.eval.store import METRICS, locked, read_metrics, read_records, writing
+from atlas.eval.store import METRICS, locked, read_metrics, read_records, read_references, writing
 
 # What must be equal for scores to be comparable, and what is only said where it differs.
 _SAME = ("version", "data", "prompt", "generation", "num_fewshot", "limit")
@@ -98,7 +97,7 @@ def _main(arguments: argparse.Namespace) -> int:
 
 def show(found: Sequence[Comparison], results: Path) -> None:
     """Print the comparisons, and write `comparison.md` and the plots to `results`."""
-    references = _references(results)
+    references = read_references(results)
     for compared in found:
         say(table(compared, references) + "\n")
     report = results / "comparison.md"
@@ -211,18 +210,6 @@ def _groups(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[Grou
         verdicts = [verdict for of_prompt in by_type[name] for verdict in of_prompt]
         found.append(Group(name, len(verdicts), sum(x for x, _ in verdicts), sum(y for _, y in verdicts), p))
     return found
-
-
-def _references(results: Path) -> list[dict[str, Any]]:
-    """Published scores (results/references.json), which stand beside a comparison and are never part of one."""
-    path = results / "references.json"
-    if not path.is_file():
-        return []
-    try:
-        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        return [{"name": str(run["name"]), "source": str(run["source"]), "tasks": dict(run["tasks"])} for run in runs]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: each run needs name, source and tasks ({error!r})") from None
 
 
 def _points(estimate: Estimate) -> str:

@@ -95,6 +95,24 @@ class _Record(_Stored):
     text: str | None
 
 
+class _Published(_Stored):
+    score: _Share
+
+
+class _PublishedTask(_Stored):
+    metrics: dict[str, _Published]
+
+
+class _Reference(_Stored):
+    name: str
+    source: str
+    tasks: dict[str, _PublishedTask]
+
+
+class _References(_Stored):
+    runs: list[_Reference]
+
+
 def read_metrics(results: Path) -> dict[str, Any]:
     """results/metrics.json, or an empty one. Raises `UserError`, with the place, for a file that `atlas eval` has not left so."""
     path = results / METRICS
@@ -150,6 +168,20 @@ def read_records(results: Path, name: str, task: str, scored: Mapping[str, Any])
                 f"{estimate.score:.4f} by its records: {remedy}"
             )
     return records
+
+
+def read_references(results: Path) -> list[dict[str, Any]]:
+    """Published scores (results/references.json, if there is one), which stand beside a comparison and are never part of one."""
+    path = results / "references.json"
+    if not path.is_file():
+        return []
+    try:
+        return [run.model_dump() for run in _References.model_validate(_json(path.read_bytes())).runs]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: {_place(error)}. Each of its runs has a name, a source, and tasks: "
+            '{"ifeval": {"metrics": {"prompt_strict": {"score": 0.31}}}}'
+        ) from None
 
 
 def records_file(results: Path, name: str, task: str) -> Path:
