@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -73,6 +74,7 @@ def _run(command: str, arguments: list[str], wait: float, answers: Any) -> None:
     from atlas import hub
     from atlas.eval import run
 
+    os.environ["HF_TOKEN"] = TOKEN  # which conftest, imported with this module, has taken away
     time.sleep(wait)
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -90,14 +92,7 @@ class Pair:
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")  # not fork: OpenMP's threads do not survive it
         self.context.set_forkserver_preload(
-            [
-                "atlas.train.trainer",
-                "atlas.train.preflight",
-                "atlas.eval.harness",
-                "bitsandbytes",
-                "peft",
-                "test_processes",
-            ]
+            ["atlas.train.trainer", "atlas.train.preflight", "atlas.eval.harness", "atlas.hub", "bitsandbytes", "peft"]
         )
 
     def __call__(self, *commands: tuple[str, list[str], float]) -> list[Outcome]:
@@ -119,6 +114,7 @@ class Pair:
         return found
 
 
+TOKEN = "hf_" + "p" * 34
 IN_USE = r"is in use by atlas (sft|push) \(process \d+ on \S+, since 20\S+\)"
 PAIRS = ("sft/sft, the same", "sft/sft, another config", "sft/eval", "sft/push")
 
@@ -138,10 +134,9 @@ def test_two_commands_on_one_folder(count: int, lab: PocketPaths, tmp_path: Path
         "other": sha256(before / "adapter_model.safetensors"),
     }
     draw, refused = random.Random(count), 0
-    token = "hf_" + "p" * 34
     with HubServer(tmp_path / "hub") as server:
-        server.users[token] = User("ann")
-        for name, value in {"HF_ENDPOINT": server.url, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}.items():
+        server.users[TOKEN] = User("ann")
+        for name, value in {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
         pair = Pair()
