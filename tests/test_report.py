@@ -119,7 +119,9 @@ def test_many_cut_answers_are_no_clean_data(sft_args: list[str], tmp_path: Path,
     _, summary = read(tmp_path / "results")
     assert summary["verdict"] == "warning" and "75 of 300 rows lost a part of what is trained" in out
     page = (tmp_path / "results" / "sft_template_audit.html").read_text()
-    assert "<p class='verdict warn'>warning: 75 of 300" in page and page.count("tag warn'>cut: 50 of") == 4
+    assert "<p class='verdict warn'>warning: 75 of 300" in page and page.count(
+        "tag warn'>cut: 50 of"
+    ) == 4 == page.count(" tokens cut off")
     named = int(re.search(r"; train.max_length=(\d+) would keep 99 % of the rows whole", out)[1])
     assert command.main([*arguments, f"train.max_length={named}"]) == 0
     _, summary = read(tmp_path / "results")

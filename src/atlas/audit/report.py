@@ -353,6 +353,8 @@ def _row(record: dict[str, Any]) -> str:
         at = end
     roles = ", ".join(span["role"] for span in record["roles"])
     number = f"row {record['row']}" if record["row"] is not None else "outside the data set, or streamed"
+    if (cut := record["length"] - len(record["ids"])) > 0:
+        tokens.append(f"<span class='tag warn'>✂ {cut:,} tokens cut off</span>")
     facts = [number, roles, f"{sum(record['mask'])} of {len(record['mask'])} tokens trained"]
     return (
         f"<h2>{html.escape(_place(record))} {_state(record)}</h2><p class=facts>{html.escape('; '.join(filter(None, facts)))}</p>"
