@@ -58,6 +58,9 @@ REMEDIES = {
 _THINKING = ("reasoning_content", "thinking", "reasoning")
 # A shorter text may stand in what a template adds to an answer by chance.
 _SHORTEST_FOREIGN = 8
+# In how many places a rendering is said to differ from its row: the search for each takes as long as the row, which may hold
+# thousands of messages.
+_ENOUGH = 20
 
 
 @dataclass(frozen=True)
@@ -277,6 +280,8 @@ def _unlike(row: AuditRow, boundaries: Sequence[tuple[Turn, int, int]], stop: in
     text, at, since, ahead = row.text, 0, 0, iter([*boundaries, None])
     following = next(ahead)
     for index, message in enumerate(row.messages):
+        if len(found) >= _ENOUGH:
+            break
         content = message.get("content") or ""
         if following is None or following[0].message != index:
             turn, start, end = None, 0, 0
@@ -287,10 +292,11 @@ def _unlike(row: AuditRow, boundaries: Sequence[tuple[Turn, int, int]], stop: in
             area = text
         else:
             (turn, start, end), following = following, next(ahead)
-            before, since, at = row.messages[since:index], index, max(at, turn.end)
+            before, since, place = row.messages[since:index], index, text.find(content, at) if turn.problem else -1
+            at = max(at, turn.end if place < 0 else place + len(content))
             more = len(message) > 2 and any(message.get(key) for key in ("tool_calls", *_THINKING))
             whole = turn.end - turn.start == len(content) + stop and text.startswith(content, turn.start)
-            if whole and not more:
+            if (whole or place >= 0) and not more:
                 continue
             # An answer may begin in the prompt, as one that opens with `<think>` does where the prompt ends with it.
             area = text if turn.problem else text[max(0, turn.start - len(content)) : turn.end]
