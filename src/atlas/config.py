@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from atlas.data.formats import refuse_columns
 from atlas.errors import UserError
@@ -471,12 +472,16 @@ def _no_file(path: Path, error: Exception) -> str:
 
 
 def _parse(text: str) -> Any:
-    """YAML as plain Python. Explicit tags are refused: nothing in a config needs one, and each has errors of its own."""
-    yaml = YAML(typ="safe", pure=True)
-    for event in yaml.parse(text) if "!" in text else ():
-        tag = getattr(event, "tag", None)
-        if tag is not None:
-            raise YAMLError(f"the tag {tag} has no meaning here")
+    """YAML as plain Python. Explicit tags are refused: nothing in a config needs one, and each has errors of its own. So is deep
+    nesting before it is built, which takes the parser long."""
+    depth = 0
+    if "!" in text or text.count("[") + text.count("{") > _DEPTH:
+        for event in YAML(typ="safe", pure=True).parse(text):
+            if getattr(event, "tag", None) is not None:
+                raise YAMLError(f"the tag {event.tag} has no meaning here")
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if depth > 2 * _DEPTH:
+                raise RecursionError
     return YAML(typ="safe", pure=True).load(text)
 
 
@@ -505,13 +510,12 @@ def _refuse_odd(tree: Any, origin: str) -> None:
                     raise UserError(
                         f"{at}: the key {_short(key)} is not a name: put it in quotes if it is meant as one"
                     )
-                left += [(place, key, depth + 1), (f"{place}.{key}", value[key], depth + 1)]
+                _refuse_odd_text(key, at)
+                left.append((f"{place}.{key}", value[key], depth + 1))
         elif isinstance(value, list):
             left += [(f"{place}[{index}]", item, depth + 1) for index, item in enumerate(value)]
         elif isinstance(value, str):
-            known = "\n\t" if _ASKED.fullmatch(place) else ""
-            if odd := next((c for c in value if unicodedata.category(c) in _ODD and c not in known), None):
-                raise UserError(f"{at}: {_short(value)} holds the character {odd!r}, which no value here may have")
+            _refuse_odd_text(value, at, "\n\t" if _ASKED.fullmatch(place) else "")
         elif isinstance(value, float):
             if not math.isfinite(value):
                 raise UserError(f"{at}: {value} is no finite number")
@@ -520,6 +524,11 @@ def _refuse_odd(tree: Any, origin: str) -> None:
                 raise UserError(f"{at}: a number of {value.bit_length()} bits is too large")
         elif value is not None:
             raise UserError(f"{at}: {_short(value)} was read as a {type(value).__name__}: put it in quotes")
+
+
+def _refuse_odd_text(text: str, at: str, known: str = "") -> None:
+    if odd := next((c for c in text if unicodedata.category(c) in _ODD and c not in known), None):
+        raise UserError(f"{at}: {_short(text)} holds the character {odd!r}, which nothing here may have")
 
 
 def _short(value: object) -> str:
@@ -550,7 +559,7 @@ def _override(text: str) -> dict[str, Any]:
     except YAMLError:
         tree = value  # `a: b` or an unbalanced bracket: taken as the text it is
     except (ValueError, RecursionError) as error:
-        raise UserError(f"command line: {key[:200]}: {_unreadable(error)}") from None
+        raise UserError(f"command line: {_short(key)}: {_unreadable(error)}") from None
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}
     _refuse_odd(tree, "command line")
@@ -757,6 +766,10 @@ def render_config(loaded: LoadedConfig, decided: Mapping[str, tuple[Any, str]] |
 
 def _yaml_value(value: Any) -> str:
     """On one line."""
+    if value is None or isinstance(value, int | float):
+        return json.dumps(value)
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w/.-]*", value, re.ASCII) and _parse(value) == value:
+        return value
     out = StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = True
