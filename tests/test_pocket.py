@@ -158,3 +158,10 @@ def test_the_base_model_is_also_scored_as_a_page_of_its_own_texts(lab: base.Pock
         head.index(name) for name in (" base", "base, own format", "tuned")
     )
     assert strict.split()[-3:] == [f"{run['prompt_strict']:.1%}" for run in scores.values()]
+
+
+def test_a_seed_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    from atlas.pocket import lab as pocket
+
+    assert pocket.main(["--seed", "-1"]) == 2
+    assert "--seed -1: give 0 or more" in capsys.readouterr().err
