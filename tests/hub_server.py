@@ -94,6 +94,7 @@ class Fault:
     times: float = 1
     status: int = 503
     headers: dict[str, str] = field(default_factory=dict)
+    body: dict[str, Any] = field(default_factory=lambda: {"error": "injected"})
 
 
 class _Reply(Exception):  # noqa: N818 (an answer, not an error)
@@ -349,7 +350,7 @@ def _handler(hub: HubServer, port: str) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(length)
             try:
                 if fault and fault.kind == "status":
-                    raise _Reply(fault.status, {"error": "injected"}, **fault.headers)
+                    raise _Reply(fault.status, fault.body, **fault.headers)
                 if match is None or (endpoint == "blob") != (port == "blobs"):
                     raise _Reply(404, {"error": f"no such endpoint: {request}"})
                 hub.answer(endpoint, token, match.groupdict(), body)

@@ -163,6 +163,9 @@ PASSING = {
     "answer lost after the commit": ("commit", {"kind": "lose"}, {}, "cannot be reached"),
     "answer lost after the commit, LFS": ("commit", {"kind": "lose"}, LFS, "cannot be reached"),
     "answer lost after the repo was made": ("create", {"kind": "lose"}, {}, "cannot be reached"),
+    "the address of the storage had expired": ("blob", {"status": 403}, LFS, "may have expired"),
+    "verified too early": ("verify", {"status": 404}, LFS, "its storage may be late"),
+    "no token for Xet yet": ("xet_token", {"status": 404}, {}, "its storage may be late"),
     "somebody else was faster": ("commit", {"status": 412}, {}, "somebody else"),
 }
 
@@ -185,13 +188,16 @@ def test_what_can_pass_is_tried_again(run: Path, tmp_path: Path):
             assert done.revision == hub.repos[REPO].head, name
 
 
+WHY = {"error": "the metadata of README.md are wrong: " + "a long explanation, " * 20 + "which ends here"}
 LASTING = {
     "503 for ever": ("commit", {"times": FOREVER}, ["trouble of its own (503)"], 5),
     "connection cut for ever": ("commit", {"kind": "cut", "times": FOREVER}, ["cannot be reached"], 5),
     "an hour to wait": ("preupload", {"status": 429, "headers": {"Retry-After": "3600"}}, ["rate limit", "3600 s"], 1),
     "token revoked meanwhile": ("preupload", {"status": 401, "times": FOREVER}, ["does not know this token"], 1),
     "repo gone": ("preupload", {"status": 404, "times": FOREVER}, ["can see no such repo", "deleted or renamed"], 1),
-    "something else": ("commit", {"status": 400, "times": FOREVER}, ["the Hub refuses", "injected"], 1),
+    "something else": ("commit", {"status": 400, "times": FOREVER, "body": WHY}, ["the Hub refuses", WHY["error"]], 1),
+    "no Hub at all": ("info", {"status": 200, "times": FOREVER, "body": {"hello": 1}}, ["is no Hub", "HF_ENDPOINT"], 1),
+    "the storage refuses": ("blob", {"status": 403, "times": FOREVER}, ["storage of large files", "expired"], 5),
     "write permission gone": ("xet_token", {"status": 403, "times": FOREVER}, ["'ann'", "may not write"], 1),
 }
 
@@ -201,7 +207,7 @@ def test_a_push_that_fails_loses_nothing(name: str, hub: HubServer, run: Path, t
     endpoint, fault, said, tries = LASTING[name]
     before = contents(run)
     hub.fail(endpoint, **fault)
-    done = atlas(hub, "push", str(run), REPO)
+    done = atlas(hub, "push", str(run), REPO, **(LFS if endpoint == "blob" else {}))
     assert done.status == 1 and done.seconds < 20
     for part in [*said, f"The adapter is safe in {run}"]:
         assert part in done.message
@@ -263,6 +269,44 @@ def test_push_without_network_or_in_offline_mode(hub: HubServer, run: Path):
     gone = atlas(hub, "push", str(run), REPO)
     assert gone.status == 1 and "the Hub cannot be reached (ConnectError" in gone.message
     assert gone.out.count("next try in") == 2 and gone.command == ["atlas", "push", str(run), REPO]
+
+
+def test_a_push_that_is_told_to_stop_says_how_to_finish_it(hub: HubServer, run: Path):
+    hub.fail("commit", times=FOREVER)
+    process = start(hub, "push", str(run), REPO, ATLAS_RETRY_SECONDS="60")
+    assert process.stdout is not None
+    assert "next try in 60.0 s" in process.stdout.readline()
+    process.terminate()
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == 143 and "Traceback" not in message
+    assert "the push was stopped" in message and f"atlas push {shlex.quote(str(run))} {REPO}" in message
+
+
+@pytest.mark.parametrize("seconds", ["nan", "-1", "inf", "soon", ""])
+def test_seconds_that_are_none(seconds: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    from atlas import hub as module
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", WRITE)
+    monkeypatch.setenv("ATLAS_RETRY_SECONDS", seconds)
+    assert module.main([str(run), REPO]) == 2
+    assert f"ATLAS_RETRY_SECONDS={seconds!r} is not a number of seconds" in capsys.readouterr().err
+
+
+def test_what_was_pulled_is_there_offline_by_the_same_name(hub: HubServer, run: Path, tmp_path: Path):
+    revision = atlas(hub, "push", str(run), REPO).revision
+    atlas(hub, "pull", REPO, "--to", "first")
+    for number, name in enumerate((REPO, f"{REPO}@main", f"{REPO}@{revision}")):
+        again = atlas(hub, "pull", name, "--to", f"again {number}", HF_HUB_OFFLINE="1")
+        assert (again.status, again.message) == (0, "") and again.revision == revision, name
+    assert contents(hub.store.parent / "again 0") == contents(hub.store.parent / "first")
+
+
+def test_a_damaged_adapter_is_not_pushed(hub: HubServer, run: Path):
+    path = run / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:4000])
+    done = atlas(hub, "push", str(run), REPO)
+    assert done.status == 2 and "is damaged" in done.message and hub.log == []
 
 
 TRAIN = """

@@ -10,10 +10,12 @@ compared with the folder's, and the commit names the revision that it was compar
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,6 +120,10 @@ def push(folder: Path, repo: str, *, private: bool = True) -> int:
 def _push(folder: Path, repo: str, *, private: bool) -> int:
     later = finish_later(folder, repo, private=private)
     try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    except ValueError:  # not in the main thread, which alone may be told
+        before = None
+    try:
         _renew_card(folder, repo)
         files = files_to_push(folder)
         revision, committed = _patiently(lambda: _commit(files, repo), repo, PUSH_TRIES)
@@ -125,9 +131,13 @@ def _push(folder: Path, repo: str, *, private: bool) -> int:
         sys.stdout.flush()
         say(f"error: the push to {repo} failed: {problem}.\n       {later}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
-        print(f"\n{later}", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit):
+        sys.stdout.flush()
+        print(f"\nthe push was stopped. {later}", file=sys.stderr)
         raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     if committed:
         print(f"pushed to {repo}, revision {revision}")
     else:
@@ -215,10 +225,10 @@ def _patiently(action: Callable[[], Result], repo: str, tries: int, *, write: bo
 
 def _first_wait() -> float:
     text = os.environ.get("ATLAS_RETRY_SECONDS", "2")
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"ATLAS_RETRY_SECONDS={text!r} is not a number of seconds") from None
+    with contextlib.suppress(ValueError):
+        if 0 <= (wait := float(text)) <= LONGEST_WAIT:  # nor nan
+            return wait
+    raise UserError(f"ATLAS_RETRY_SECONDS={text!r} is not a number of seconds from 0 to {LONGEST_WAIT:.0f}")
 
 
 @contextlib.contextmanager
@@ -257,6 +267,7 @@ def _can_pass(status: int) -> bool:
 def _problem(error: Exception, repo: str, write: bool) -> HubError:
     """An exception of the client, or of what it stands on, in the user's terms."""
     import httpx2
+    from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     network = (
@@ -271,20 +282,31 @@ def _problem(error: Exception, repo: str, write: bool) -> HubError:
         if isinstance(cause, OfflineModeIsEnabled):
             return HubError("HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it")
         if isinstance(response := getattr(cause, "response", None), httpx2.Response):
-            return _refusal(response.status_code, response.headers, repo, write, _short(cause))
-        # hf_xet tells a refusal only in its text: "Network error: Request error: HTTP status client error (403 Forbidden), ..."
-        if isinstance(cause, ConnectionError) and (found := re.search(r"HTTP status .*? error \((\d+) ", str(cause))):
-            return _refusal(int(found[1]), {}, repo, write, _short(cause))
+            details = " ".join((getattr(cause, "server_message", None) or str(cause)).split())
+            return _refusal(response.status_code, str(response.url), response.headers, repo, write, details)
+        # hf_xet tells a refusal only in its text: "... Request error: HTTP status client error (403 Forbidden), domain: http..."
+        if isinstance(cause, ConnectionError) and (
+            found := re.search(r"HTTP status .*? error \((\d+) [^)]*\)(?:, domain: (\S+))?", str(cause))
+        ):
+            return _refusal(int(found[1]), found[2] or "/xet-", {}, repo, write, _short(cause))
         if isinstance(cause, UnicodeError | httpx2.LocalProtocolError):
             return HubError("the token holds a character that no token has: copy it anew (`hf auth login`, HF_TOKEN)")
         if isinstance(cause, network):
             return HubError(f"the Hub cannot be reached ({_short(cause)})", passing=True)
         cause = cause.__cause__
+    if isinstance(
+        error, KeyError | TypeError | AttributeError | json.JSONDecodeError
+    ):  # the client looked for something else
+        return HubError(
+            f"what answers at {constants.ENDPOINT} is no Hub, or a proxy answers in its place ({_short(error)}): look at "
+            "HF_ENDPOINT and the network"
+        )
     return HubError(_short(error))
 
 
-def _refusal(status: int, headers: Mapping[str, str], repo: str, write: bool, details: str) -> HubError:
-    from huggingface_hub import get_token
+def _refusal(status: int, url: str, headers: Mapping[str, str], repo: str, write: bool, details: str) -> HubError:
+    """`url` is what refused: the Hub's own endpoints, or the storage that it sends large files to."""
+    from huggingface_hub import constants, get_token
 
     # The Hub's own form (https://huggingface.co/docs/hub/rate-limits) is `RateLimit: "api";r=0;t=55`, proxies write Retry-After.
     limit = re.search(r";r=0;t=(\d+)", headers.get("RateLimit", "")) or re.match(
@@ -293,12 +315,20 @@ def _refusal(status: int, headers: Mapping[str, str], repo: str, write: bool, de
     wait = float(limit[limit.lastindex or 0]) if limit else 0.0
     after = f" and asks to wait {wait:.0f} s" if wait else ""
     login = "Log in (`hf auth login`) or set HF_TOKEN"
+    in_storage = url.startswith("http") and not url.startswith(constants.ENDPOINT)
+    upload = write and (in_storage or "/info/lfs/" in url or "/xet-" in url)
     if status == 401 and get_token() is not None:
         text = f"the Hub does not know this token (401): mistyped, expired or revoked. {login} anew"
     elif status == 401:
         text = f"{repo} is private or does not exist, and there is no Hub token (401). {login}"
+    elif status == 403 and write and in_storage:
+        text = "the storage of large files refuses (403): the address that the Hub gave out for it may have expired"
     elif status == 403 and write:
         text = _why_forbidden(repo)
+    elif status == 404 and upload:
+        text = (
+            f"the Hub does not find what is being uploaded (404): its storage may be late, or {repo} deleted or renamed"
+        )
     elif status == 404:
         text = f"this token can see no such repo or revision (404): {repo} may have been deleted or renamed"
     elif status == 429:
@@ -309,7 +339,13 @@ def _refusal(status: int, headers: Mapping[str, str], repo: str, write: bool, de
         text = f"the Hub has trouble of its own ({status}){after}"
     else:
         text = f"the Hub refuses: {details}"
-    return HubError(text, passing=_can_pass(status) or status in (409, 412), wait=wait)
+    passing = (
+        _can_pass(status)
+        or status in (409, 412)
+        or (write and status == 403 and in_storage)
+        or (upload and status == 404)
+    )
+    return HubError(text, passing=passing, wait=wait)
 
 
 def _why_forbidden(repo: str) -> str:
@@ -353,9 +389,10 @@ def download(name: str) -> tuple[Path, str]:
     repo, revision = split_revision(name)
 
     def fetch() -> Path:
-        # Pinned first, so that a push in between does not give files of two revisions.
-        pinned = revision if constants.HF_HUB_OFFLINE else HfApi().model_info(repo, revision=revision).sha
-        return Path(snapshot_download(repo, revision=pinned, allow_patterns=list(ALLOWED)))
+        if not constants.HF_HUB_OFFLINE:
+            HfApi().model_info(repo, revision=revision)  # else what is cached would be taken for what a silent Hub has
+        # One commit, so that a push in between does not give files of two; noted, so that it is found offline by the same name.
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(ALLOWED)))
 
     try:
         folder = _patiently(fetch, repo, ACCESS_TRIES, write=False)
@@ -387,10 +424,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--public", action="store_true", help="where the repo has to be created, make it public")
     arguments = parser.parse_args(argv)
     folder, repo, private = arguments.folder, arguments.repo, not arguments.public
+    from atlas.models.load import find_adapter
 
     def go() -> int:
-        if missing := [name for name in NEEDED if not (folder / name).is_file()]:
-            raise UserError(f"{folder} holds no finished run: {' and '.join(missing)} missing")
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}")
+        find_adapter(str(folder))  # nothing damaged goes up
         remedy = "\n       " + finish_later(folder, repo, private=private)
         check_access(repo, private=private, key="namespace/name", remedy=remedy)
         return push(folder, repo, private=private)
