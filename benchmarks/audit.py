@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder or Hub id (default: the pocket lab's own)")
     arguments = parser.parse_args()
     if arguments.rows:
-        lines = arguments.rows.read_text(encoding="utf-8").splitlines()
+        lines = arguments.rows.read_text(encoding="utf-8").rstrip("\n").split("\n")
     else:
         lines = [json.dumps(row) for row in world.conversations(0, ROWS)]
     lines = list(itertools.islice(itertools.cycle(lines), ROWS))

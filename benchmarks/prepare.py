@@ -202,7 +202,7 @@ def conversations(files: list[Path] | None) -> tuple[list[dict[str, Any]], str]:
         return world.conversations(0, 5000), "pocket lab"
     rows: list[dict[str, Any]] = []
     for file in files:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
         known = detect(lines[:100], file.name)
         rows += [{"messages": conversation(line, known).messages} for line in lines]
     return rows, " + ".join(file.stem for file in files)

@@ -95,6 +95,24 @@ KINDS = [
     ("two objects on a line", "text", '{"text": "A"}{"text": "B"}', "not JSON"),
     ("duplicate key", "alpaca", '{"instruction": "Q", "output": "A", "output": "B"}', "not JSON"),
     ("deep nesting", "messages", '{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON"),
+    ("5,000 digits", "messages", '{"messages": [], "id": ' + "9" * 5000 + "}", "not JSON"),
+    ("5,000 digits in tools", "messages", GOOD | {"tools": "[" + "9" * 5000 + "]"}, "not JSON"),
+    ("deep tools", "messages", GOOD | {"tools": "[" * 5000 + "]" * 5000}, "not JSON"),
+    ("tools 200 deep", "messages", GOOD | {"tools": "[" * 200 + "]" * 200}, "too deep"),
+    (
+        "column 200 deep",
+        "alpaca",
+        '{"instruction": "Q", "output": "A", "x": ' + "[" * 200 + "]" * 200 + "}",
+        "too deep",
+    ),
+    (
+        "surrogate in a call",
+        "messages",
+        '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "\\ud800"}}]}]}',
+        "not text",
+    ),
+    ("surrogate for a list", "messages", '{"messages": "\\ud800"}', "no messages"),
+    ("20,000 turns", "messages", said(*[("user", "Q"), ("assistant", "A")] * 10_000), "too many turns"),
     ("latin-1 bytes", "text", b'{"text": "\xe9"}', "not JSON"),
     ("gzip under the name", "text", gzip.compress(b'{"text": "A"}', mtime=0).replace(b"\n", b""), "not JSON"),
     ("byte order mark inside", "alpaca", '\ufeff{"instruction": "Q", "output": "A"}', "not JSON"),
@@ -132,6 +150,8 @@ REASONS = {
         "unknown role",
         "no assistant turn",
         "injected",
+        "too deep",
+        "too many turns",
         "fully truncated",
     )
 }

@@ -71,7 +71,17 @@ def test_a_bad_row_is_named_with_its_own_file_and_line(base_folder: Path, tmp_pa
     [
         ("trailing_comma.json", '[{"instruction": "a", "output": "b"},]', 1, 0),
         ("broken_item.json", '[{"instruction": "a", "output": "b"}, {"instruction": "c",]', 1, 1),
-        ("unclosed.json", '[{"instruction": "a", "output": "b"}', 1, 0),
+        ("unclosed.json", '[{"instruction": "a", "output": "b"}', 1, 1),
+        ("unclosed_after_comma.json", '[{"instruction": "a", "output": "b"},\n', 1, 1),
+        ("garbage_after.json", '[{"instruction": "a", "output": "b"}] and more', 1, 1),
+        ("two_arrays.json", '[{"instruction": "a", "output": "b"}]\n[{"instruction": "c", "output": "d"}]', 1, 1),
+        ("no_comma.json", '[{"instruction": "a", "output": "b"}\n {"instruction": "c", "output": "d"}]', 2, 1),
+        ("big_number.json", '[{"instruction": "a", "output": "b"}, {"n": ' + "9" * 5000 + "}]", 1, 1),
+        ("big_number.jsonl", '{"instruction": "a", "output": "b"}\n{"n": ' + "9" * 5000 + "}", 1, 1),
+        ("header_again.csv", "instruction,output\na,b\ninstruction,output\nc,d\n", 2, 1),
+        ("open_quote.csv", 'instruction,output\na,b\nc,"d\ne,f\n', 1, 1),
+        ("odd_line_ends.jsonl", '{"instruction": "a\u2028\u2029\x85\x1c", "output": "b"}\n\u2028\n', 1, 1),
+        ("open_end.jsonl", '{"instruction": "a", "output": "b"}\r\n{"instruction": "c", "output": "d"}', 2, 0),
         ("ragged.csv", "instruction,output\na,b\nc\nd,e,f\n", 1, 2),
         ("quotes.csv", 'instruction,output\n"a\nb","c ""d"""\n', 1, 0),
         ("crlf.jsonl", '{"instruction": "a", "output": "b"}\r\n{"instruction": "c", "output": "d"}\r\n', 2, 0),
@@ -129,6 +139,24 @@ def test_a_spreadsheet_with_a_mark_crlf_and_an_open_end(base_folder: Path, tmp_p
     path = tmp_path / "qa.csv"
     path.write_bytes('\ufeffprompt,response\r\n"a, é","b\r\nc"\r\n\r\nd,e'.encode())
     assert used(base_folder, path)[:2] == (2, {})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("instruction,output,output\na,b,c\n", "names the column 'output' twice"),
+        ('instruction,"output\n', "the header of .*rows.csv is not CSV"),
+        ("instruction,output\n", "holds no rows"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_csv_header_that_cannot_be_right(
+    content: str, message: str, streaming: bool, base_folder: Path, tmp_path: Path
+):
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        label(base_folder, path, f"data.streaming={streaming}")
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])

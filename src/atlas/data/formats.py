@@ -252,10 +252,11 @@ def _advice(place: str, row: Mapping[str, Any]) -> str:
 def conversation(row: str | Mapping[str, Any], format_name: str = "messages") -> Conversation:
     """A row (a JSON text or a mapping of columns) as a conversation. The text of a message is never changed.
 
-    Raises `BadRowError` under one of: not JSON, no messages, empty, not text, unknown role, no assistant turn.
+    Raises `BadRowError` under one of: not JSON, too deep, no messages, empty, not text, unknown role, no assistant turn.
     """
     if isinstance(row, str):
         row = _decode(row)
+    _refuse_depth(row, "the row")
     wanted = FORMATS[format_name]
     missing = [column for column in wanted.columns if row.get(column) is None]
     if missing:
@@ -300,14 +301,14 @@ def _document(text: Any) -> Conversation:
         raise BadRowError("not text", f"'text' is {_short(text)}, not text")
     if not text.strip():
         raise BadRowError("empty", "'text' holds no character but white space")
-    _refuse_surrogates(text, "'text'")
+    refuse_surrogates(text, "'text'")
     return Conversation([], text=text)
 
 
 def _decode(line: str) -> Mapping[str, Any]:
     try:
         row = _DECODER.decode(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number of more than 4,300 digits
         raise BadRowError("not JSON", f"{error}: {_short(line)}") from None
     if not isinstance(row, dict):
         raise BadRowError("not JSON", f"expected an object, got {type(row).__name__}: {_short(line)}")
@@ -327,7 +328,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)  # json.loads makes one for every call
 
 
-def _refuse_surrogates(text: str, where: str) -> None:
+def refuse_surrogates(text: str, where: str) -> None:
+    """Raise `BadRowError` for half of a UTF-16 pair, which no tokenizer takes."""
     if not text.isascii():
         try:
             text.encode()
@@ -346,7 +348,7 @@ def _check(message: Mapping[str, Any], index: int) -> None:
         return
     if not isinstance(content, str):
         raise BadRowError("not text", f"messages[{index}].content of the {role} turn is {_short(content)}, not text")
-    _refuse_surrogates(content, f"messages[{index}].content")
+    refuse_surrogates(content, f"messages[{index}].content")
 
 
 def refuse_special_tokens(parsed: Conversation, special: Sequence[str]) -> None:
@@ -356,7 +358,11 @@ def refuse_special_tokens(parsed: Conversation, special: Sequence[str]) -> None:
     texts.append(parsed.text or "")
     if parsed.tools or any("tool_calls" in message for message in parsed.messages):
         texts.append(
-            json.dumps([parsed.tools, [message.get("tool_calls") for message in parsed.messages]], ensure_ascii=False)
+            json.dumps(
+                [parsed.tools, [message.get("tool_calls") for message in parsed.messages]],
+                ensure_ascii=False,
+                default=str,
+            )
         )
     whole = "\n".join(texts)
     for token in special:
@@ -371,13 +377,28 @@ def _tools(tools: Any) -> list[Any] | None:
     if isinstance(tools, str):  # Arrow cannot hold free-form schemas, so many data sets keep them as JSON text
         try:
             tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRowError("not JSON", f"'tools' is not JSON: {error}") from None
     if not tools:
         return None
     if not isinstance(tools, list):
         raise BadRowError("not text", f"'tools' is not a list of schemas: {_short(tools)}")
+    _refuse_depth(tools, "'tools'")
     return tools
+
+
+_DEEPEST = 100
+
+
+def _refuse_depth(value: Any, where: str) -> None:
+    """Every library on the way of a row gives up at some depth, each in its own manner."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        nested = [item for item in level if isinstance(item, list | Mapping)]
+        level = [inner for item in nested for inner in (item.values() if isinstance(item, Mapping) else item)]
+        if not level:
+            return
+    raise BadRowError("too deep", f"{where} is nested more than {_DEEPEST} levels deep")
 
 
 def _short(value: object) -> str:

@@ -162,6 +162,8 @@ def _file(path: Path) -> "Dataset":
     try:
         rows = cached(key, f"rows of {path}", make)
     except Exception as error:  # pyarrow and datasets raise about ten kinds, with the true one as the cause
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
         if path.read_bytes().strip() == b"":
             raise UserError(f"data: the file {path} is empty") from None
         raise UserError(f"data: the file {path} cannot be read: {error.__cause__ or error}") from None
@@ -181,7 +183,7 @@ def _text_rows(path: str) -> Iterator[dict[str, Any]]:
         elif path.endswith(".json") and _first_char(file) == "[":
             texts = _array_items(file)
         else:
-            texts = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            texts = ((number, line) for number, line in enumerate(file, 1) if line.strip(" \t\r\n"))
         for number, text in texts:
             readable = text.isascii() or _is_utf8(text)
             yield {"json": text.rstrip("\r\n") if readable else "(not UTF-8)", "line": number, "file": path}
@@ -194,11 +196,13 @@ def _first_char(file: TextIO) -> str:
 
 
 _CHUNK = 1 << 20  # characters read at a time
+_SPACE = " \t\r\n"
 
 
 def _array_items(file: TextIO) -> Iterator[tuple[int, str]]:
     """The items of a JSON array as they are written, each with the line on which it starts; the file may be larger than memory."""
-    decoder, text, at, line, ended = json.JSONDecoder(), "", 0, 1, False
+    decoder = json.JSONDecoder(parse_int=len)  # only where an item ends is asked here: no number is too long for that
+    text, at, line, ended = "", 0, 1, False
 
     def more() -> None:
         nonlocal text, at, ended
@@ -216,18 +220,28 @@ def _array_items(file: TextIO) -> Iterator[tuple[int, str]]:
             else:
                 return
 
-    skip(" \t\r\n")
+    skip(_SPACE)
     at += 1  # the bracket
+    first = True
     while True:
-        skip(" \t\r\n,")
-        if at >= len(text) or text[at] == "]":
+        skip(_SPACE)
+        if not first and at < len(text) and text[at] == ",":
+            at += 1
+            skip(_SPACE)
+        elif not first and at < len(text) and text[at] != "]":
+            yield line, f"(no comma between two items: {text[at : at + 40]})"
+        if at >= len(text):
+            yield line, "(the file ends before the array does)"
             return
+        if text[at] == "]":
+            break
+        first = False
         while True:
             try:
                 _, end = decoder.raw_decode(text, at)
                 if end < len(text) or ended:  # else a number might go on
                     break
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 if ended:
                     yield line, text[at:]  # nothing after a broken item can be told apart: it is one bad row
                     return
@@ -235,12 +249,24 @@ def _array_items(file: TextIO) -> Iterator[tuple[int, str]]:
         yield line, text[at:end]
         line += text.count("\n", at, end)
         at = end
+    at += 1
+    skip(_SPACE)
+    if at < len(text):
+        yield line, f"(something follows the array: {text[at : at + 40]})"
 
 
 def _csv_rows(file: TextIO) -> Iterator[tuple[int, str]]:
     """CSV rows as JSON objects of texts: nothing is taken for a number or a date."""
     csv.field_size_limit(2**31 - 1)  # the default refuses a cell of more than 128 kB
-    reader = csv.DictReader(file)
+    reader = csv.DictReader(
+        file, strict=True
+    )  # else a quote that is never closed takes in the rows that follow, and says nothing
+    try:
+        header = list(reader.fieldnames or ())
+    except csv.Error as error:
+        raise UserError(f"data: the header of {file.name} is not CSV: {error}") from None
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        raise UserError(f"data: the header of {file.name} names the column {twice[0]!r} twice")
     while True:
         line = reader.line_num + 1
         try:
@@ -251,7 +277,12 @@ def _csv_rows(file: TextIO) -> Iterator[tuple[int, str]]:
             yield line, f"(not CSV: {error})"
             continue
         extra = row.pop(None, None)  # DictReader's key for cells beyond the header
-        yield line, f"(more cells than the header: {extra})" if extra else json.dumps(row, ensure_ascii=False)
+        if extra:
+            yield line, f"(more cells than the header: {extra})"
+        elif list(row.values()) == header:
+            yield line, "(the header again)"
+        else:
+            yield line, json.dumps(row, ensure_ascii=False)
 
 
 def is_json_lines(rows: "Dataset") -> bool:

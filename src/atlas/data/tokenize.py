@@ -25,7 +25,14 @@ from typing import TYPE_CHECKING, Any
 from atlas.audit import spans, tokens
 from atlas.audit.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, special_token_texts
 from atlas.data import formats, sources
-from atlas.data.formats import BadRowError, Conversation, conversation, refuse_special_tokens, renamed
+from atlas.data.formats import (
+    BadRowError,
+    Conversation,
+    conversation,
+    refuse_special_tokens,
+    refuse_surrogates,
+    renamed,
+)
 from atlas.models import base
 from atlas.models.base import Renderer
 
@@ -36,6 +43,10 @@ if TYPE_CHECKING:
 EMPTY_MASK = "empty mask"
 FULLY_TRUNCATED = "fully truncated"
 REFUSED = "refused by the template"
+TOO_MANY_TURNS = "too many turns"
+# The oracle renders the conversation anew for every answer, so that its time grows with the square of their number: 1.7 s for one
+# row of so many messages on one core, 26 s for one of 2,000.
+MOST_MESSAGES = 512
 # What ends a document in pretraining, by family; the tokenizer's eos has become the chat's stop token.
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
@@ -204,7 +215,7 @@ class Labeler:
             "prompt": prompts,
             "group": [_group(r, group_by) if row.parsed else None for r, row in zip(given, rows, strict=True)],
             "reason": [row.reason for row in rows],
-            "detail": [row.detail for row in rows],
+            "detail": [row.detail.encode(errors="backslashreplace").decode() for row in rows],
             "findings": [
                 json.dumps([f.as_json() for f in r.audit.findings]) if r.audit and r.audit.findings else ""
                 for r in rows
@@ -229,10 +240,18 @@ class Labeler:
         if parsed.text is not None:
             text = parsed.text + self.document_end
             return LabeledRow(parsed, text, [(0, len(text))])
+        if self.oracle is not None and len(parsed.messages) > MOST_MESSAGES:
+            detail = f"{len(parsed.messages):,} messages; at most {MOST_MESSAGES} are audited: split the conversation"
+            return LabeledRow(reason=TOO_MANY_TURNS, detail=detail)
         try:
             if self.mask == "markers":
-                return LabeledRow(parsed, *self.renderer.marked(parsed.messages, parsed.tools))
-            return LabeledRow(parsed, self.renderer.text(parsed.messages, parsed.tools))
+                row = LabeledRow(parsed, *self.renderer.marked(parsed.messages, parsed.tools))
+            else:
+                row = LabeledRow(parsed, self.renderer.text(parsed.messages, parsed.tools))
+            refuse_surrogates(row.text, "what the template writes")  # from a call's arguments, or a message's name
+            return row
+        except BadRowError as error:
+            return LabeledRow(reason=error.reason, detail=error.detail)
         except (TemplateError, TypeError, ValueError) as error:
             return LabeledRow(reason=REFUSED, detail=f"{type(error).__name__}: {error}")
 
