@@ -201,7 +201,9 @@ def test_training_measures_the_loss_on_held_out_rows(sft_args: list[str], capsys
         sft.train(loaded([*sft_args, "train.eval_strategy=steps"]))
 
 
-def test_a_stream_trains_the_same_rows(sft_args: list[str], base_folder: Path, rows_file: Path, tmp_path: Path):
+def test_a_stream_trains_the_same_rows(
+    sft_args: list[str], base_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     labeled, tokenizer = label(base_folder, rows_file)
     streamed, _ = label(base_folder, rows_file, "data.streaming=true")
     assert streamed.ledgers[0].rows == 0  # nothing is counted before it is read
@@ -213,6 +215,15 @@ def test_a_stream_trains_the_same_rows(sft_args: list[str], base_folder: Path, r
         assert getattr(ledger, name) == getattr(whole, name), name
     run = sft.train(loaded([*sft_args, "data.streaming=true"]))
     assert run.manifest["result"]["steps"] == 3 and run.manifest["data"]["sources"][0]["rows"] == 120
+    done, source = run.manifest["result"], run.manifest["data"]["sources"][0]
+    arguments = run.trainer.args
+    rows = 3 * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    assert source["used"] == rows < 120 and source["supervised_tokens"] == done["supervised_tokens"]
+    said = capsys.readouterr().out
+    assert (
+        "the first rows of each source:\ndata " in said and "120 rows read, 120 used" in said and " 0 rows" not in said
+    )
+    assert f"| 120 | {rows} |" in (run.folder / "README.md").read_text()
     for wrong, message in (
         (["train.max_steps=-1"], "max_steps must say when"),
         (["train.packing=true"], "packing does not go"),
@@ -229,6 +240,10 @@ def test_a_stream_mixes_by_weight_and_stops_at_a_bad_batch(base_folder: Path, tm
     labeled, tokenizer = label(base_folder, data, "data.streaming=true")
     share = sources_of(texts(labeled, tokenizer))
     assert 2.5 < share["a"] / share["b"] < 3.6 and share["a"] == 900
+    assert [ledger.used for ledger in labeled.ledgers] == [900, share["b"]]
+    assert all(ledger.rows >= ledger.used for ledger in labeled.ledgers)
+    labeled.took(100)  # had the rest only been fetched beforehand
+    assert sum(ledger.used for ledger in labeled.ledgers) == 100
     held = write_rows(tmp_path / "e.jsonl", [chat("a7?", "x")])
     labeled, tokenizer = label(base_folder, a, "data.streaming=true", f"data.eval=[{held}]")
     assert len(texts(labeled, tokenizer)) == 899 and labeled.ledgers[0].set_aside == {SHARED_PROMPT: 1}

@@ -80,7 +80,7 @@ def test_a_bad_row_is_named_with_its_own_file_and_line(base_folder: Path, tmp_pa
         ("big_number.jsonl", '{"instruction": "a", "output": "b"}\n{"n": ' + "9" * 5000 + "}", 1, 1),
         ("header_again.csv", "instruction,output\na,b\ninstruction,output\nc,d\n", 2, 1),
         ("open_quote.csv", 'instruction,output\na,b\nc,"d\ne,f\n', 1, 1),
-        ("odd_line_ends.jsonl", '{"instruction": "a\u2028\u2029\x85\x1c", "output": "b"}\n\u2028\n', 1, 1),
+        ("odd_line_ends.jsonl", '{"instruction": "a\u2028\u2029\x85", "output": "b"}\n\u2028\n', 1, 1),
         ("open_end.jsonl", '{"instruction": "a", "output": "b"}\r\n{"instruction": "c", "output": "d"}', 2, 0),
         ("ragged.csv", "instruction,output\na,b\nc\nd,e,f\n", 1, 2),
         ("quotes.csv", 'instruction,output\n"a\nb","c ""d"""\n', 1, 0),

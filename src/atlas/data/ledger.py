@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = 3  # rows shown per reason and per kind of finding
 _BINS = 40
+# What a stream's row carries with it, until it is used.
+STREAMED = ("length", "tokens", "all_supervised", "supervised", "cut_stops", "cut_answers")
 DUPLICATE = "duplicate"
 HELD_OUT = "held out"
 SHARED_PROMPT = "prompt is held out"
@@ -65,6 +67,20 @@ class SourceLedger:
         examples = self.examples.setdefault(reason, [])
         if len(examples) < EXAMPLES:
             examples.append((place, detail))
+
+    def take(self, row: Sequence[int], times: int = 1) -> None:
+        """Count a row of a stream, with its `STREAMED` numbers and whether it comes again, as used; `times` -1: as not used."""
+        length, tokens, all_supervised, supervised, stops, answers, again = row
+        cut = times * (length > tokens)
+        self.used += times
+        self.repeated += times * again
+        self.tokens += times * tokens
+        self.supervised_tokens += times * supervised
+        self.cut += cut
+        self.shortened += cut * (all_supervised > supervised)
+        self.lost_supervised_tokens += cut * (all_supervised - supervised)
+        self.cut_stops += cut * stops
+        self.cut_answers += cut * answers
 
     def add_findings(self, findings: Sequence[dict[str, Any]], place: str) -> None:
         """Count one row's findings, and keep the first few of each kind."""

@@ -70,6 +70,9 @@ class Labeled:
     previews: tuple[SourceLedger, ...] = ()
     """Of the first rows of each streamed source, which are judged before the others are read."""
 
+    def took(self, rows: int) -> None:
+        """Count the first `rows` of a stream as used, and none that was only fetched beforehand."""
+
     @property
     def supervised_tokens(self) -> int:
         return sum(ledger.supervised_tokens for ledger in self.ledgers)
@@ -80,7 +83,9 @@ class Labeled:
 
     def table(self) -> str:
         """The ledgers of all sources as text."""
-        lines = [ledger.table() for ledger in (*self.ledgers, *self.eval_ledgers)]
+        begun = not self.previews or any(ledger.rows for ledger in self.ledgers)
+        lines = [] if begun else ["data are read while training; the first rows of each source:"]
+        lines += [ledger.table() for ledger in (*(self.ledgers if begun else self.previews), *self.eval_ledgers)]
         if self.mask == "all tokens":
             lines.append("LOSS ON ALL TOKENS, prompts too, and nothing is audited: train.assistant_only_loss is false")
         return "\n".join([*lines, self.held_out.line()] if self.held_out else lines)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import numpy as np
 from atlas.audit.spans import NOTES, tokenizer_findings
 from atlas.config import Config, Source
 from atlas.data.formats import detect, renamed
-from atlas.data.ledger import SHARED_PROMPT, SourceLedger, percentiles
+from atlas.data.ledger import SHARED_PROMPT, STREAMED, SourceLedger, percentiles
 from atlas.data.prepare import BATCH_ROWS, DETECT_ROWS, Labeled, Shown, complaints, hold_out, label_all, refuse_if_bad
 from atlas.data.sources import data_files, stream_source
 from atlas.data.tokenize import Labeler
@@ -46,8 +48,12 @@ def stream(config: Config, labeler: Labeler) -> Labeled:
     found = tuple(tokenizer_findings(labeler.tokenizer)) if labeler.audited else ()
     ledgers = tuple(each.ledger for each in streams)
     known = [labeler.fingerprint, str(data.seed), *(_identity(source) for source in data.train)]
-    return Labeled(
-        dataset=_mixed([_dataset(each) for each in streams], config),
+    taken = _Taken(ledgers)
+    return Streamed(
+        taken=taken,
+        dataset=_mixed([_dataset(each, number) for number, each in enumerate(streams)], config).map(
+            taken, remove_columns=["facts"], features=_features()
+        ),
         ledgers=ledgers,
         fingerprint=hashlib.sha256("\n".join(known).encode()).hexdigest(),
         lengths=percentiles(np.array([length for _, lengths in heads for length in lengths])),
@@ -64,12 +70,40 @@ def stream(config: Config, labeler: Labeler) -> Labeled:
     )
 
 
+class _Taken:
+    """Counts a stream's rows as they leave the shuffle buffer, which holds many more than are trained on."""
+
+    def __init__(self, ledgers: Sequence[SourceLedger]) -> None:
+        self.ledgers, self.last = ledgers, deque[tuple[int, list[int]]](maxlen=SHUFFLE_ROWS)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        source, *facts = row["facts"]
+        self.ledgers[source].take(facts)
+        self.last.append((source, facts))
+        return row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed(Labeled):
+    """Labelled rows that are read while they are trained on."""
+
+    taken: _Taken
+
+    def took(self, rows: int) -> None:
+        while self.taken.last and sum(ledger.used for ledger in self.ledgers) > rows:
+            source, facts = self.taken.last.pop()
+            self.ledgers[source].take(facts, -1)
+
+
 class _Stream:
     """One source: callable for the rows that are trained on, with a ledger that grows while they are read."""
 
     def __init__(self, source: Source, labeler: Labeler, config: Config, held_out: frozenset[int]) -> None:
         self.source, self.labeler, self.config, self.held_out = source, labeler, config, held_out
         self.ledger = self.preview = SourceLedger(source.name, 0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Stream":
+        return self  # interleave_datasets copies its parts, and their ledgers would count unseen
 
     def head(self) -> tuple[list[Shown], list[int]]:
         """Judge the first rows: some of them for the audit's record, failing ones first, and the tokens of all."""
@@ -81,24 +115,24 @@ class _Stream:
         rows = list(self._renamed(rows))
         preview = self.preview = SourceLedger(self.source.name, 0, self.ledger.format)
         used = list(self._labelled(rows, preview))
+        for _, _, facts in used:
+            preview.take([*facts, 0])
         refuse_if_bad(preview, self.config.data.max_bad_fraction)
         self.ledger.findings, self.ledger.finding_examples = preview.findings, preview.finding_examples  # for the gate
         failing = {place for place, finding in preview.finding_examples if finding["kind"] not in NOTES}
         used.sort(key=lambda row: rows[row[0]][0] not in failing)
         shown = [Shown(*rows[index], self.ledger.format, None) for index, _, _ in used[: self.config.audit.rows]]
-        return shown, [length for _, _, length in used]
+        return shown, [facts[0] for _, _, facts in used]
 
-    def __call__(self) -> Iterator[dict[str, list[int]]]:
+    def rows(self, number: int) -> Iterator[dict[str, list[int]]]:
         rows = self._renamed(stream_source(self.source))
         if self.source.rows is not None:
             rows = islice(rows, self.source.rows)
         again = self.ledger.rows > 0
         self.ledger.findings, self.ledger.finding_examples = {}, []
         while batch := list(islice(rows, BATCH_ROWS)):
-            before = self.ledger.used
-            for _, row, _ in self._labelled(batch, self.ledger):
-                yield row
-            self.ledger.repeated += (self.ledger.used - before) * again
+            for _, row, facts in self._labelled(batch, self.ledger):
+                yield row | {"facts": [number, *facts, int(again)]}
             if self.ledger.rows >= BATCH_ROWS:  # of fewer, one bad row may be a large share
                 refuse_if_bad(self.ledger, self.config.data.max_bad_fraction)
             if self.config.audit.gate == "error" and (complaint := complaints([self.ledger])):
@@ -107,8 +141,10 @@ class _Stream:
     def _renamed(self, rows: Iterable[Row]) -> Iterator[Row]:
         return ((place, renamed(row, self.source.columns)) for place, row in rows)
 
-    def _labelled(self, batch: list[Row], ledger: SourceLedger) -> Iterable[tuple[int, dict[str, list[int]], int]]:
-        """(number in the batch, ids and labels, tokens before truncation) of the rows that can be trained on."""
+    def _labelled(
+        self, batch: list[Row], ledger: SourceLedger
+    ) -> Iterable[tuple[int, dict[str, list[int]], list[int]]]:
+        """(number in the batch, ids and labels, `STREAMED` numbers) of the rows that can be trained on; the others are counted."""
         columns = self.labeler.columns([row for _, row in batch], ledger.format)
         ledger.rows += len(batch)
         good = []
@@ -122,27 +158,21 @@ class _Stream:
             if columns["prompt"][index] in self.held_out:
                 ledger.set_aside[SHARED_PROMPT] = ledger.set_aside.get(SHARED_PROMPT, 0) + 1
                 continue
-            cut = columns["length"][index] > columns["tokens"][index]
-            ledger.used += 1
-            ledger.cut += cut
-            ledger.tokens += columns["tokens"][index]
-            ledger.supervised_tokens += columns["supervised"][index]
-            if cut:
-                lost = columns["all_supervised"][index] - columns["supervised"][index]
-                ledger.shortened += lost > 0
-                ledger.lost_supervised_tokens += lost
-                ledger.cut_stops += columns["cut_stops"][index]
-                ledger.cut_answers += columns["cut_answers"][index]
             row = {"input_ids": columns["input_ids"][index], "labels": columns["labels"][index]}
-            good.append((index, row, columns["length"][index]))
+            good.append((index, row, [columns[name][index] for name in STREAMED]))
         return good
 
 
-def _dataset(rows: _Stream) -> "IterableDataset":
-    from datasets import Features, IterableDataset, List, Value
+def _features(*more: str) -> Any:
+    from datasets import Features, List, Value
 
-    features = Features(input_ids=List(Value("int32")), labels=List(Value("int32")))
-    return IterableDataset.from_generator(rows, features=features)
+    return Features({name: List(Value("int32")) for name in ("input_ids", "labels", *more)})
+
+
+def _dataset(rows: _Stream, number: int) -> "IterableDataset":
+    from datasets import IterableDataset
+
+    return IterableDataset.from_generator(rows.rows, _features("facts"), gen_kwargs={"number": number})
 
 
 def _mixed(datasets: list["IterableDataset"], config: Config) -> "IterableDataset":

@@ -210,6 +210,8 @@ def _train(loaded: LoadedConfig, ready: "Ready", resume: str, started: float) ->
             f"stopped by {name} after step {state.global_step}/{state.max_steps}: {how}", saving.received
         )
     trainer.refuse_divergence()
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    labeled.took(trainer.state.global_step * per_step)
 
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     eval_losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
