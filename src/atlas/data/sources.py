@@ -166,6 +166,8 @@ def _file(path: Path) -> "Dataset":
             raise error.__cause__ from None
         if path.read_bytes().strip() == b"":
             raise UserError(f"data: the file {path} is empty") from None
+        if path.suffix in _TEXT_KINDS and next(_text_rows(str(path)), None) is None:  # a header alone, or `[]`
+            raise UserError(f"data: {path} holds no rows") from None
         raise UserError(f"data: the file {path} cannot be read: {error.__cause__ or error}") from None
     return Dataset(rows.data, rows.info, rows.split, fingerprint=key)
 
