@@ -173,7 +173,7 @@ def test_any_file(content: bytes, tmp_path: Path, capsys: Any):
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=3_000, deadline=None, suppress_health_check=QUIET)
 @given(items=st.lists(ITEMS, max_size=4), overrides=st.lists(ITEMS, max_size=2))
 def test_many_more_values(items: Any, overrides: Any, tmp_path: Path, capsys: Any):
     check_printed(items, overrides, tmp_path, capsys)
@@ -240,7 +240,7 @@ PAIRS = st.tuples(st.sampled_from(TRIED), PLAUSIBLE) | st.tuples(
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=200, deadline=None, suppress_health_check=QUIET)
 @given(items=st.lists(PAIRS, min_size=1, max_size=2))
 def test_what_preflight_lets_through_trains(
     items: Any, base_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory, capsys: Any
