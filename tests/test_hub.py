@@ -25,6 +25,7 @@ WANDB = "0123456789abcdef0123456789abcdef01234567"
 REPO = "ann/tuned"
 LFS = {"HF_HUB_DISABLE_XET": "1"}
 PUSHED = {
+    "audit_summary.json",
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",

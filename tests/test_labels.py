@@ -249,7 +249,7 @@ def test_a_damaged_cache_is_made_anew_and_says_so(
             labeled.fingerprint,
             list(labeled.dataset),
             list(arrange(labeled.dataset, arguments)),
-            list(labeled.first),
+            list(labeled.shown),
         )
 
     whole = all_of_it()

@@ -277,7 +277,7 @@ def test_tokenizer_of_another_family_is_refused(sft_args: list[str], tmp_path: P
         ("trian.lr=2e-4", ["'trian'"]),
         ("model.nme=x", ["'model.name'"]),
         ("train.max_length=8", ["train.max_length"]),
-        ("train.lr_scheduler_type=cosin", ["train:", "cosin"]),
+        ("train.lr_scheduler_type=cosin", ["train.lr_scheduler_type", "cosin"]),
         ("model.name=./nowhere", ["model.name", "./nowhere"]),
         ("model.tokenizer_name=someone/nothing", ["model.tokenizer_name", "someone/nothing"]),
         ("model.dtype=float16", ["model.dtype", "needs a GPU"]),
