@@ -23,7 +23,7 @@ def stamp(command: str) -> dict[str, Any]:
 
 def record(name: str, report: dict[str, Any], command: str) -> dict[str, Any]:
     """Write `report` with its stamp."""
-    from atlas.train.manifest import write_json
+    from atlas.files import write_json
 
     path = MEASURED / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def record(name: str, report: dict[str, Any], command: str) -> dict[str, Any]:
 
 def record_benchmark(name: str, entry: dict[str, Any], command: str) -> None:
     """Put `entry` beside the other benchmarks."""
-    from atlas.train.manifest import write_json
+    from atlas.files import write_json
 
     path = MEASURED / "benchmarks.json"
     path.parent.mkdir(parents=True, exist_ok=True)

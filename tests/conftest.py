@@ -1,9 +1,12 @@
 """Fixtures that the project makes itself: tiny real models and tokenizers, no network, no data from outside."""
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -139,6 +142,17 @@ def without_weights(sft_args: list[str], folder: Path) -> Path:
     shutil.copytree(sft_args[2].partition("=")[2], folder)
     save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file may grow beyond `room` bytes: writing more is an `OSError`, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class TrainedRun(NamedTuple):

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from atlas import hub
 from atlas.errors import UserError
+from atlas.files import write_json
 from atlas.models.adapters import refuse_non_finite
-from atlas.train.manifest import write_json
 from conftest import TrainedRun
 
 

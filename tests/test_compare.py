@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import random
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 
 from atlas.eval import compare
 from atlas.eval.stats import mean_estimate, ratio_estimate
+from conftest import full_disk
 
 TYPES = ("punctuation:no_comma", "change_case:english_lowercase", "startend:quotation")
 
@@ -407,11 +407,12 @@ def test_no_value_in_the_wrong_place_gets_through(results: Path):
 
 
 def test_a_full_disk_is_one_message(results: Path, capsys: pytest.CaptureFixture):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
-    try:
-        assert run(results, "base", "tuned") == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    error = capsys.readouterr().err
-    assert "comparison.md cannot be written (File too large)" in error and error.count("\n") == 1
+    assert run(results, "base", "tuned") == 0
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    for room, file in ((200, "comparison.md"), (10_000, "plots")):
+        capsys.readouterr()
+        with full_disk(room):
+            assert run(results, "base", "tuned") == 1
+        error = capsys.readouterr().err
+        assert f"{file} cannot be written (File too large): make room" in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before

@@ -1,15 +1,12 @@
 """`atlas eval`: what is kept of a run, what is refused before a model is loaded, and that a killed run goes on."""
 
-import contextlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from atlas.config import load_config
 from atlas.eval import compare, run, store
 from atlas.pocket import base
 from atlas.train import lock
-from conftest import ROOT, write_rows
+from conftest import ROOT, full_disk, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -211,17 +208,6 @@ def test_results_that_cannot_be_kept_are_refused_before_a_model_is_loaded(
         assert (
             f"eval/x is in use by atlas eval (process {os.getpid()} on " in error and "choose another --name" in error
         )
-
-
-@contextlib.contextmanager
-def full_disk(room: int) -> Iterator[None]:
-    """No file may grow beyond `room` bytes: writing more is an `OSError`, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_row_of_an_older_version_is_read(

@@ -13,7 +13,7 @@ import pytest
 from atlas.audit import command
 from atlas.audit.report import diff
 from atlas.train import sft
-from conftest import ROOT, chat, without_weights, write_rows
+from conftest import ROOT, chat, full_disk, without_weights, write_rows
 
 NASTY = chat(
     "<script>document.title='pwned'</script> & <b>", "\n<script>document.title='pwned'</script>\tHé 你\n  end "
@@ -72,6 +72,27 @@ def test_record_and_summary(audit_args: list[str], tmp_path: Path, capfd):
     )
     out = capfd.readouterr().out
     assert "audit warning: 1 of 3 rows lost a part of what is trained" in out and "1 rows cut at 160" in out
+
+
+def test_a_full_disk_is_one_message_and_older_reports_stay(audit_args: list[str], tmp_path: Path, capsys):
+    from atlas.data import report
+
+    results = tmp_path / "results"
+    assert command.main(audit_args) == report.main(audit_args) == 0
+    before = {path: path.read_bytes() for path in results.iterdir()}
+    assert len(before) == 3
+    for main, room, file in (
+        (command.main, 1000, "sft_template_audit.jsonl"),
+        (command.main, len(before[results / "sft_template_audit.jsonl"]) + 100, "sft_template_audit.html"),
+        (report.main, 1000, "data_report.html"),
+    ):
+        capsys.readouterr()
+        with full_disk(room):
+            assert main(audit_args) == 1
+        error = capsys.readouterr().err
+        assert f"{results / file} cannot be written (File too large): make room, or set another output.results" in error
+        assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in results.iterdir()} == before
 
 
 def test_a_bad_row_far_from_the_start_is_shown_first(sft_args: list[str], leaky: str, tmp_path: Path, capfd):

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from atlas.errors import RunError, UserError
 from atlas.eval import compare, store
 from atlas.train import lock
+from conftest import full_disk
 
 ROUNDS = 50
 TASKS = ("ifeval", "gsm8k")
@@ -129,11 +129,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_there(tmp_path: Path):
     assert evaluate(tmp_path, "a", rng, TASKS) == "done"
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     (row,) = store.read_metrics(tmp_path)["runs"]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        with pytest.raises(RunError, match=r"ifeval\.jsonl cannot be written \(File too large\): make room"):
-            store.store(tmp_path, row, "ifeval", *scored([1.0] * 20))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = r"ifeval\.jsonl cannot be written \(File too large\): make room"
+    with full_disk(100), pytest.raises(RunError, match=said):
+        store.store(tmp_path, row, "ifeval", *scored([1.0] * 20))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas.audit.report import public
-from atlas.train.manifest import write_json, write_text
+from atlas.files import write_json, write_text
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", re.ASCII)
 _DATASETS = {"ifeval": "google/IFEval"}  # where a task's data are on the Hub, if not under the task's name

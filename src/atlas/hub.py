@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from atlas.card import write_card
 from atlas.console import say
 from atlas.errors import DONE, FAILED, RunError, UserError, run_main
+from atlas.files import write_json
 from atlas.redact import find_secret, redact
-from atlas.train.manifest import write_json
 
 if TYPE_CHECKING:
     import httpx2

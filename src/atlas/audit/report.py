@@ -13,6 +13,7 @@ from atlas.audit.tokens import token_bytes
 from atlas.console import visible
 from atlas.data.formats import TEXT
 from atlas.data.prepare import Labeled
+from atlas.files import write_text, writing
 from atlas.models.base import PINNED_DATE
 
 AUDIT_FILE = "sft_template_audit.jsonl"
@@ -28,14 +29,16 @@ def write_audit(labeled: Labeled, folder: Path) -> Path:
     """Write `sft_template_audit.jsonl` and `.html` to `folder` and print the short form; returns the first's path.
 
     One line per recorded row, failing ones first, then one with `summary` for all rows; see docs/audit.md for the fields.
+    Raises `RunError` where they cannot be written; older ones then stay as they are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     records = list(_records(labeled))
     summary = summarize(labeled)
     path = folder / AUDIT_FILE
     lines = [*records, {"summary": summary}]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    (folder / AUDIT_PAGE).write_text(page(records, summary), encoding="utf-8")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    for file, content in ((path, text), (folder / AUDIT_PAGE, page(records, summary))):
+        with writing(file):
+            write_text(file, content)
     show(records, summary)
     print(f"audit: {path}, to look at: {folder / AUDIT_PAGE}")
     return path
@@ -43,7 +46,7 @@ def write_audit(labeled: Labeled, folder: Path) -> Path:
 
 def write_page(labeled: Labeled, folder: Path) -> None:
     """Write only `sft_template_audit.html` to `folder`. It holds rows of the data: it is no file to push."""
-    (folder / AUDIT_PAGE).write_text(page(list(_records(labeled)), summarize(labeled)), encoding="utf-8")
+    write_text(folder / AUDIT_PAGE, page(list(_records(labeled)), summarize(labeled)))
 
 
 def _records(labeled: Labeled) -> Iterator[dict[str, Any]]:

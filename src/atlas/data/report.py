@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from atlas.console import say
 from atlas.errors import DONE, UserError, run_main
+from atlas.files import write_text, writing
 
 if TYPE_CHECKING:
     from atlas.data.ledger import SourceLedger
@@ -46,10 +47,11 @@ def _main(config_file: str, overrides: Sequence[str]) -> int:
 
 
 def write_report(labeled: "Labeled", folder: Path) -> Path:
-    """Write `data_report.html` to `folder`: per source what became of its rows, with lengths as histograms."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `data_report.html` to `folder`: per source what became of its rows, with lengths as histograms. Raises `RunError`
+    where it cannot be written."""
     path = folder / REPORT
-    path.write_text(page(labeled), encoding="utf-8")
+    with writing(path):
+        write_text(path, page(labeled))
     return path
 
 

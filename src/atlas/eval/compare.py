@@ -18,7 +18,8 @@ from typing import Any
 from atlas.console import say
 from atlas.errors import DONE, UserError, run_main
 from atlas.eval.stats import ALPHA, Difference, Estimate, corrected, holm, paired_difference
-from atlas.eval.store import METRICS, locked, read_metrics, read_records, read_references, writing
+from atlas.eval.store import METRICS, locked, read_metrics, read_records, read_references
+from atlas.files import replacing, write_text, writing
 
 # What must be equal for scores to be comparable, and what is only said where it differs.
 _SAME = ("version", "data", "prompt", "generation", "num_fewshot", "limit")
@@ -101,9 +102,9 @@ def show(found: Sequence[Comparison], results: Path) -> None:
     for compared in found:
         say(table(compared, references) + "\n")
     report = results / "comparison.md"
-    with writing(report):
-        report.write_text(markdown(found, references), encoding="utf-8")
-    with writing(results / "plots"):
+    with writing(report, "make room, and run the same command again"):
+        write_text(report, markdown(found, references))
+    with writing(results / "plots", "make room, and run the same command again"):
         plots = plot(found, results / "plots")
     print(f"written: {report}, {', '.join(map(str, plots))}")
 
@@ -403,7 +404,8 @@ def _saved(figure: Any, axes: Any, path: Path) -> Path:
     axes.grid(axis="x", color="#e5e8ec")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
     pyplot.close(figure)
     return path
 

@@ -15,11 +15,13 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from atlas.errors import RunError, UserError
+from atlas.errors import UserError
 from atlas.eval.stats import estimates
+from atlas.files import write_json, writing
 
 SCHEMA = 1
 METRICS = "metrics.json"
+_AGAIN = "make room, and run the same command again"  # in the same folder: it goes on after the tasks that are there
 _LONGEST_NAME = 100  # bytes: it becomes a part of file names
 
 
@@ -219,15 +221,16 @@ def store(results: Path, row: dict[str, Any], task: str, scored: dict[str, Any],
 
     Raises `RunError` where they cannot be written.
     """
-    from atlas.train.manifest import write_json
-
     path = records_file(results, row["name"], task)
     content = records.encode()
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path, _AGAIN):
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(content)
-    with writing(results / METRICS), locked(results):
+        try:
+            temporary.write_bytes(content)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+    with writing(results / METRICS, _AGAIN), locked(results):
         metrics = read_metrics(results)
         entry = json.loads(json.dumps(scored | {"records_sha256": hashlib.sha256(content).hexdigest()}))
         row["tasks"] = row["tasks"] | {task: entry}
@@ -251,18 +254,6 @@ def locked(results: Path) -> Iterator[None]:
         return
     with FileLock(results / ".metrics.lock", poll_interval=0.01):  # each holds it for milliseconds
         yield
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A disk that is full, or a folder that cannot be written to, as a `RunError` that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
-        raise RunError(
-            f"{path} cannot be written ({error.strerror or error}): make room, and run the same command again"
-        ) from None
 
 
 def _json(text: bytes) -> Any:

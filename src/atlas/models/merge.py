@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.errors import DONE, RunError, UserError, first_line, run_main
-from atlas.train.manifest import write_json
+from atlas.files import write_json
 
 if TYPE_CHECKING:
     import torch

@@ -101,10 +101,10 @@ def _main(arguments: argparse.Namespace) -> int:
     report = _report(scores, seconds, run.manifest, arguments.seed) | {
         "difference": difference_row(found[0].metrics[0].difference)
     }
-    from atlas.train.manifest import write_json
+    from atlas.files import write_json, writing
 
-    result_file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(result_file, report)
+    with writing(result_file):
+        write_json(result_file, report)
     print("\n" + table(report))
     print(f"written: {result_file}, {results_dir / 'sft_template_audit.jsonl'}, {run.folder}")
     return DONE if found[0].verdict == "better" else FAILED

@@ -19,7 +19,8 @@ from atlas.card import is_generated
 from atlas.config import LoadedConfig, experiment
 from atlas.console import say
 from atlas.errors import UserError
-from atlas.train.manifest import processes, versions, write_json
+from atlas.files import write_json
+from atlas.train.manifest import processes, versions
 
 CONTENTS = "atlas_checkpoint.json"
 PROGRESS = "atlas_progress_{rank}.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from atlas.errors import UserError
-from atlas.train.manifest import write_json
+from atlas.files import write_json
 
 LOCK, HOLDER = ".atlas.lock", ".atlas.holder.json"
 PATIENCE = 1.0  # seconds: a look at the lock (`refuse_if_held`) holds it for a moment

@@ -1,7 +1,6 @@
 """`manifest.json`: what made this adapter, in enough detail to make it again."""
 
 import hashlib
-import json
 import os
 import shlex
 import subprocess
@@ -74,21 +73,6 @@ def command_line() -> str:
     spec = sys.modules["__main__"].__spec__
     program = ["python", "-m", spec.name] if spec is not None else [Path(sys.argv[0]).name]
     return shlex.join([*program, *map(redact, sys.argv[1:])])
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of `value`. Raises `ValueError` for a number that is not finite, which JSON does not have."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write whole or not at all: a temporary file, flushed to disk, then renamed over `path`."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def versions() -> dict[str, str]:

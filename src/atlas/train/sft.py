@@ -274,8 +274,8 @@ def _save_result(
     from atlas.audit.report import public, summarize, write_page
     from atlas.card import write_card
     from atlas.data.report import write_report
+    from atlas.files import write_json
     from atlas.train.checkpoints import STAGING, flush, newest, own, sha256
-    from atlas.train.manifest import write_json
 
     folder = Path(str(trainer.args.output_dir))
     staging = folder / STAGING

@@ -18,8 +18,8 @@ from trl import SFTTrainer
 
 from atlas.console import say
 from atlas.errors import RunError, first_line
+from atlas.files import write_json
 from atlas.train import checkpoints
-from atlas.train.manifest import write_json
 
 
 class EvaluationCutError(Exception):
