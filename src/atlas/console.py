@@ -13,6 +13,11 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def one_line(text: str) -> str:
+    """`text` of others inside a line of ours, which it cannot end: its newlines as `↵`, its control characters written out."""
+    return re.sub("[\n\u2028\u2029]", "↵", visible(text))
+
+
 def say(text: str, *, file: TextIO | None = None, flush: bool = False) -> None:
     """Print a line that may hold text of others."""
     print(visible(text), file=file, flush=flush)

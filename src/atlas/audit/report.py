@@ -10,7 +10,7 @@ from typing import Any
 
 from atlas.audit.spans import IGNORED, KINDS, NOTES, where
 from atlas.audit.tokens import token_bytes
-from atlas.console import visible
+from atlas.console import one_line
 from atlas.data.formats import TEXT
 from atlas.data.prepare import Labeled
 from atlas.files import write_text, writing
@@ -246,11 +246,11 @@ def show(records: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     style = {"clean": "bold green", "warning": "bold yellow", "defect": "bold red"}[summary["verdict"]]
     console.print(Text(line(summary), style=style))
     for name, value in facts(summary):
-        console.print(Text(f"  {name:<17}{visible(value)}"))
+        console.print(Text(f"  {name:<17}{one_line(value)}"))
     if records:
-        text = Text(visible(f"  {_place(records[0])}: "))
+        text = Text(one_line(f"  {_place(records[0])}: "))
         for piece, trained in list(zip(records[0]["bytes"], records[0]["mask"], strict=True))[:120]:
-            shown = visible(bytes.fromhex(piece).decode(errors="replace").replace("\n", "↵"))
+            shown = one_line(bytes.fromhex(piece).decode(errors="replace"))
             text.append(shown, style="green" if trained else "dim")
         console.print(text.append("…" if len(records[0]["mask"]) > 120 else ""))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from atlas.console import one_line
 from atlas.errors import UserError
 
 TEXT = "text"  # the format of plain documents
@@ -219,7 +220,7 @@ def detect(
     formats = "; ".join(f"{known.name} ({', '.join(known.columns)})" for known in FORMATS.values())
     what = f"fits several formats ({', '.join(sorted(found))})" if found else "fits no known format"
     raise UserError(
-        f"data.train: {place} {what}. Columns seen: {', '.join(sorted(seen)) or 'none'}. Known: {formats}. "
+        f"data.train: {place} {what}. Columns seen: {one_line(', '.join(sorted(seen))) or 'none'}. Known: {formats}. "
         + (
             "Name one with `format:` in the source"
             if found

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from atlas.audit import spans, tokens
 from atlas.audit.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, special_token_texts
+from atlas.console import one_line
 from atlas.data import formats, sources
 from atlas.data.formats import (
     BadRowError,
@@ -215,7 +216,7 @@ class Labeler:
             "prompt": prompts,
             "group": [_group(r, group_by) if row.parsed else None for r, row in zip(given, rows, strict=True)],
             "reason": [row.reason for row in rows],
-            "detail": [row.detail.encode(errors="backslashreplace").decode() for row in rows],
+            "detail": [one_line(row.detail) for row in rows],
             "findings": [
                 json.dumps([f.as_json() for f in r.audit.findings]) if r.audit and r.audit.findings else ""
                 for r in rows
