@@ -69,7 +69,7 @@ def test_a_bad_row_is_named_with_its_own_file_and_line(base_folder: Path, tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "good", "bad"),
     [
-        ("trailing_comma.json", '[{"instruction": "a", "output": "b"},]', 1, 0),
+        ("trailing_comma.json", '[{"instruction": "a", "output": "b"},]', 1, 1),
         ("broken_item.json", '[{"instruction": "a", "output": "b"}, {"instruction": "c",]', 1, 1),
         ("unclosed.json", '[{"instruction": "a", "output": "b"}', 1, 1),
         ("unclosed_after_comma.json", '[{"instruction": "a", "output": "b"},\n', 1, 1),
@@ -83,6 +83,8 @@ def test_a_bad_row_is_named_with_its_own_file_and_line(base_folder: Path, tmp_pa
         ("odd_line_ends.jsonl", '{"instruction": "a\u2028\u2029\x85", "output": "b"}\n\u2028\n', 1, 1),
         ("open_end.jsonl", '{"instruction": "a", "output": "b"}\r\n{"instruction": "c", "output": "d"}', 2, 0),
         ("ragged.csv", "instruction,output\na,b\nc\nd,e,f\n", 1, 2),
+        ("empty_lines.csv", "\r\n \n,\ninstruction,output\na,b\n", 1, 0),
+        ("nul.csv", "instruction,output\na,b\nc\0,d\n", 1, 1),
         ("quotes.csv", 'instruction,output\n"a\nb","c ""d"""\n', 1, 0),
         ("crlf.jsonl", '{"instruction": "a", "output": "b"}\r\n{"instruction": "c", "output": "d"}\r\n', 2, 0),
         ("comma.jsonl", '{"instruction": "a", "output": "b"},\n{"instruction": "c", "output": "d"}\n', 1, 1),
@@ -133,6 +135,25 @@ def test_a_spreadsheet_saved_otherwise_is_told_how_to_save_it(
         subprocess.run(f"{sys.executable} -c {command}", shell=True, check=True)
         data[0]["name"] = "commas.csv"
         assert used(base_folder, data)[:2] == (1, {})
+
+
+def test_a_bad_line_of_csv_is_not_called_json(base_folder: Path, tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_text("instruction,output\na,b\ninstruction,output\nc,d,e\n")
+    labeled, _ = label(base_folder, path, "data.max_bad_fraction=1")
+    places = {
+        "not CSV": [(f"{path} line 3", "the header again"), (f"{path} line 4", "more cells than the header: ['e']")]
+    }
+    assert labeled.ledgers[0].examples == places
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_table_of_columns_alone(streaming: bool, base_folder: Path, tmp_path: Path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"instruction": [], "output": []}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows\.parquet holds no rows"):
+        label(base_folder, tmp_path / "rows.parquet", f"data.streaming={streaming}")
 
 
 def test_a_spreadsheet_with_a_mark_crlf_and_an_open_end(base_folder: Path, tmp_path: Path):

@@ -253,7 +253,7 @@ def _advice(place: str, row: Mapping[str, Any]) -> str:
 def conversation(row: str | Mapping[str, Any], format_name: str = "messages") -> Conversation:
     """A row (a JSON text or a mapping of columns) as a conversation. The text of a message is never changed.
 
-    Raises `BadRowError` under one of: not JSON, too deep, no messages, empty, not text, unknown role, no assistant turn.
+    Raises `BadRowError` under one of: not JSON, not CSV, too deep, no messages, empty, not text, unknown role, no assistant turn.
     """
     if isinstance(row, str):
         row = _decode(row)
@@ -306,7 +306,15 @@ def _document(text: Any) -> Conversation:
     return Conversation([], text=text)
 
 
+def refused(reason: str, detail: str) -> str:
+    """What stands in the place of a row's JSON text that its file does not hold: a bad row, for this reason."""
+    return f"{_REFUSED}{reason}: {detail}"
+
+
 def _decode(line: str) -> Mapping[str, Any]:
+    if line.startswith(_REFUSED):
+        reason, _, detail = line.removeprefix(_REFUSED).partition(": ")
+        raise BadRowError(reason, detail)
     try:
         row = _DECODER.decode(line)
     except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number of more than 4,300 digits
@@ -326,6 +334,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_REFUSED = "\0refused: "
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)  # json.loads makes one for every call
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from atlas.config import Source
 from atlas.data.cache import cached
+from atlas.data.formats import refused
 from atlas.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def stream_source(source: Source) -> Iterator[tuple[str, "str | dict[str, Any]"]
     if source.is_local:
         for path in data_files(Path(source.name).expanduser()):
             if path.suffix == ".parquet":
+                _refuse_no_rows(path)
                 yield from _columns(f"{path} row", _streamed("parquet", path.name, data_files=str(path)))
             else:
                 _refuse_odd_text(path)
@@ -127,7 +129,7 @@ def data_files(path: Path) -> list[Path]:
 def _refuse_odd_text(path: Path) -> None:
     """Raise `UserError` for a text file that only looks like one of ours: UTF-16, or a CSV file with another separator."""
     with path.open("rb") as file:
-        head = file.readline(_CHUNK)
+        head = next((line for line in iter(lambda: file.readline(_CHUNK), b"") if line.strip()), b"")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(
             f"data: {path} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path.name} > utf8{path.suffix})"
@@ -142,11 +144,25 @@ def _refuse_odd_text(path: Path) -> None:
         )
 
 
+def _refuse_no_rows(path: Path) -> None:
+    """Raise `UserError` for a Parquet file of columns alone, on which datasets 5.0 fails with an error about its batch size."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        rows = parquet.read_metadata(path).num_rows
+    except (ArrowException, OSError):  # whoever reads it says what is wrong
+        return
+    if not rows:
+        raise UserError(f"data: {path} holds no rows")
+
+
 def _file(path: Path) -> "Dataset":
     from datasets import Dataset, Features, Value, load_dataset
 
     if path.suffix in _TEXT_KINDS:
         _refuse_odd_text(path)
+    else:
+        _refuse_no_rows(path)
     with path.open("rb") as file:  # the content, not the name or the time, decides whether a cached copy is used
         content = hashlib.file_digest(file, "sha256").hexdigest()
     known = f"{path} {content} {inspect.getsource(sys.modules[__name__])}"
@@ -188,7 +204,11 @@ def _text_rows(path: str) -> Iterator[dict[str, Any]]:
             texts = ((number, line) for number, line in enumerate(file, 1) if line.strip(" \t\r\n"))
         for number, text in texts:
             readable = text.isascii() or _is_utf8(text)
-            yield {"json": text.rstrip("\r\n") if readable else "(not UTF-8)", "line": number, "file": path}
+            yield {
+                "json": text.rstrip("\r\n") if readable else refused("not JSON", "not UTF-8"),
+                "line": number,
+                "file": path,
+            }
 
 
 def _first_char(file: TextIO) -> str:
@@ -230,10 +250,12 @@ def _array_items(file: TextIO) -> Iterator[tuple[int, str]]:
         if not first and at < len(text) and text[at] == ",":
             at += 1
             skip(_SPACE)
+            if at < len(text) and text[at] == "]":
+                yield line, refused("not JSON", "a comma with no item after it, at the end of the array")
         elif not first and at < len(text) and text[at] != "]":
-            yield line, f"(no comma between two items: {text[at : at + 40]})"
+            yield line, refused("not JSON", f"no comma between two items: {text[at : at + 40]}")
         if at >= len(text):
-            yield line, "(the file ends before the array does)"
+            yield line, refused("not JSON", "the file ends before the array does")
             return
         if text[at] == "]":
             break
@@ -254,7 +276,7 @@ def _array_items(file: TextIO) -> Iterator[tuple[int, str]]:
     at += 1
     skip(_SPACE)
     if at < len(text):
-        yield line, f"(something follows the array: {text[at : at + 40]})"
+        yield line, refused("not JSON", f"something follows the array: {text[at : at + 40]}")
 
 
 def _csv_rows(file: TextIO) -> Iterator[tuple[int, str]]:
@@ -264,7 +286,9 @@ def _csv_rows(file: TextIO) -> Iterator[tuple[int, str]]:
         file, strict=True
     )  # else a quote that is never closed takes in the rows that follow, and says nothing
     try:
-        header = list(reader.fieldnames or ())
+        while (names := reader.fieldnames) is not None and not any(name.strip() for name in names):
+            reader.fieldnames = None  # a line without a word before the header
+        header = list(names or ())
     except csv.Error as error:
         raise UserError(f"data: the header of {file.name} is not CSV: {error}") from None
     if twice := [name for name in header if name and header.count(name) > 1]:
@@ -276,13 +300,15 @@ def _csv_rows(file: TextIO) -> Iterator[tuple[int, str]]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, f"(not CSV: {error})"
+            yield line, refused("not CSV", str(error))
             continue
         extra = row.pop(None, None)  # DictReader's key for cells beyond the header
         if extra:
-            yield line, f"(more cells than the header: {extra})"
+            yield line, refused("not CSV", f"more cells than the header: {extra}")
         elif list(row.values()) == header:
-            yield line, "(the header again)"
+            yield line, refused("not CSV", "the header again")
+        elif any("\0" in cell for cell in row.values() if cell):
+            yield line, refused("not CSV", "a NUL byte, which no text holds")
         else:
             yield line, json.dumps(row, ensure_ascii=False)
 
