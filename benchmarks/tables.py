@@ -96,6 +96,8 @@ def lessons(figures: Path) -> str:
         f"{n} prompts in pairs, differences in points against the recipe; {corrected}one training run each. {report['hardware']}, "
         f"{report['seconds'] / 60:.0f} minutes; trl {versions['trl']}; {report['date'][:10]}, `{report['command']}`.",
     ]
+    if "note" in report:
+        lines += ["", report["note"]]
     return "\n".join(lines)
 
 
