@@ -88,6 +88,12 @@ def test_overrides_win_and_are_typed():
         ("lora.target_modules=[]", ["lora.target_modules"]),
         ("lora.target_modules=all", ["lora.target_modules: input should be 'all-linear'"]),
         ("train.max_length=8", ["train.max_length", "at least 32"]),
+        ("train.max_length=100000000000", ["train.max_length", "at most 16777216"]),
+        ("train.num_train_epochs=1e300", ["train.num_train_epochs must be above 0 and at most 10000, got 1e+300"]),
+        (
+            "train.metric_for_best_model=foo",
+            ["train.metric_for_best_model must be loss, entropy or mean_", "got 'foo'"],
+        ),
         ("lora.r=0", ["lora.r", "greater than or equal to 1"]),
         ("model.dtype=half", ["model.dtype", "'float16'", "'half'"]),
         ("data.train=[]", ["data.train"]),
@@ -119,9 +125,20 @@ def test_a_missing_section_names_the_key(tmp_path: Path):
         load_config(tmp_path / "own.yaml")
 
 
+def of_aliases(first: str, form: str) -> str:
+    """Nine levels, of which each holds the one below nine times."""
+    levels = (f"a{n}: &a{n} " + form % ", ".join([f"*a{n - 1}"] * 9) for n in range(1, 10))
+    return "\n".join([f"a0: &a0 {first}", *levels])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            of_aliases("[1]", "[%s]"),
+            r"phase.yaml: .*aliases \(\*name\) written out it is \d{3},\d+,\d+ values, more than",
+        ),
+        (of_aliases("{x: 1}", "{<<: [%s]}"), r"phase.yaml: .*aliases \(\*name\) written out it is"),
         ("model: [1", "not valid YAML"),
         ("model: {name: a}\nmodel: {name: b}\n", "not valid YAML"),
         ("- 1\n", "mapping"),

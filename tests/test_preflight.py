@@ -161,6 +161,14 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
         ["train.lr_scheduler_kwargs.num_cycle=3"],
         ["train.lr_scheduler_kwargs={'num_cycle': 3}: TypeError", "unexpected keyword argument 'num_cycle'"],
     ),
+    "schedule's values, after the warm-up": (
+        ["train.lr_scheduler_type=polynomial", "train.lr_scheduler_kwargs={power: nan}"],
+        ["train.lr_scheduler_kwargs={'power': 'nan'}: TypeError"],
+    ),
+    "the same in a long run": (
+        ["train.lr_scheduler_type=polynomial", "train.lr_scheduler_kwargs={power: nan}", "train.max_steps=300"],
+        ["train.lr_scheduler_kwargs={'power': 'nan'}: TypeError"],
+    ),
     "best of what": (
         ["data.eval_fraction=0.2", "train.save_strategy=best"],
         ["train.save_strategy=best: `args.metric_for_best_model` must be provided"],

@@ -133,3 +133,12 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_there(tmp_path: Path):
     with full_disk(100), pytest.raises(RunError, match=said):
         store.store(tmp_path, row, "ifeval", *scored([1.0] * 20))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_results_where_a_file_is(tmp_path: Path):
+    (tmp_path / "results").touch()
+    with (
+        pytest.raises(UserError, match=r"output\.results_dir: .*results/eval/x cannot be made, a part of it is a file"),
+        store.claimed(tmp_path / "results", "x", 0),
+    ):
+        pass

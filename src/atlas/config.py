@@ -5,6 +5,7 @@ Nothing here imports torch, so `--help` and `--print-config` answer at once. YAM
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -14,12 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
+from ruamel.yaml.nodes import CollectionNode, MappingNode, Node
 
 from atlas.data.formats import refuse_columns
 from atlas.errors import UserError
@@ -473,7 +475,7 @@ def _no_file(path: Path, error: Exception) -> str:
 
 def _parse(text: str) -> Any:
     """YAML as plain Python. Explicit tags are refused: nothing in a config needs one, and each has errors of its own. So is deep
-    nesting before it is built, which takes the parser long."""
+    nesting before it is built, which takes the parser long, and what aliases (*name) multiply."""
     depth = 0
     if "!" in text or text.count("[") + text.count("{") > _DEPTH:
         for event in YAML(typ="safe", pure=True).parse(text):
@@ -482,14 +484,28 @@ def _parse(text: str) -> Any:
             depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
             if depth > 2 * _DEPTH:
                 raise RecursionError
+    if "*" in text and (count := _expanded(YAML(typ="safe", pure=True).compose(text), {})) > _VALUES:
+        raise ValueError(f"with its aliases (*name) written out it is {count:,} values, more than {_VALUES:,}")
     return YAML(typ="safe", pure=True).load(text)
+
+
+def _expanded(node: Node | None, known: dict[Node, int]) -> int:
+    """How many values a node is, with those that its aliases stand for."""
+    if node is None:
+        return 0
+    if node not in known:
+        known[node] = 1  # for one that holds itself, which `_refuse_odd` finds
+        below = node.value if isinstance(node, CollectionNode) else ()
+        parts = itertools.chain.from_iterable(below) if isinstance(node, MappingNode) else below
+        known[node] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[node]
 
 
 def _unreadable(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else f"a value cannot be read ({error})"
 
 
-_DEPTH, _VALUES = 20, 1_000_000  # of a config that a person could mean
+_DEPTH, _VALUES = 20, 100_000  # of a config that a person could mean; the second with all aliases written out
 _ODD = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of a character, separators of lines and paragraphs
 _ASKED = re.compile(r"\.eval\.tasks.*\.(prompt|until(\[\d+\])?)")  # how a question is worded: lines are a part of it
 
@@ -497,38 +513,37 @@ _ASKED = re.compile(r"\.eval\.tasks.*\.(prompt|until(\[\d+\])?)")  # how a quest
 def _refuse_odd(tree: Any, origin: str) -> None:
     """Raises `UserError` for what YAML can say and no config means: keys that are no text, values that hold themselves, NaN."""
     left: list[tuple[str, Any, int]] = [("", tree, 0)]
-    seen = 0
+
+    def refuse(what: str) -> NoReturn:
+        at = f"{origin}: {redact(place[1:])}".removesuffix(": ")
+        raise UserError(f"{at[:200]}: {what}")
+
+    def refuse_odd_text(text: str, known: str = "") -> None:
+        if odd := next((c for c in text if unicodedata.category(c) in _ODD and c not in known), None):
+            refuse(f"{_short(text)} holds the character {odd!r}, which nothing here may have")
+
     while left:
         place, value, depth = left.pop()
-        at = f"{origin}: {redact(place[1:])}".removesuffix(": ")
-        seen += 1
-        if depth > _DEPTH or seen > _VALUES:
-            raise UserError(f"{at[:200]}: it is nested too deeply; does an anchor (&name) hold itself?")
+        if depth > _DEPTH:
+            refuse("it is nested too deeply; does an anchor (&name) hold itself?")
         if isinstance(value, dict):
             for key in value:
                 if not isinstance(key, str):
-                    raise UserError(
-                        f"{at}: the key {_short(key)} is not a name: put it in quotes if it is meant as one"
-                    )
-                _refuse_odd_text(key, at)
+                    refuse(f"the key {_short(key)} is not a name: put it in quotes if it is meant as one")
+                refuse_odd_text(key)
                 left.append((f"{place}.{key}", value[key], depth + 1))
         elif isinstance(value, list):
             left += [(f"{place}[{index}]", item, depth + 1) for index, item in enumerate(value)]
         elif isinstance(value, str):
-            _refuse_odd_text(value, at, "\n\t" if _ASKED.fullmatch(place) else "")
+            refuse_odd_text(value, "\n\t" if _ASKED.fullmatch(place) else "")
         elif isinstance(value, float):
             if not math.isfinite(value):
-                raise UserError(f"{at}: {value} is no finite number")
+                refuse(f"{value} is no finite number")
         elif isinstance(value, int):
             if not -(2**63) <= value < 2**63:
-                raise UserError(f"{at}: a number of {value.bit_length()} bits is too large")
+                refuse(f"a number of {value.bit_length()} bits is too large")
         elif value is not None:
-            raise UserError(f"{at}: {_short(value)} was read as a {type(value).__name__}: put it in quotes")
-
-
-def _refuse_odd_text(text: str, at: str, known: str = "") -> None:
-    if odd := next((c for c in text if unicodedata.category(c) in _ODD and c not in known), None):
-        raise UserError(f"{at}: {_short(text)} holds the character {odd!r}, which nothing here may have")
+            refuse(f"{_short(value)} was read as a {type(value).__name__}: put it in quotes")
 
 
 def _short(value: object) -> str:

@@ -36,7 +36,7 @@ _RANGES: tuple[_Rule, ...] = (  # what no run can have, and the libraries say la
         "above 0",
         lambda value: value > 0,
         (
-            *("learning_rate", "num_train_epochs", "adam_epsilon", "neftune_noise_alpha"),
+            *("learning_rate", "adam_epsilon", "neftune_noise_alpha"),
             *("logging_steps", "eval_steps", "save_steps"),
         ),
     ),
@@ -56,8 +56,14 @@ _RANGES: tuple[_Rule, ...] = (  # what no run can have, and the libraries say la
         ),
     ),
     ("at least 1, or -1 for whole epochs", lambda value: value >= 1 or value == -1, ("max_steps",)),
+    ("above 0 and at most 10000", lambda value: 0 < value <= 10_000, ("num_train_epochs",)),
     # Qwen2.5's default system turn and the two role headers alone take 27 tokens, so that nothing would be trained.
-    ("at least 32 (usual: 1024-2048)", lambda value: value >= 32, ("max_length",)),
+    ("at least 32 and at most 16777216 (usual: 1024-2048)", lambda value: 32 <= value <= 2**24, ("max_length",)),
+    (  # what an evaluation finds out; the library looks for it there when the first one is over
+        "loss, entropy or mean_token_accuracy (eval_ may stand before it)",
+        lambda value: value.removeprefix("eval_") in ("loss", "entropy", "mean_token_accuracy"),
+        ("metric_for_best_model",),
+    ),
     ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),
     ("from 0 to 256", lambda value: 0 <= value <= 256, ("dataloader_num_workers",)),
     (

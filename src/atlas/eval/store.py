@@ -204,6 +204,10 @@ def claimed(results: Path, name: str, room: int) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(room))
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(
+            f"output.results_dir: {folder} cannot be made, a part of it is a file: choose another"
+        ) from None
     except OSError as error:
         raise UserError(
             f"output.results_dir: {results} does not take {room / 2**20:.0f} MiB of results ({error.strerror or error}): "

@@ -60,7 +60,13 @@ def accepted(attempt: Callable[[Config], Result], config: Config) -> Result:
         text = (
             said if isinstance(error, ValueError | ImportError) and said else f"{type(error).__name__} {said}".strip()
         )
-    for key in sorted(config.train, key=lambda key: (repr(config.train[key]) not in said, key not in said)):
+
+    def unlikely(key: str) -> tuple[bool, bool, bool]:
+        """The keys of a mapping are the library's own, which atlas cannot know: it is tried first."""
+        value = config.train[key]
+        return not isinstance(value, dict), repr(value) not in said, key not in said
+
+    for key in sorted(config.train, key=unlikely):
         without = config.model_copy(update={"train": {k: v for k, v in config.train.items() if k != key}})
         try:
             attempt(without)

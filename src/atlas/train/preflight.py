@@ -398,10 +398,14 @@ def _try_trainer(ready: Ready, config: Config) -> "SFTConfig":
                     one = torch.nn.Parameter(torch.zeros(1, 1, device=arguments.device))
                     one.grad = torch.zeros_like(one)
                     module.register_parameter(name, one)
-        trainer.create_optimizer_and_scheduler(arguments.max_steps if arguments.max_steps > 0 else 100)
+        steps = arguments.max_steps if arguments.max_steps > 0 else 100
+        trainer.create_optimizer_and_scheduler(steps)
         for _ in range(2):
             trainer.optimizer.step()
             trainer.lr_scheduler.step()
+        for rate in getattr(trainer.lr_scheduler, "lr_lambdas", ()):
+            for step in (arguments.get_warmup_steps(steps) + 1, steps - 1):  # what counts only after the warm-up
+                rate(step)
     return arguments
 
 
