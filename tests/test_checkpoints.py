@@ -20,6 +20,7 @@ from atlas import hub
 from atlas.errors import UserError
 from atlas.train import preflight, sft
 from atlas.train.checkpoints import CONTENTS, checkpoints, sha256
+from atlas.train.lock import HOLDER, LOCK, held, refuse_if_held
 from conftest import chat, run_arguments, write_rows
 from test_resume import BASIC, broken_off, environment, trace, train
 
@@ -315,6 +316,16 @@ def test_a_folder_in_use_is_refused(whole: tuple[list[str], sft.SftRun], tmp_pat
         with pytest.raises(UserError, match=f"in use by atlas sft .process {other.pid}"):
             hub.push(folder, "ann/tuned")
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+        (folder / LOCK).unlink()  # the folder is held all the same
+        for main in (preflight.main, sft.main):
+            assert main(asked) == 2
+            assert f"in use by atlas sft (process {other.pid}" in capfd.readouterr().err
+        (folder / HOLDER).unlink()
+        with pytest.raises(UserError, match="in use by another process"), held(folder, "atlas sft"):
+            pass
+        with pytest.raises(UserError, match="in use by another process"):
+            refuse_if_held(folder)
+        (folder / HOLDER).touch()
         other.kill()
     # Nothing of it is left over but a note, which no process stands behind.
     assert (folder / ".atlas.holder.json").exists()
