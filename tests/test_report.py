@@ -119,6 +119,31 @@ def test_a_bad_row_far_from_the_start_is_shown_first(sft_args: list[str], leaky:
     assert all("tag good'>clean" in head for head in heads[1:])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_with_a_note_is_named_and_shown(streaming: bool, sft_args: list[str], tmp_path: Path, capfd):
+    """Three rows of 300 have the arguments of a call as a text, which the template writes as a text of JSON."""
+    rows = [chat("Hi", f"Number {i}.") for i in range(300)]
+    for index in (206, 210, 299):
+        call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+        rows[index]["messages"][1] = {"role": "assistant", "content": "", "tool_calls": [call, call, call, call]}
+    quiet = write_rows(tmp_path / "quiet.jsonl", [chat("Hi", "Yes.")] * 9)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    both = json.dumps([{"name": str(name), "weight": 1} for name in (quiet, data)]) if streaming else data
+    assert command.main([*sft_args, f"data.train={both}", f"data.streaming={streaming}"]) == 0
+    out = capfd.readouterr().out
+    assert "audit clean: " in out and "; rewritten in 3 rows" in out
+    assert f"  audit: rewritten            3  first: {data} line 207, message 1" in out
+    found, _ = read(tmp_path / "results")
+    places = [int(row["place"].rpartition(" ")[2]) for row in found]
+    assert places == [207, 211, 300, *range(1, 6 if streaming else 9)]
+    assert [row["row"] for row in found[:4]] == [None] * 4 if streaming else [206, 210, 299, 0]
+    assert all(
+        {f["kind"] for f in row["findings"]} == ({"rewritten"} if n < 3 else set()) for n, row in enumerate(found)
+    )
+    page = (tmp_path / "results" / "sft_template_audit.html").read_text()
+    assert "rows.jsonl line 207 <span class='tag note'>rewritten" in page
+
+
 def test_a_failing_row_that_is_held_out_is_shown_too(sft_args: list[str], leaky: str, tmp_path: Path):
     train, held = (
         write_rows(tmp_path / name, [chat(f"{name} {i}", "b") for i in range(4)]) for name in ("a.jsonl", "b.jsonl")
@@ -128,6 +153,21 @@ def test_a_failing_row_that_is_held_out_is_shown_too(sft_args: list[str], leaky:
     found, summary = read(tmp_path / "results")
     assert [row["row"] for row in found] == [0, 1, 2, 3, None, None] and summary["findings"]["leak"] == 8
     assert found[4]["place"].endswith("b.jsonl line 1") and found[4]["findings"][0]["kind"] == "leak"
+
+
+def test_a_noted_row_that_is_held_out_is_shown_too(sft_args: list[str], base_folder: Path, tmp_path: Path):
+    folder = tmp_path / "trims"
+    shutil.copytree(base_folder, folder)
+    template = (base_folder / "chat_template.jinja").read_text()
+    assert "message.content" in template
+    (folder / "chat_template.jinja").write_text(template.replace("message.content ", "(message.content | trim) "))
+    train, held = (write_rows(tmp_path / f"{n}.jsonl", [chat(f"{n}{i}", f"{n} {i}") for i in range(9)]) for n in "ab")
+    held.write_text(held.read_text().replace('"b 7"', '"b 7 "'))
+    arguments = [*sft_args, f"model.tokenizer_name={folder}", f"data.train={train}", f"data.eval={held}"]
+    assert command.main([*arguments, "data.mask=rendered"]) == 0
+    found, summary = read(tmp_path / "results")
+    assert summary["findings"]["trimmed"] == 1 and found[0]["place"] == f"{held} line 8"
+    assert [row["row"] for row in found] == [None, *range(8)]
 
 
 def test_many_cut_answers_are_no_clean_data(sft_args: list[str], tmp_path: Path, capfd):

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from atlas.audit.spans import NOTES, where
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -83,11 +85,13 @@ class SourceLedger:
         self.cut_answers += cut * answers
 
     def add_findings(self, findings: Sequence[dict[str, Any]], place: str) -> None:
-        """Count one row's findings, and keep the first few of each kind."""
-        for kind in {finding["kind"] for finding in findings}:
-            self.findings[kind] = self.findings.get(kind, 0) + 1
+        """Count one row's kinds of findings, and keep the first finding of the first few rows of each kind."""
+        firsts: dict[str, dict[str, Any]] = {}
         for finding in findings:
-            if sum(example["kind"] == finding["kind"] for _, example in self.finding_examples) < EXAMPLES:
+            firsts.setdefault(finding["kind"], finding)
+        for kind, finding in firsts.items():
+            self.findings[kind] = self.findings.get(kind, 0) + 1
+            if self.findings[kind] <= EXAMPLES:
                 self.finding_examples.append((place, finding))
 
     def count_lengths(self, lengths: "np.ndarray", supervised: "np.ndarray", max_length: int | None) -> None:
@@ -122,6 +126,10 @@ class SourceLedger:
         for reason, count in sorted(self.dropped.items()):
             place, detail = self.examples[reason][0]
             lines.append(f"  dropped: {reason:<13} {count:>6}  first: {place}: {detail}")
+        for kind in NOTES:
+            if kind in self.findings:
+                place, finding = next(example for example in self.finding_examples if example[1]["kind"] == kind)
+                lines.append(f"  audit: {kind:<15} {self.findings[kind]:>6}  first: {place}, {where(finding)}")
         return "\n".join(lines)
 
 

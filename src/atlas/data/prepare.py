@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -60,7 +61,7 @@ class Labeled:
     tokenizer_findings: tuple[Finding, ...]
     labeler: Labeler
     shown: tuple[Shown, ...]
-    """For the record: rows that the audit found fault with, some that were cut, the first `audit.rows` of the dataset."""
+    """For the record: rows that the audit found fault with, some with a note, some that were cut, the first `audit.rows`."""
     digests: np.ndarray
     """A 64-bit hash of each row's ids and labels, in the dataset's order; empty where rows are streamed."""
     eval_dataset: "Dataset | None" = None
@@ -130,6 +131,7 @@ class Part:
         self.grouped = int(grouped.sum())
         self.ledger = SourceLedger(source.name, len(rows), self.format)
         self.failing: list[int] = []  # the rows in which the audit found what must not be trained
+        self.noted: dict[str, list[int]] = {kind: [] for kind in NOTES}  # the first rows of each kind
         self.good = self._judge(facts)
 
     def _judge(self, facts: Any) -> np.ndarray:
@@ -147,8 +149,11 @@ class Part:
         for index in np.flatnonzero(pc.not_equal(facts["findings"], "").to_numpy()).tolist():
             findings = json.loads(facts["findings"][index].as_py())
             self.ledger.add_findings(findings, self.place(index))
-            if any(finding["kind"] not in NOTES for finding in findings):
+            kinds = {finding["kind"] for finding in findings}
+            if kinds.difference(NOTES):
                 self.failing.append(index)
+            for kind in kinds.intersection(NOTES):
+                self.noted[kind] += [index][: EXAMPLES - len(self.noted[kind])]
         return np.flatnonzero(is_good)
 
     def place(self, index: int) -> str:
@@ -318,12 +323,15 @@ def _dataset(parts: Sequence[Part], order: np.ndarray) -> "Dataset":
 
 
 def _shown(parts: Sequence[Part], eval_parts: Sequence[Part], order: np.ndarray, count: int) -> Iterable[Shown]:
-    """For the record: the first `count` rows, and before them as many that fail, wherever they are, and half as many cut ones."""
+    """For the record: the first `count` rows; before them as many that fail and as many with a note, a few of each kind, wherever
+    they are, and half as many cut ones."""
     failing = np.concatenate([np.isin(part.good, part.failing) for part in parts])[order].nonzero()[0].tolist()
     outside = [(part, index) for part in parts for index in np.setdiff1d(part.failing, part.good).tolist()]
     outside += [(part, index) for part in eval_parts for index in part.failing]
     cut = (_joined(parts, "all_supervised") > _joined(parts, "supervised"))[order].nonzero()[0].tolist()
     ends = np.cumsum([len(part.good) for part in parts])
+    of_kinds = [[(part, index) for index in few] for part in (*parts, *eval_parts) for few in part.noted.values()]
+    noted = [at for first in zip_longest(*of_kinds) for at in first if at and at[1] not in at[0].failing]
 
     def row(part: Part, index: int, number: int | None) -> Shown:
         given = renamed(_raw(part.rows, [index])[0], part.columns)
@@ -335,10 +343,17 @@ def _shown(parts: Sequence[Part], eval_parts: Sequence[Part], order: np.ndarray,
         part = parts[which]
         return row(part, int(part.good[at - (ends[which] - len(part.good))]), number)
 
+    def number_of(part: Part, index: int) -> int | None:
+        which = parts.index(part) if part in parts else None
+        at = [] if which is None else np.flatnonzero(part.good == index) + ends[which] - len(part.good)
+        return next(iter(np.isin(order, at).nonzero()[0].tolist()), None)
+
     yield from map(of_dataset, failing[:count])
     yield from (row(part, index, None) for part, index in outside[: max(0, count - len(failing))])
+    numbers = {at: number_of(*at) for at in list(dict.fromkeys(noted))[:count]}
+    yield from (row(part, index, number) for (part, index), number in numbers.items())
     others = dict.fromkeys([*cut[: (count + 1) // 2], *range(min(count, len(order)))])
-    yield from map(of_dataset, [number for number in others if number not in failing[:count]])
+    yield from map(of_dataset, [n for n in others if n not in failing[:count] and n not in numbers.values()])
 
 
 def _raw(rows: "Dataset", indices: Iterable[int]) -> list[Any]:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ def stream(config: Config, labeler: Labeler) -> Labeled:
     evaluated, held, prompts = hold_out([], eval_parts, config)
     streams = [_Stream(source, labeler, config, frozenset(prompts.tolist())) for source in data.train]
     heads = [each.head() for each in streams]
+    ranked = sorted((row for rows, _ in heads for row in rows), key=itemgetter(0))
     found = tuple(tokenizer_findings(labeler.tokenizer)) if labeler.audited else ()
     ledgers = tuple(each.ledger for each in streams)
     known = [labeler.fingerprint, str(data.seed), *(_identity(source) for source in data.train)]
@@ -61,7 +63,7 @@ def stream(config: Config, labeler: Labeler) -> Labeled:
         audited=labeler.audited,
         tokenizer_findings=found,
         labeler=labeler,
-        shown=tuple(row for rows, _ in heads for row in rows)[: config.audit.rows],
+        shown=tuple(row for _, row in ranked[: config.audit.rows]),
         previews=tuple(each.preview for each in streams),
         digests=np.zeros(0, np.int64),
         eval_dataset=evaluated,
@@ -105,8 +107,9 @@ class _Stream:
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Stream":
         return self  # interleave_datasets copies its parts, and their ledgers would count unseen
 
-    def head(self) -> tuple[list[Shown], list[int]]:
-        """Judge the first rows: some of them for the audit's record, failing ones first, and the tokens of all."""
+    def head(self) -> tuple[list[tuple[int, Shown]], list[int]]:
+        """Judge the first rows: some of them for the audit's record, with a rank (0 failing, 1 with a note, 2), and the tokens of
+        all."""
         rows = list(islice(stream_source(self.source), BATCH_ROWS))
         if not rows:
             raise UserError(f"data: {self.source.name} holds no rows")
@@ -119,9 +122,11 @@ class _Stream:
             preview.take([*facts, 0])
         refuse_if_bad(preview, self.config.data.max_bad_fraction)
         self.ledger.findings, self.ledger.finding_examples = preview.findings, preview.finding_examples  # for the gate
-        failing = {place for place, finding in preview.finding_examples if finding["kind"] not in NOTES}
-        used.sort(key=lambda row: rows[row[0]][0] not in failing)
-        shown = [Shown(*rows[index], self.ledger.format, None) for index, _, _ in used[: self.config.audit.rows]]
+        ranks: dict[str, int] = {}
+        for place, finding in preview.finding_examples:
+            ranks[place] = min(ranks.get(place, 2), int(finding["kind"] in NOTES))
+        ranked = sorted((ranks.get(rows[index][0], 2), index) for index, _, _ in used)[: self.config.audit.rows]
+        shown = [(rank, Shown(*rows[index], self.ledger.format, None)) for rank, index in ranked]
         return shown, [facts[0] for _, _, facts in used]
 
     def rows(self, number: int) -> Iterator[dict[str, list[int]]]:
