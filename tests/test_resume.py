@@ -92,7 +92,7 @@ def test_resumed_run_equals_the_unbroken_one(kind: str, sft_args: list[str], row
     whole = train(arguments)
     adapter, lines = trace(whole)
     assert len({line["loss"] for line in lines if "loss" in line}) > 2
-    steps = [1, 5, 6, 7, 10, 12] if "max_steps=12" in " ".join(arguments) else [1, 4, 6, 7]
+    steps = [5, 6, 12] if kind == "epochs" else [4, 6, 7]  # at and past the end of an epoch, and the last one
     for step in steps:
         folder = broken_off(whole.folder, tmp_path / f"broken-{step}", step)
         resumed = train(arguments, f"output.dir={folder}")
@@ -136,22 +136,23 @@ def stopped(arguments: list[str], line: str, seconds: float, number: signal.Sign
     return out, err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+# Of the two, which go the same way but for their name and status, the one that machines send is always tried.
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stop_signal_saves_and_leaves(number: signal.Signals, sft_args: list[str], rows_file: Path, tmp_path: Path):
     """In the middle of a step: the micro-batches done of it are undone, and done again by the resumed run."""
-    # A step of 40 micro-batches takes some seconds; no checkpoint is written but by the signal.
+    # A step of 30 micro-batches takes a second or more; no checkpoint is written but by the signal.
     slow = [
-        "train.gradient_accumulation_steps=40",
-        "train.max_steps=4",
+        "train.gradient_accumulation_steps=30",
+        "train.max_steps=3",
         f"data.train={rows_file}:400",
         "lora.lora_dropout=0.1",
     ]
     whole = train([*sft_args, *slow])
     arguments = [*sft_args, *slow, f"output.dir={tmp_path / 'stopped'}"]
-    out, err = stopped(arguments, "step 2/4", 0.3, number)
-    assert "step 3/4" not in out and "Traceback" not in err
+    out, err = stopped(arguments, "step 2/3", 0.2, number)
+    assert "step 3/3" not in out and "Traceback" not in err
     folder = tmp_path / "stopped"
-    assert f"stopped by {number.name} after step 2/4: {folder / 'checkpoint-2'} is whole" in err
+    assert f"stopped by {number.name} after step 2/3: {folder / 'checkpoint-2'} is whole" in err
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
     assert not (folder / "manifest.json").exists()
     resumed = train(arguments)
@@ -164,7 +165,7 @@ def test_a_stop_signal_cuts_an_evaluation_which_the_resumed_run_makes_up(
 ):
     from atlas.pocket import world
 
-    held_out = write_rows(tmp_path / "held_out.jsonl", world.conversations(2, 1000))
+    held_out = write_rows(tmp_path / "held_out.jsonl", world.conversations(2, 500))
     slow = [
         f"data.eval={held_out}",
         "train.eval_strategy=epoch",
@@ -173,7 +174,7 @@ def test_a_stop_signal_cuts_an_evaluation_which_the_resumed_run_makes_up(
     ]
     arguments = [*sft_args, *slow, "train.max_steps=-1", "lora.lora_dropout=0.1"]
     folder = tmp_path / "stopped"
-    out, err = stopped([*arguments, f"output.dir={folder}"], "step 4/8", 1, signal.SIGTERM)
+    out, err = stopped([*arguments, f"output.dir={folder}"], "step 4/8", 0.5, signal.SIGTERM)
     assert "held-out loss" not in out and f"{folder / 'checkpoint-4'} is whole" in err
     resumed, whole = train(arguments, f"output.dir={folder}"), train(arguments)
     assert trace(resumed) == trace(whole) and sum("eval_loss" in line for line in trace(whole)[1]) == 2
