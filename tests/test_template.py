@@ -1,14 +1,22 @@
 """The patched template: text unchanged byte for byte, markers around exactly what the model generates."""
 
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from atlas.data import report
 from atlas.errors import UserError
+from atlas.eval import generate
+from atlas.eval import run as evaluation
+from atlas.models import merge
 from atlas.models.base import Renderer, patch_chat_template_for_assistant_mask
-from conftest import QWEN_SYSTEM
+from atlas.pocket.base import PocketPaths
+from atlas.train import sft
+from conftest import QWEN_SYSTEM, TrainedRun, chat, write_rows
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "é <b>", "parameters": {"type": "object"}}}]
 CALLS = [
@@ -132,3 +140,72 @@ def test_unknown_or_missing_template_is_an_error(base_folder: Path):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         patch_chat_template_for_assistant_mask(tokenizer)
+
+
+BROKEN = {
+    "{{ 1 / 0 }}": "ZeroDivisionError: division by zero",
+    '{{ 1 + "a" }}': "TypeError: unsupported operand",
+    "{{ 10.0**400 }}": "OverflowError: ",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "RecursionError: maximum recursion depth",
+    "{% for i in range(10**12) %}a{% endfor %}": "OverflowError: Range too big",
+    '{{ "%(a)s" % {} }}': "KeyError: 'a'",
+    '{{ "a".index("b") }}': "ValueError: substring not found",
+    '{{ "a" * 10**15 }}': "MemoryError",
+    "{% break %}": "SyntaxError: 'break' outside loop",
+    "{% if %}": "TemplateSyntaxError: ",
+    "{{ nobody.is.there }}": "UndefinedError: 'nobody' is undefined",
+    '{{ "".__class__.__mro__ }}': "SecurityError: ",
+    r'{{ raise_exception("\x1b[2J\x1b]0;title\x07") }}': r"TemplateError: \x1b[2J\x1b]0;title\x07",
+    "{# nothing #}": "it writes nothing at all",
+}
+
+
+def with_template(base: Path, template: str, folder: Path) -> Path:
+    shutil.copytree(base, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.mark.parametrize("template", BROKEN)
+def test_whatever_a_template_raises_is_one_message(template: str, base_folder: Path, sft_args, tmp_path: Path, capfd):
+    folder = with_template(base_folder, template, tmp_path / "model")
+    config = [*sft_args, f"model.name={folder}"]
+    for command in (sft.main, report.main):
+        assert command(config) == 2
+    assert generate.main(["--model", str(folder), "Hi"]) == 2
+    out, err = capfd.readouterr()
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 3 and "Traceback" not in err and "\x1b" not in out + err
+    for line in said:
+        assert f"the chat template of '{folder}' cannot render a conversation: " in line and BROKEN[template] in line
+
+
+def test_a_template_that_breaks_only_where_an_answer_is_asked_for(
+    base_folder: Path, lab: PocketPaths, sft_args, trained_run: TrainedRun, tmp_path: Path, capfd
+):
+    """The probe of a finished turn is rendered well; the question of generate, merge and an evaluation is not."""
+    good = (base_folder / "chat_template.jinja").read_text()
+    template = "{% if add_generation_prompt %}{{ 1 / 0 }}{% endif %}" + good
+    folder = with_template(base_folder, template, tmp_path / "model")
+    tuned = with_template(trained_run.folder, template, tmp_path / "run")
+    scoring = [*sft_args[:2], f"model.name={folder}", f"eval.data.ifeval={lab.eval}", "--base", "--limit", "1"]
+    scoring += ["eval.tasks=[{name: ifeval, max_gen_toks: 4}]", f"output.results_dir={tmp_path / 'scores'}"]
+    assert evaluation.main(scoring) == 2
+    assert generate.main(["--model", str(folder), "Hi"]) == 2
+    assert merge.main([str(tuned), "--to", str(tmp_path / "merged")]) == 2
+    err = capfd.readouterr().err
+    assert len(re.findall("error: the chat template .* cannot render .*: ZeroDivisionError", err)) == 3
+    assert "Traceback" not in err and not (tmp_path / "scores" / "metrics.json").exists()
+
+
+def test_rows_that_a_template_breaks_on_are_counted(base_folder: Path, sft_args, tmp_path: Path, capfd):
+    good = (base_folder / "chat_template.jinja").read_text()
+    broken = "{% for m in messages %}{% if m.content == 'boom' %}{{ 1 / 0 }}{% endif %}{% endfor %}"
+    silent = "{% if messages[0].content == 'hush' %}{% else %}" + good + "{% endif %}"
+    rows = write_rows(tmp_path / "r.jsonl", [chat(text, "Yes.") for text in ["Hi", "boom", "hush", "Ho"] * 3])
+    folder = with_template(base_folder, broken + silent, tmp_path / "model")
+    data = [f"model.name={folder}", f"data.train={rows}", "data.max_bad_fraction=0.6", "data.mask=rendered"]
+    assert report.main([*sft_args, *data]) == 0
+    out, err = capfd.readouterr()
+    assert "Traceback" not in err and re.search(r"refused by the template\D+6\b|6\D+refused by the template", out), out
+    assert "ZeroDivisionError: division by zero" in out

@@ -35,7 +35,7 @@ from atlas.data.formats import (
     renamed,
 )
 from atlas.models import base
-from atlas.models.base import Renderer
+from atlas.models.base import Renderer, TemplateRefusedError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -232,8 +232,6 @@ class Labeler:
         return parsed
 
     def _rendered(self, given: "str | Mapping[str, Any]", format_name: str) -> LabeledRow:
-        from jinja2 import TemplateError
-
         try:
             parsed = self.parse(given, format_name)
         except BadRowError as error:
@@ -253,12 +251,10 @@ class Labeler:
             return row
         except BadRowError as error:
             return LabeledRow(reason=error.reason, detail=error.detail)
-        except (TemplateError, TypeError, ValueError) as error:
-            return LabeledRow(reason=REFUSED, detail=f"{type(error).__name__}: {error}")
+        except TemplateRefusedError as error:
+            return LabeledRow(reason=REFUSED, detail=error.problem)
 
     def _find_turns(self, rows: list[LabeledRow]) -> None:
-        from jinja2 import TemplateError
-
         def find(some: list[LabeledRow]) -> None:
             given = [(row.parsed.messages, row.parsed.tools, row.text) for row in some if row.parsed]
             for row, turns in zip(some, self.oracle.turns(given) if self.oracle else [], strict=True):
@@ -269,12 +265,12 @@ class Labeler:
         good = [row for row in rows if row.parsed and not row.is_document]
         try:
             find(good)
-        except (TemplateError, TypeError, ValueError):
+        except TemplateRefusedError:
             for row in good:  # one of them: find out which
                 try:
                     find([row])
-                except (TemplateError, TypeError, ValueError) as error:
-                    row.reason, row.detail = REFUSED, f"the prompt of an answer: {type(error).__name__}: {error}"
+                except TemplateRefusedError as error:
+                    row.reason, row.detail = REFUSED, f"the prompt of an answer: {error.problem}"
 
     def _encode(self, rows: list[LabeledRow]) -> list[list[tuple[list[int], bool]]]:
         """For each row the ids of its pieces, and whether they are supervised."""

@@ -93,7 +93,9 @@ def reply(
     arguments: argparse.Namespace,
 ) -> str:
     """Print the reply as it comes, and return it without its stop token."""
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    from atlas.models.base import chat_prompt
+
+    prompt = tokenizer(chat_prompt(tokenizer, messages), add_special_tokens=False, return_tensors="pt")
     length = prompt["input_ids"].shape[1]
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and length >= room:
@@ -135,7 +137,7 @@ def _load(adapter: str | None, model: str | None) -> "tuple[PreTrainedModel, Pre
         base, revision = tuned.base, tuned.base_revision
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load.load_model(base, tuned, revision=revision, device=device, remedy=". Name the base model with --model")
-    if loaded[1].chat_template is None:
+    if not loaded[1].chat_template:
         raise UserError(
             f"the tokenizer of {adapter or base} has no chat template: give --adapter, or an instruct model"
         )

@@ -161,6 +161,8 @@ def _recording_lm(
     """lm-eval's HFLM that also keeps, per prompt, how many tokens it generated and whether a stop token was among them."""
     from lm_eval.models.huggingface import HFLM
 
+    from atlas.models.base import refuse_empty, template_errors
+
     class RecordingLM(HFLM):
         def __init__(self) -> None:
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -177,6 +179,12 @@ def _recording_lm(
                 stopped = end is not None and length == end
                 self.generated[tuple(prompt[real].tolist())] = (length, stopped)
             return output
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            with template_errors(tokenizer.name_or_path):
+                text = str(super().apply_chat_template(chat_history, add_generation_prompt))
+            refuse_empty(tokenizer.name_or_path, text, chat_history)
+            return text
 
         def until_text(self, reply: list[int], texts: list[str]) -> int:
             """Tokens up to the first of the task's own end texts: a row goes on after it as long as others of its batch do."""

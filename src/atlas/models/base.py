@@ -1,10 +1,11 @@
 """Base model, tokenizer and chat template: loaded together, so that the three agree on where a turn ends."""
 
+import contextlib
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -93,6 +94,17 @@ class UnknownTemplateError(UserError):
     """A chat template without generation markers that neither atlas nor TRL knows how to mark."""
 
 
+class TemplateRefusedError(UserError):
+    """A chat template that cannot render a conversation; `problem` is what it said."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(
+            f"the chat template of {name!r} cannot render a conversation: {problem}. Mend the template, or choose the tokenizer of "
+            "another model"
+        )
+        self.problem = problem
+
+
 def patch_chat_template_for_assistant_mask(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     """Put `{% generation %}` markers into the tokenizer's chat template, around what the model has to generate.
 
@@ -138,7 +150,6 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
 
     Raises `UserError` where it cannot be loaded or repaired.
     """
-    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     key = "model.tokenizer_name" if config.model.tokenizer_name else "model.name"
@@ -166,10 +177,8 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
                 raise
     try:
         tokenizer.eos_token = stop_token(tokenizer)
-    except TemplateError as error:
-        raise UserError(
-            f"{key}: the chat template of {name!r} cannot render a user and an assistant turn: {error}"
-        ) from None
+    except TemplateRefusedError as error:
+        raise UserError(f"{key}: {error}") from None
     if config.model.pad_token is not None:
         if config.model.pad_token not in tokenizer.get_vocab() or config.model.pad_token == tokenizer.eos_token:
             raise UserError(
@@ -215,15 +224,51 @@ def stop_token(tokenizer: "PreTrainedTokenizerBase") -> str:
     return tokenizer.eos_token if tokenizer.eos_token in ending else ending[-1]
 
 
+@contextlib.contextmanager
+def template_errors(name: str) -> Iterator[None]:
+    """Whatever the chat template of the tokenizer `name` raises while it is compiled or rendered becomes a `TemplateRefusedError`.
+
+    A template is a program of others. Besides jinja's own errors it can raise what its sums (1 / 0, 10.0 ** 400), its lookups and
+    calls ("{}".format(), 1 + "a", a long range), its loops (a `break` outside of one is Python's SyntaxError), its macros that
+    call themselves and its long texts raise in Python.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (
+        *(TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError),
+        *(SyntaxError, TypeError, ValueError),
+    ) as error:
+        raise TemplateRefusedError(name, f"{type(error).__name__}: {first_line(error)}") from None
+
+
+def refuse_empty(name: str, text: str, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `TemplateRefusedError` where a conversation became no text. A template may leave out a system message alone."""
+    if not text and any(message.get("role") != "system" for message in messages):
+        raise TemplateRefusedError(name, "it writes nothing at all")
+
+
+def chat_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, Any]]) -> str:
+    """The text that asks a model for the next answer, as at inference: with today's date where the template asks for it. Raises
+    `TemplateRefusedError`."""
+    name = tokenizer.name_or_path
+    with template_errors(name):
+        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    refuse_empty(name, text, messages)
+    return text
+
+
 class Renderer:
     """Conversations as text, through the chat template that a tokenizer has now.
 
     Messages of plain keys go to the compiled template directly, which takes 2/3 of `render_jinja_template`'s time: what that
     does besides (copies of objects, aliases of reasoning fields) changes nothing for them. A template that asks for today's
-    date gets `PINNED_DATE`, so that a run resumed on another day trains on the same rows.
+    date gets `PINNED_DATE`, so that a run resumed on another day trains on the same rows. Raises `TemplateRefusedError`.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.name = tokenizer.name_or_path
         self.special = dict(tokenizer.special_tokens_map)
         self.templates = {tools: tokenizer.get_chat_template(tools=[{}] if tools else None) for tools in (False, True)}
 
@@ -246,13 +291,16 @@ class Renderer:
     def _render(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, prompt: bool, marked: bool) -> Any:
         from transformers.utils import chat_template_utils as library
 
-        compiled = library._compile_jinja_template(self.templates[bool(tools)])
         chat = _without_nulls(messages)
         if not all(message.keys() <= _PLAIN_KEYS for message in chat):
             chat = library._alias_reasoning_fields(library._plain_template_data(chat))
         given: dict[str, Any] = {"messages": chat, "tools": tools or None, "documents": None}
         given |= {"add_generation_prompt": prompt, "strftime_now": PINNED_DATE.strftime, **self.special}
-        return library._render_with_assistant_indices(compiled, **given) if marked else compiled.render(**given)
+        with template_errors(self.name):
+            compiled = library._compile_jinja_template(self.templates[bool(tools)])
+            found = library._render_with_assistant_indices(compiled, **given) if marked else compiled.render(**given)
+        refuse_empty(self.name, found[0] if marked else found, messages)
+        return found
 
 
 def _without_nulls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

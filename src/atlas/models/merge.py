@@ -116,9 +116,10 @@ def merge(adapter: str, to: Path, dtype: str = "auto", base: str | None = None) 
 
 
 def _prompt(tokenizer: Any, text: str) -> "torch.Tensor":
+    from atlas.models.base import chat_prompt
+
     if tokenizer.chat_template:
-        chat = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        text = chat_prompt(tokenizer, [{"role": "user", "content": text}])
     return tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)["input_ids"]
 
 
