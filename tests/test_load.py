@@ -72,14 +72,29 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: retensor(f, lambda n, t: {n: t, n.replace("layers.1", "layers.7"): t.clone()}),
         "has unknown 14 weights",
     ),
+    "a scale that is none": (
+        lambda f: edit(f / "adapter_config.json", lambda c: c.update(lora_alpha=float("nan"))),
+        "adapter_config.json is damaged (ValueError: NaN is not a finite number)",
+    ),
+    "a scale that is too large": (
+        lambda f: edit(f / "adapter_config.json", lambda c: c.update(lora_alpha=1e39)),
+        "run is broken: its logits are not finite",
+    ),
     "a number that is none": (lambda f: retensor(f, lambda n, t: {n: t / 0}), "numbers that are not finite"),
-    "other shapes": (lambda f: retensor(f, lambda n, t: {n: t[:, :3].contiguous()}), "does not fit"),
-    "rank of another": (lambda f: edit(f / "adapter_config.json", lambda c: c.update(r=4)), "does not fit"),
+    "other shapes": (lambda f: retensor(f, lambda n, t: {n: t[:, :3].contiguous()}), "size mismatch for base_model."),
+    "rank of another": (
+        lambda f: edit(f / "adapter_config.json", lambda c: c.update(r=4)),
+        "size mismatch for base_model.",
+    ),
+    "config is empty": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "adapter_config.json is damaged (ValueError: it names no peft_type)",
+    ),
     "config is no JSON": (lambda f: cut(f / "adapter_config.json", 40), "adapter_config.json is damaged"),
     "config is a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "adapter_config.json is damaged"),
     "config of another method": (
         lambda f: edit(f / "adapter_config.json", lambda c: c.update(peft_type="SOMETHING")),
-        "does not fit",
+        "unknown name 'SOMETHING'",
     ),
     "manifest cut off": (lambda f: cut(f / "manifest.json", 300), "manifest.json is damaged"),
     "manifest without a model": (
@@ -110,6 +125,59 @@ def test_a_damaged_adapter_is_refused(
         err = capsys.readouterr().err
         assert said in err and err.count("error: ") == 1 and "Traceback" not in err, (name, err)
     assert not list((tmp_path).glob("out/merged*")) and not (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_base_with_a_weight_that_is_no_number_is_refused(
+    value: float, trained_run: TrainedRun, lab: PocketPaths, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """Greedy decoding on it ends at once, which would pass for a short reply; the adapter on it is sound."""
+    base = Path(shutil.copytree(trained_run.base, tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = value
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    tuned = Path(shutil.copytree(trained_run.folder, tmp_path / "run"))
+    edit(
+        tuned / "manifest.json", lambda m: (m["base"].update(content=None), m["config"]["model"].update(name=str(base)))
+    )
+    of_adapter = commands(lab, base, tuned, tmp_path / "out")
+    scoring = ["--config", str(ROOT / "configs" / "sft_pocket.yaml"), f"model.name={base}", "--base", "--limit", "1"]
+    scoring += [f"eval.data.ifeval={lab.eval}", f"output.results_dir={tmp_path / 'out'}"]
+    alone = {
+        "generate a base": lambda: generate.main(["--model", str(base), "Hi"]),
+        "sample a base": lambda: generate.main(["--model", str(base), "--temperature", "1", "Hi"]),
+        "eval --base": lambda: evaluation.main([*scoring, "eval.tasks=[{name: ifeval, max_gen_toks: 4}]"]),
+    }
+    for name, command in (of_adapter | alone).items():
+        assert command() == 2, name
+        out, err = capsys.readouterr()
+        assert f"error: '{base}' is broken: its logits are not finite" in err and "stops by itself" not in out, name
+    assert not list(tmp_path.glob("out/merged*")) and not (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("without", ["manifest", "content"])
+def test_a_base_that_cannot_be_checked_is_said(without: str, trained_run: TrainedRun, lab, tmp_path: Path, capsys):
+    folder = Path(shutil.copytree(trained_run.folder, tmp_path / "run"))
+    (folder / "manifest.json").unlink()
+    if without == "content":
+        (folder / "manifest.json").write_text('{"format": 2}')
+    does = commands(lab, trained_run.base, folder, tmp_path / "out")
+    for name in ("generate", "merge"):
+        assert does[name]() == 0
+        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+        assert len(notes) == 1 and str(trained_run.base) in notes[0] and "cannot be checked" in notes[0], name
+    checked = commands(lab, trained_run.base, trained_run.folder, tmp_path / "out")
+    assert checked["generate"]() == 0 and "note: " not in capsys.readouterr().err
+
+
+def test_an_adapter_of_eight_bit_floats(trained_run: TrainedRun, lab: PocketPaths, tmp_path: Path, capsys):
+    folder = Path(shutil.copytree(trained_run.folder, tmp_path / "run"))
+    retensor(folder, lambda name, tensor: {name: tensor.to(torch.float8_e4m3fn)})
+    for name, command in commands(lab, trained_run.base, folder, tmp_path / "out").items():
+        assert command() == 0, (name, capsys.readouterr().err)
+    retensor(folder, lambda name, tensor: {name: (tensor.float() / 0).to(torch.float8_e4m3fn)})
+    assert commands(lab, trained_run.base, folder, tmp_path / "out")["generate"]() == 2
+    assert "holds numbers that are not finite" in capsys.readouterr().err
 
 
 def test_an_adapter_without_template(

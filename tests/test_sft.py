@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from atlas.config import load_config
@@ -397,7 +398,7 @@ def test_wrong_data_is_one_message_and_exit_status_2(name: str, sft_args: list[s
     [
         (None, "has no chat template"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "special token that ends the turn"),
-        ("{{ raise_exception('no') }}", "cannot render a user and an assistant turn"),
+        ("{{ raise_exception('no') }}", "cannot render a conversation: TemplateError: no."),
     ],
 )
 def test_unusable_templates_are_exit_status_2(
@@ -424,6 +425,17 @@ def test_base_model_without_weights_or_tokenizer(missing: str, part: str, sft_ar
     assert sft.main([*sft_args, f"model.name={folder}"]) == 2
     err = capfd.readouterr().err
     assert part in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("often", [1, 10])
+def test_a_run_that_diverges_at_once_may_have_a_broken_base(often: int, sft_args: list[str], tmp_path: Path, capfd):
+    folder = Path(shutil.copytree(sft_args[2].split("=")[1], tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert sft.main([*sft_args, f"model.name={folder}", f"train.logging_steps={often}"]) == 1
+    err = capfd.readouterr().err
+    assert "the loss of step 1 is not finite" in err and "the weights of model.name may be broken" in err
 
 
 @pytest.mark.parametrize("often", [1, 10])

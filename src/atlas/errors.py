@@ -28,8 +28,9 @@ class StoppedError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line: its first, or its kind where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What a library's error says, in one line: its first, with the next after a heading, or its kind where it says nothing."""
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {rest[0]}" if first.endswith(":") and rest else first
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:

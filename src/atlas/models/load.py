@@ -5,6 +5,8 @@ does not ask on standard input either.
 """
 
 import json
+import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from pydantic import ValidationError
 
 from atlas.compat import check_libraries
 from atlas.config import QuantizationConfig, is_path
+from atlas.console import say
 from atlas.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -71,10 +74,12 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter:
         refuse_non_finite(folder)
     except (OSError, SafetensorError) as error:
         raise _damaged(folder / WEIGHTS, error) from None
-    noted, manifest = _json(folder / CONFIG), {}
+    noted, manifest = read_json(folder / CONFIG), {}
+    if not isinstance(noted.get("peft_type"), str):
+        raise _damaged(folder / CONFIG, ValueError("it names no peft_type"))
     base, base_revision, quantization = noted.get("base_model_name_or_path"), noted.get("revision"), None
     if (folder / MANIFEST).is_file():
-        manifest = _json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST)
         if "config_hash" in manifest:
             try:
                 model, trained = manifest["config"]["model"], manifest.get("base", {})
@@ -91,14 +96,22 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter:
     return Adapter(name, folder, commit, base, base_revision, quantization, manifest)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in an adapter's file. Raises `UserError` where there is none, or where a number of it is not finite."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found: dict[str, Any] = json.loads(text, parse_constant=_finite, parse_float=_finite)
         if not isinstance(found, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from None
     return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):  # NaN, Infinity, 1e999
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -159,7 +172,8 @@ def put_adapter(model: "PreTrainedModel", adapter: Adapter) -> "PeftModel":
         found = tuned.load_adapter(str(adapter.folder), "default")
     # names of modules that are not there or a config without meaning, other shapes, a damaged file
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
-        raise UserError(f"{adapter.name} does not fit on {model.name_or_path!r}: {first_line(error)}") from None
+        text = f"unknown name {error}" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{adapter.name} does not fit on {model.name_or_path!r}: {text}") from None
     for kind, keys in (("lacks", found.missing_keys), ("has unknown", found.unexpected_keys)):
         if keys:
             raise UserError(
@@ -218,9 +232,32 @@ def load_model(
             f"{str(base)!r}, which has {room}"
         )
     if adapter is None:
-        return model.eval(), tokenizer
+        model.eval()
+        if not _gives_numbers(model, tokenizer):
+            raise UserError(_NO_NUMBERS.format(repr(str(base)), model.dtype))
+        return model, tokenizer
     _refuse_another_base(adapter, str(base), revision)
-    return put_adapter(model, adapter), tokenizer
+    tuned = put_adapter(model, adapter)
+    if not _gives_numbers(tuned, tokenizer):
+        with tuned.disable_adapter():
+            culprit = adapter.name if _gives_numbers(tuned, tokenizer) else repr(str(base))
+        raise UserError(_NO_NUMBERS.format(culprit, model.dtype))
+    return tuned, tokenizer
+
+
+_NO_NUMBERS = (
+    "{} is broken: its logits are not finite (nan or inf), so every reply would be noise. A weight or a scale of it is not finite, "
+    "or too large for {}: get its files again"
+)
+
+
+def _gives_numbers(model: Any, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Are the logits of a short prompt finite? One forward pass meets every weight but the embeddings of other tokens."""
+    import torch
+
+    ids = tokenizer("A short text.", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return bool(model(input_ids=ids.to(model.device)).logits.isfinite().all())
 
 
 def _refuse_another_base(adapter: Adapter, name: str, revision: str | None) -> None:
@@ -231,14 +268,18 @@ def _refuse_another_base(adapter: Adapter, name: str, revision: str | None) -> N
     from atlas.models.base import content_of
 
     trained = adapter.manifest.get("base", {})
-    same = revision is not None and (name, revision) == (adapter.base, trained.get("commit"))
-    if same or not trained.get("content"):
+    if revision is not None and (name, revision) == (adapter.base, trained.get("commit")):
+        return
+    unchecked = f"note: whether {name!r} is the base model that {adapter.name} was trained on cannot be checked: "
+    if not trained.get("content"):
+        say(f"{unchecked}it has no {MANIFEST} that says what that one holds", file=sys.stderr)
         return
     folder = Path(name)
     if not folder.is_dir():
         found = try_to_load_from_cache(name, "config.json", revision=revision)
         if not isinstance(found, str):
-            return  # nothing is kept of it on this machine
+            say(f"{unchecked}no file of it is kept on this machine", file=sys.stderr)
+            return
         folder = Path(found).parent
     if content_of(folder) != trained["content"]:
         at = f" at {trained['commit']}" if trained.get("commit") else ""

@@ -154,17 +154,20 @@ class LabeledSFTTrainer(SFTTrainer):
         """Raises `RunError` where a loss was not finite, or the adapter is not."""
         tensors = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if int(self._broken_at) > 0:
-            self._diverged(f"the loss of step {int(self._broken_at)} is not finite")
+            self._diverged(f"the loss of step {int(self._broken_at)} is not finite", int(self._broken_at))
         if not all(torch.stack([tensor.isfinite().all() for tensor in tensors])):
             self._diverged(f"the adapter is not finite after step {self.state.global_step}")
 
-    def _diverged(self, what: str) -> NoReturn:
+    def _diverged(self, what: str, step: int | None = None) -> NoReturn:
+        """`step`: the first that is known to be broken, where it is not the last one."""
         folder = Path(str(self.args.output_dir))
         last = checkpoints.newest(folder, self.identity.start)
         raise RunError(
             f"the run has diverged: {what} (nan or inf). Nothing of that is saved or pushed; "
             + (f"{last} is the last checkpoint from before" if last else "there is no checkpoint from before")
             + ". Lower train.learning_rate, or look at the rows of that step"
+            # Before that step no rate has changed anything.
+            + (". So early the weights of model.name may be broken" if (step or self.state.global_step) <= 1 else "")
         )
 
     def supervised_tokens_of_all(self) -> int:
