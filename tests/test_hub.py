@@ -166,6 +166,12 @@ PASSING = {
     "answer lost after the repo was made": ("create", {"kind": "lose"}, {}, "cannot be reached"),
     "the address of the storage had expired": ("blob", {"status": 403}, LFS, "may have expired"),
     "verified too early": ("verify", {"status": 404}, LFS, "its storage may be late"),
+    "verified while it may not be": (
+        "verify",
+        {"status": 403},
+        LFS,
+        "though the token of user 'ann' has the role 'write'",
+    ),
     "no token for Xet yet": ("xet_token", {"status": 404}, {}, "its storage may be late"),
     "somebody else was faster": ("commit", {"status": 412}, {}, "somebody else"),
 }
@@ -199,7 +205,7 @@ LASTING = {
     "something else": ("commit", {"status": 400, "times": FOREVER, "body": WHY}, ["the Hub refuses", WHY["error"]], 1),
     "no Hub at all": ("info", {"status": 200, "times": FOREVER, "body": {"hello": 1}}, ["is no Hub", "HF_ENDPOINT"], 1),
     "the storage refuses": ("blob", {"status": 403, "times": FOREVER}, ["storage of large files", "expired"], 5),
-    "write permission gone": ("xet_token", {"status": 403, "times": FOREVER}, ["'ann'", "may not write"], 1),
+    "write permission gone": ("xet_token", {"status": 403, "times": FOREVER}, ["refuses (403)", "'ann'", "'write'"], 1),
 }
 
 

@@ -324,7 +324,7 @@ def _refusal(status: int, url: str, headers: Mapping[str, str], repo: str, write
     elif status == 403 and write and in_storage:
         text = "the storage of large files refuses (403): the address that the Hub gave out for it may have expired"
     elif status == 403 and write:
-        text = _why_forbidden(repo)
+        text = _why_forbidden(repo, details)
     elif status == 404 and upload:
         text = (
             f"the Hub does not find what is being uploaded (404): its storage may be late, or {repo} deleted or renamed"
@@ -342,13 +342,13 @@ def _refusal(status: int, url: str, headers: Mapping[str, str], repo: str, write
     passing = (
         _can_pass(status)
         or status in (409, 412)
-        or (write and status == 403 and in_storage)
+        or (write and status == 403 and (in_storage or "/info/lfs/verify" in url))  # what was sent is not there yet
         or (upload and status == 404)
     )
     return HubError(text, passing=passing, wait=wait)
 
 
-def _why_forbidden(repo: str) -> str:
+def _why_forbidden(repo: str, details: str) -> str:
     """A 403 does not say whether the token, its permissions or the namespace is wrong; the token's owner does."""
     from huggingface_hub import HfApi
 
@@ -361,6 +361,8 @@ def _why_forbidden(repo: str) -> str:
         return "this token may not write there (403)"
     if namespace not in namespaces:
         return f"user {name!r} may not write to the namespace {namespace!r} (403). Their own: {', '.join(namespaces)}"
+    if role in ("write", "admin"):
+        return f"the Hub refuses (403), though the token of user {name!r} has the role {role!r}: {details}"
     return (
         f"the token of user {name!r} (role {role!r}) may not write (403). "
         "Make one with write permission: https://huggingface.co/settings/tokens"
@@ -424,12 +426,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--public", action="store_true", help="where the repo has to be created, make it public")
     arguments = parser.parse_args(argv)
     folder, repo, private = arguments.folder, arguments.repo, not arguments.public
-    from atlas.models.load import find_adapter
+    from atlas.models.adapters import refuse_unloadable
+    from atlas.models.load import CONFIG, find_adapter, read_json
 
     def go() -> int:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
-        find_adapter(str(folder))  # nothing damaged goes up
+        refuse_unloadable(find_adapter(str(folder)), read_json(folder / CONFIG))  # nothing damaged goes up
         remedy = "\n       " + finish_later(folder, repo, private=private)
         check_access(repo, private=private, key="namespace/name", remedy=remedy)
         return push(folder, repo, private=private)
