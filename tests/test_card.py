@@ -109,6 +109,11 @@ def test_scores_of_this_adapter_and_no_other(run: Path):
     (moved / "adapter_model.safetensors").write_bytes(b"retrained")
     assert "No score of it is recorded" in card_of(moved) and not (moved / "scores.json").exists()
 
+    # A file of that name that is somebody else's stays.
+    (moved / "scores.json").write_text('{"mine": 1}')
+    card_of(moved)
+    assert (moved / "scores.json").read_text() == '{"mine": 1}'
+
 
 @pytest.mark.parametrize(
     "broken", ["", "{", "[]", '{"runs": [{"adapter_sha256": SHA, "tasks": {"ifeval": {"n": 1}}}]}']

@@ -194,6 +194,36 @@ def test_the_lowest_steps_are_removed_whatever_the_clock_said(whole: tuple[list[
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-7", "checkpoint-6"]
 
 
+def test_what_somebody_has_put_into_checkpoints_stays(whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd):
+    """Also where one of them is a link: what it leads to stays, and the link makes way."""
+    arguments, run = whole
+    folder = broken_off(run.folder, tmp_path / "out", 6)
+    for step in (1, 4):
+        (folder / f"checkpoint-{step}" / "deep").mkdir()
+        (folder / f"checkpoint-{step}" / "deep" / "notes.txt").write_text("mine")
+    notes = [folder / f"checkpoint-{step}" / "deep" / "notes.txt" for step in (1, 4)]
+
+    def link(step: int, to: Path) -> None:
+        (folder / f"checkpoint-{step}").rename(to).joinpath("kept").touch()
+        (folder / f"checkpoint-{step}").symlink_to(to)
+
+    link(5, tmp_path / "elsewhere")
+    asked = [*arguments, f"output.dir={folder}", "train.max_steps=5", "--resume", "never"]
+    assert sft.main([*asked, "train.save_total_limit=9"]) == 0  # each step is written again
+    assert [path.name for path in checkpoints(folder)] == [f"checkpoint-{step}" for step in (6, 5, 4, 3, 2, 1)]
+    link(2, tmp_path / "other")
+    capfd.readouterr()
+    assert sft.main([*asked, "train.save_total_limit=1"]) == 0
+    out = capfd.readouterr().out
+    assert [path.name for path in checkpoints(folder)] == [f"checkpoint-{step}" for step in (5, 4, 1)]
+    for note in notes:
+        assert note.read_text() == "mine"
+        assert out.count(f"{note.parents[1]} is not removed: atlas has not written deep/notes.txt in it") == 1
+    assert not list(folder.glob(".old-*")) and not any(path.is_symlink() for path in folder.iterdir())
+    for moved in ("elsewhere", "other"):
+        assert (tmp_path / moved / "kept").exists() and (tmp_path / moved / CONTENTS).exists()
+
+
 def of_a_trainer(folder: Path) -> None:
     checkpoint = folder / "checkpoint-500"
     checkpoint.mkdir(parents=True)
@@ -213,6 +243,10 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "an adapter": (of_others("adapter_model.safetensors"), "adapter_model.safetensors was not written by atlas"),
     "a tokenizer": (of_others("tokenizer.json"), "tokenizer.json was not written by atlas"),
     "a card": (of_others("README.md", "# Mine\n"), "README.md was not written by atlas"),
+    "scores": (of_others("scores.json"), "scores.json was not written by atlas"),
+    "a summary": (of_others("audit_summary.json", "mine"), "audit_summary.json was not written by atlas"),
+    "a report": (of_others("data_report.html", "<h1>Mine</h1>"), "data_report.html was not written by atlas"),
+    "an audit": (of_others("sft_template_audit.html", ""), "sft_template_audit.html was not written by atlas"),
     "a manifest": (of_others("manifest.json", '{"name": "app"}'), "manifest.json is not one of atlas"),
 }
 

@@ -258,7 +258,20 @@ def test_fp16_loss_scaling_needs_float32_adapters(sft_args: list[str], monkeypat
 
 def test_a_run_that_changes_nothing_is_a_failure(sft_args: list[str], capfd):
     assert sft.main([*sft_args, "--max-steps", "1"]) == 1  # one step of warm-up: its learning rate is 0
-    assert "LoRA B is zero" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "LoRA B is zero" in err and "Train for more than one step: at the first one of a warm-up" in err
+    assert sft.main([*sft_args, "--resume", "never", "train.neftune_noise_alpha=1e30"]) == 1
+    err = capfd.readouterr().err
+    assert "LoRA B is zero" in err and "warm-up" not in err and "train.neftune_noise_alpha" in err
+
+
+def test_a_run_without_a_step_is_refused_before_the_model_is_loaded(sft_args: list[str], tmp_path: Path, capfd):
+    asked = [*sft_args, f"model.name={without_weights(sft_args, tmp_path / 'base')}", "train.dataloader_drop_last=true"]
+    for steps in ("3", "-1"):
+        assert sft.main([*asked, f"train.max_steps={steps}", "train.per_device_train_batch_size=500"]) == 2
+        out, err = capfd.readouterr()
+        assert "data.train: 120 rows are no batch of 500" in err and "set train.dataloader_drop_last=false" in err
+        assert "done:" not in out
 
 
 def test_tokenizer_of_another_family_is_refused(sft_args: list[str], tmp_path: Path, capfd):

@@ -15,6 +15,12 @@ _DATASETS = {"ifeval": "google/IFEval"}  # where a task's data are on the Hub, i
 _OF_RUN = ("name", "adapter_sha256", "dtype", "quantization", "backend", "date", "tasks")
 _OF_TASK = ("n", "metrics", "stop_rate", "mean_tokens")
 _SEAL = "<!-- made by atlas, "
+MARKS = {  # what the other files hold that are written beside an adapter, and no other tool's of that name
+    "audit_summary.json": '"stream_sha256"',
+    "data_report.html": "<title>atlas: the data</title>",
+    "scores.json": '"adapter_sha256"',
+    "sft_template_audit.html": "<title>atlas: what is trained</title>",
+}
 _RECIPE = {  # of the config: nothing that could be a path
     "quantization": ("load_in_4bit",),
     "lora": ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"),
@@ -63,21 +69,34 @@ def is_generated(text: str) -> bool:
     return from_peft or text == _sealed(text.rpartition(_SEAL)[0])
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether there is a file under one of the names in `MARKS` that is not atlas'."""
+    try:
+        return MARKS[path.name] not in path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return False
+    except OSError:  # a folder
+        return True
+
+
 def _sha256(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def _collect(own: Path, source: Path, pick: Callable[[str, str], Any], key: str) -> Any:
-    """What `pick` finds for `key` in `source`, or in the folder's own copy of it; which is renewed, or removed where stale."""
+    """What `pick` finds for `key` in `source`, or in the folder's own copy of it; which is renewed, or removed where stale.
+    A file of that name that is not atlas' stays as it is."""
     for path in (source, own):
         try:
             found = pick(path.read_text(encoding="utf-8"), key)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
         if found:
-            write_json(own, found)
+            if not is_foreign(own):
+                write_json(own, found)
             return found
-    own.unlink(missing_ok=True)
+    if not is_foreign(own):
+        own.unlink(missing_ok=True)
     return None
 
 

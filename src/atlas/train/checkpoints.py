@@ -12,10 +12,11 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from atlas.card import is_generated
+from atlas.card import MARKS, is_foreign, is_generated
 from atlas.config import LoadedConfig, experiment
 from atlas.console import say
 from atlas.errors import UserError
@@ -70,7 +71,7 @@ class Identity:
 
 def seal(folder: Path, run: Identity, step: int) -> None:
     """List the files of a written checkpoint in it, and bring all of it to the disk."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     contents = {
         "format": _FORMAT,
         "step": step,
@@ -83,7 +84,9 @@ def seal(folder: Path, run: Identity, step: int) -> None:
         "start": run.start,
         "over": run.over,
         "versions": versions(),
-        "files": {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in files},
+        "files": {
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in files
+        },
     }
     for path in files:
         flush(path)
@@ -92,19 +95,24 @@ def seal(folder: Path, run: Identity, step: int) -> None:
 
 
 def put_in_place(staged: Path, final: Path) -> None:
-    """Rename; one that is there already (the same step, trained again) is kept until the new one is in its place."""
+    """Rename; one that is there already (the same step, trained again) is kept until the new one is in its place, and what
+    somebody else has put into it for good."""
     old = final.with_name(f".old-{final.name}")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    if os.path.lexists(final):
+        _remove(old)
         final.rename(old)
     staged.rename(final)
     flush(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if not old.is_symlink():
+        for name in _others_files(old, final):
+            (final / name).parent.mkdir(parents=True, exist_ok=True)
+            (old / name).rename(final / name)
+    _remove(old)
 
 
 def remove_oldest(output_dir: Path, limit: int | None, keep: set[Path], start: str) -> None:
     """Remove atlas' checkpoints until at most `limit` are left or those to `keep`: first those of earlier starts, whose steps may
-    be higher, then the lowest steps. Times do not count: clocks jump."""
+    be higher, then the lowest steps. Times do not count: clocks jump. One that holds a file of somebody else stays."""
 
     def age(path: Path) -> tuple[bool, int]:
         contents = _read(path / CONTENTS) or {}
@@ -113,6 +121,32 @@ def remove_oldest(output_dir: Path, limit: int | None, keep: set[Path], start: s
     others = sorted((path for path in checkpoints(output_dir) if path not in keep and not _foreign(path)), key=age)
     surplus = len(others) + len(keep) - limit if limit else 0
     for path in others[: max(surplus, 0)]:
+        if names := [] if path.is_symlink() else _others_files(path, *keep):
+            _say_once(f"{path} is not removed: atlas has not written {', '.join(names[:3])} in it")
+        else:
+            _remove(path)
+
+
+def _others_files(checkpoint: Path, *whole: Path) -> list[str]:
+    """The files in a checkpoint that neither its own list nor that of one of `whole` names."""
+    known = {CONTENTS, "checkpoint-is-incomplete.txt"}
+    for path in (checkpoint, *whole):
+        files = (_read(path / CONTENTS) or {}).get("files")
+        known.update(files if isinstance(files, dict) else ())
+    found = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir())
+    return sorted(name for name in found if name not in known)
+
+
+@cache
+def _say_once(text: str) -> None:
+    say(text, flush=True)
+
+
+def _remove(path: Path) -> None:
+    """A folder, or of a link only the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -170,6 +204,7 @@ def refuse_foreign(output_dir: Path, resume: str) -> None:
         for name in () if by_manifest else _RESULT:
             if (digest := _digest(output_dir / name)) and digest not in (known or {}).get(name, ()):
                 found.append(f"{name} was not written by atlas, or was changed since")
+        found += [f"{name} was not written by atlas" for name in MARKS if is_foreign(output_dir / name)]
         card = output_dir / "README.md"
         if card.is_file() and not is_generated(card.read_text(encoding="utf-8", errors="replace")):
             found.append("README.md was not written by atlas, or was changed since")

@@ -25,6 +25,7 @@ from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError, run_ma
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig
 
     from atlas.data.prepare import Labeled
     from atlas.train.preflight import Ready
@@ -91,8 +92,8 @@ def _main(arguments: argparse.Namespace) -> int:
         run = train(loaded, resume=arguments.resume)
     if run.manifest["result"]["lora_b_norm"] == 0.0:
         print(
-            "error: no step changed the adapter (LoRA B is zero), so that its scores would be the base model's. Train for more "
-            "steps than the warm-up takes: at the first one the learning rate is 0",
+            "error: no step changed the adapter (LoRA B is zero), so that its scores would be the base model's. "
+            f"{_why_unchanged(loaded, run.manifest['result']['steps'])}",
             file=sys.stderr,
         )
         return FAILED
@@ -101,6 +102,15 @@ def _main(arguments: argparse.Namespace) -> int:
 
         return push(run.folder, loaded.config.output.hub_repo, private=loaded.config.output.hub_private)
     return DONE
+
+
+def _why_unchanged(loaded: LoadedConfig, steps: int) -> str:
+    if steps == 1 and loaded.config.train_value("warmup_steps"):
+        return "Train for more than one step: at the first one of a warm-up the learning rate is 0"
+    return (
+        "Look at grad and lr in the log above: with a grad of 0 what the adapter does never reached the loss (a much too large "
+        "train.neftune_noise_alpha does that); else raise train.learning_rate"
+    )
 
 
 def is_main_process() -> bool:
@@ -164,8 +174,8 @@ def _train(loaded: LoadedConfig, ready: "Ready", resume: str, started: float) ->
         say(line(summarize(labeled)), flush=True)
         gate(config, labeled)
         rows = arrange(labeled.dataset, arguments)
-    if arguments.world_size > 1 and not config.data.streaming:
-        print(_left_out(len(rows), arguments.per_device_train_batch_size, arguments.world_size))
+    if (arguments.world_size > 1 or arguments.dataloader_drop_last) and not config.data.streaming:
+        print(_left_out(len(rows), arguments))
     identity = Identity.of(loaded, labeled.fingerprint, plan.hardware, ready.base.content)
     finished = finished_manifest(folder, identity)
     if finished is not None and resume == "auto":
@@ -245,16 +255,20 @@ def _train(loaded: LoadedConfig, ready: "Ready", resume: str, started: float) ->
     return SftRun(folder, trainer, manifest)
 
 
-def _left_out(rows: int, batch: int, processes: int) -> str:
-    """What several processes do with rows that do not make a batch for each. Raises `UserError` where none do."""
-    left = rows % (batch * processes)
+def _left_out(rows: int, arguments: "SFTConfig") -> str:
+    """What becomes of rows that do not make a batch for each process. Raises `UserError` where none do: no step could be taken."""
+    batch, processes = arguments.per_device_train_batch_size, arguments.world_size
+    left, what = rows % (batch * processes), "packs" if arguments.packing else "rows"
+    each, remedy = f" for each of {processes} processes", "start fewer processes"
+    why = f"{processes} processes"
+    if processes == 1:
+        each, remedy, why = "", "set train.dataloader_drop_last=false", "train.dataloader_drop_last"
     if left == rows:
         raise UserError(
-            f"data.train: {rows:,} rows are no batch of {batch} for each of {processes} processes: lower "
-            "train.per_device_train_batch_size, or start fewer processes"
+            f"data.train: {rows:,} {what} are no batch of {batch}{each}, so that there is no step to train ({why}): lower "
+            f"train.per_device_train_batch_size, or {remedy}"
         )
-    said = f"{processes} processes: each epoch leaves out {left:,} of {rows:,} rows, others each time"
-    return f"{said}, which make no batch of {batch} for each"
+    return f"{why}: each epoch leaves out {left:,} of {rows:,} {what}, others each time, which make no batch of {batch}{each}"
 
 
 def _again(resume: str, checkpoint: Path) -> str:
