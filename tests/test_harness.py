@@ -206,3 +206,12 @@ def test_scorer_is_imported_without_a_download(tmp_path: Path) -> None:
         env={"NLTK_DATA": str(tmp_path), "HOME": str(tmp_path)},
     )
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
+
+
+def test_lm_eval_asks_nobody_about_the_machine(
+    lab: base.PocketPaths, loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Outside of a checkout git says "fatal: not a git repository" on the terminal itself, past Python's `sys.stderr`."""
+    monkeypatch.chdir(tmp_path)
+    run_ifeval(*loaded, lab.eval, max_gen_toks=4, limit=1)
+    assert capfd.readouterr().err == ""

@@ -85,8 +85,7 @@ def run_task(
 
 def score(lm: Any, task: "LoadedTask") -> TaskResult:
     """Run lm-eval on one task with a recording model (see `_recording_lm`)."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval import evaluate
 
     if task.generation and task.generation["max_gen_toks"] >= lm.max_length:
         wanted = task.generation["max_gen_toks"]
@@ -97,14 +96,14 @@ def score(lm: Any, task: "LoadedTask") -> TaskResult:
     records: list[Record] = []
     for name, part in task.parts.items():
         with _quiet():
-            out = simple_evaluate(
+            # Not `simple_evaluate`: it asks git, pip and nvidia-smi about this machine, and what git says reaches the terminal.
+            part.set_fewshot_seed(1234)  # as there
+            out = evaluate(
                 lm,
-                tasks=[part],
-                task_manager=TaskManager(
-                    include_defaults=False
-                ),  # lm-eval would read its own 13,000 task files, for 10 s
+                {"tasks": {part.config.task: part}},
                 limit=task.settings.limit,
                 apply_chat_template=task.chat_template,
+                fewshot_as_multiturn=True,
                 bootstrap_iters=0,
             )
         (samples,) = out["samples"].values()

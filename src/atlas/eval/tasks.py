@@ -172,6 +172,8 @@ def load_task(settings: EvalTask, data: str | None, chat_template: bool = True) 
             f"eval.tasks: the data of {settings.name} cannot be loaded: {first_line(error)}. Local data: "
             f"eval.data.{settings.name}=PATH"
         ) from None
+    for part in parts.values():
+        part.set_config("num_fewshot", part.config.num_fewshot or 0)
     documents = {name: _documents(task, settings.limit) for name, task in parts.items()}
     first_part = next(iter(parts.values()))
     generation = None
@@ -185,7 +187,7 @@ def load_task(settings: EvalTask, data: str | None, chat_template: bool = True) 
         known=known,
         parts=parts,
         version=first_part.VERSION,
-        num_fewshot=first_part.config.num_fewshot or 0,
+        num_fewshot=first_part.config.num_fewshot,
         data_sha256=_sha256(documents),
         n=sum(map(len, documents.values())),
         generation=generation,
