@@ -133,8 +133,10 @@ def test_page_and_plots_are_the_same_bytes_each_time(results: Path):
     ("changes", "said"),
     [
         ({"version": 3.0}, "version is 4.0 and 3.0"),
-        ({"data": "e" * 64}, "data is"),
-        ({"generation": {"max_gen_toks": 64, "do_sample": False}}, "generation is"),
+        ({"data": "e" * 64}, "data is dddddddddddd and eeeeeeeeeeee; score"),
+        ({"generation": {"max_gen_toks": 64, "do_sample": False}}, "max_gen_toks is 1280 and 64; score"),
+        ({"limit": 2, "data": "e" * 64}, "limit is None and 2; score"),
+        ({"num_fewshot": 5, "data": "e" * 64}, "num_fewshot is 0 and 5, data is dddddddddddd and"),
         ({"num_fewshot": 5}, "num_fewshot is 0 and 5"),
         ({"limit": 150}, "limit is None and 150"),
         ({"chat_template": False}, "base was asked through its chat template, new in plain text"),
@@ -145,6 +147,16 @@ def test_what_is_not_comparable_is_refused(changes: dict, said: str, results: Pa
     add_run(results, "new", np.ones((150, 2), bool), **changes)
     assert run(results, "base", "new") == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_interval_of_an_older_version_is_computed_anew(results: Path):
+    file = results / "metrics.json"
+    metrics = json.loads(file.read_text())
+    stored = metrics["runs"][0]["tasks"]["ifeval"]["metrics"]["inst_strict"]
+    own = tuple(stored["interval"])
+    stored["interval"] = [stored["score"], stored["score"]]
+    file.write_text(json.dumps(metrics))
+    assert compare.comparison(results, ["base", "tuned"])[0].metrics[1].a.interval == own
 
 
 def test_other_hardware_is_only_noted(results: Path, capsys: pytest.CaptureFixture):

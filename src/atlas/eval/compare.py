@@ -17,12 +17,11 @@ from typing import Any
 
 from atlas.console import say
 from atlas.errors import DONE, UserError, run_main
-from atlas.eval.stats import ALPHA, Difference, Estimate, corrected, holm, paired_difference
-from atlas.eval.store import METRICS, locked, read_metrics, read_records, read_references
+from atlas.eval.stats import ALPHA, Difference, Estimate, corrected, estimates, holm, paired_difference
+from atlas.eval.store import METRICS, locked, read_metrics, read_records, read_references, unlike
 from atlas.files import replacing, write_text, writing
 
-# What must be equal for scores to be comparable, and what is only said where it differs.
-_SAME = ("version", "data", "prompt", "generation", "num_fewshot", "limit")
+# What is only said where it differs.
 _NOTED = ("dtype", "quantization", "backend", "hardware", "batch_size", "template_sha256")
 
 
@@ -157,12 +156,11 @@ def _compare(a: Run, b: Run, task: str) -> Comparison:
             f"{a.name} was asked {how[of_a['chat_template']]}, {b.name} {how[of_b['chat_template']]}: their difference on {task} "
             "would be that of two protocols, not of two models; score both with the same eval.chat_template"
         )
-    for field in _SAME:
-        if of_a.get(field) != of_b.get(field):  # rows of before this key have no prompt
-            raise UserError(
-                f"{a.name} and {b.name} are not comparable on {task}: {field} is {of_a.get(field)} and {of_b.get(field)}; "
-                "score both with the same settings"
-            )
+    if different := unlike(of_a, of_b):
+        what = ", ".join(f"{key} is {x} and {y}" for key, (x, y) in different.items())
+        raise UserError(
+            f"{a.name} and {b.name} are not comparable on {task}: {what}; score both with the same settings"
+        )
     by_key = {record["key"]: record for record in b.records[task]}
     if by_key.keys() != {record["key"] for record in a.records[task]}:
         raise UserError(f"{a.name} and {b.name} are not comparable on {task}: they have different prompts")
@@ -173,7 +171,7 @@ def _compare(a: Run, b: Run, task: str) -> Comparison:
                 f"{a.name} and {b.name} are not comparable on {task}: prompt {x['key']!r} has other metrics or instructions in "
                 "the one than in the other"
             )
-    metrics = []
+    metrics, scored_a, scored_b = [], _estimates(a.records[task]), _estimates(b.records[task])
     for name in pairs[0][0]["scores"]:
         scores = [(x["scores"][name], y["scores"][name]) for x, y in pairs]
         of = None
@@ -182,13 +180,13 @@ def _compare(a: Run, b: Run, task: str) -> Comparison:
             scores = [(p * k, q * k) for (p, q), k in zip(scores, of, strict=True)]
         before, after = [p for p, _ in scores], [q for _, q in scores]
         difference = paired_difference(before, after, of)
-        metrics.append(Metric(name, _estimate(of_a["metrics"][name]), _estimate(of_b["metrics"][name]), difference))
+        metrics.append(Metric(name, scored_a[name], scored_b[name], difference))
     notes = [f"{key}: {a.row[key]} and {b.row[key]}" for key in _NOTED if a.row[key] != b.row[key]]
     return Comparison(task, a, b, len(pairs), tuple(metrics), tuple(_groups(pairs)), tuple(notes))
 
 
-def _estimate(stored: dict[str, Any]) -> Estimate:
-    return Estimate(stored["score"], stored["stderr"], (stored["interval"][0], stored["interval"][1]))
+def _estimates(records: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
+    return estimates([record["scores"] for record in records], [len(record["groups"]) for record in records])
 
 
 def _groups(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[Group]:

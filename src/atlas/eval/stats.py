@@ -28,22 +28,29 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:
-    """The mean of one score per prompt: Wilson's interval where each is 0 or 1, else the normal one."""
+    """The mean of one score per prompt: Wilson's interval where each is 0 or 1, else that of `ratio_estimate`."""
     n = len(values)
-    mean = sum(values) / n
-    stderr = (sum((value - mean) ** 2 for value in values) / (n * max(n - 1, 1))) ** 0.5
-    if all(value in (0, 1) for value in values):
-        return Estimate(mean, stderr, wilson(mean, n))
-    return Estimate(mean, stderr, (max(0.0, mean - Z95 * stderr), min(1.0, mean + Z95 * stderr)))
+    found = ratio_estimate(values, [1] * n)
+    return replace(found, interval=wilson(found.score, n)) if all(value in (0, 1) for value in values) else found
 
 
 def ratio_estimate(passed: Sequence[float], of: Sequence[int]) -> Estimate:
     """Passed instructions over all, where prompts are the sampling unit: the linearised variance of a ratio of sums, since the
-    instructions of one prompt are answered by the same reply (Cochran 1977, Sampling Techniques, section 6.3)."""
+    instructions of one prompt are answered by the same reply (Cochran 1977, Sampling Techniques, section 6.3).
+
+    For the interval a prompt that passes and one that fails are added, as Agresti and Coull do for a share (1998, The American
+    Statistician 52:119): where no prompt passes, or each one does, the residuals are 0 and would give an interval without width.
+    """
+    import numpy as np
+
     n, ratio = len(of), sum(passed) / sum(of)
     residuals = sum((a - ratio * b) ** 2 for a, b in zip(passed, of, strict=True))
     stderr = (n * residuals / max(n - 1, 1)) ** 0.5 / sum(of)
-    return Estimate(ratio, stderr, (max(0.0, ratio - Z95 * stderr), min(1.0, ratio + Z95 * stderr)))
+    k = np.asarray(of, float)
+    _, (low, high), _ = linearised_t(
+        np.asarray(passed, float) - k / 2, k, float(k.mean()) / 2
+    )  # as a distance from one half
+    return Estimate(ratio, stderr, (max(0.0, 0.5 + low), min(1.0, 0.5 + high)))
 
 
 def estimates(scores: Sequence[Mapping[str, float]], instructions: Sequence[int]) -> dict[str, Estimate]:

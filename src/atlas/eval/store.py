@@ -162,14 +162,28 @@ def read_records(results: Path, name: str, task: str, scored: Mapping[str, Any])
         if unlike or (not record["groups"] and any(metric.startswith("inst_") for metric in record["scores"])):
             raise UserError(f"{path}: prompt {record['key']!r} does not have the scores of metrics.json: {remedy}")
     for metric, estimate in estimates([r["scores"] for r in records], [len(r["groups"]) for r in records]).items():
-        said = scored["metrics"][metric]
-        pairs = zip((estimate.score, *estimate.interval), (said["score"], *said["interval"]), strict=True)
-        if any(abs(own - there) > 1e-6 for own, there in pairs):
+        said = scored["metrics"][metric]["score"]  # its interval may be that of an older version's method
+        if abs(estimate.score - said) > 1e-6:
             raise UserError(
-                f"{results / METRICS}: {metric} of {name!r} is {said['score']:.4f} ({said['interval']}) there, and "
-                f"{estimate.score:.4f} by its records: {remedy}"
+                f"{results / METRICS}: {metric} of {name!r} is {said:.4f} there, and {estimate.score:.4f} by its records: {remedy}"
             )
     return records
+
+
+def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two results of one task differ, with both values; what a user sets stands first."""
+
+    def flat(task: Mapping[str, Any]) -> dict[str, Any]:
+        own = {
+            key: task.get(key) for key in ("chat_template", "prompt", "limit", "num_fewshot")
+        }  # older rows have no prompt
+        return own | (task.get("generation") or {}) | {"version": task["version"], "data": task["data"][:12]}
+
+    there, here = flat(a), flat(b)
+    found = {key: (there.get(key), here.get(key)) for key in there | here if there.get(key) != here.get(key)}
+    if "limit" in found:
+        found.pop("data", None)  # it is that of the prompts within the limit
+    return found
 
 
 def read_references(results: Path) -> list[dict[str, Any]]:
