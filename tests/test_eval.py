@@ -169,6 +169,31 @@ def test_a_name_is_one_plain_part_of_a_path(
     assert not (tmp_path / "r").exists() and [path.name for path in tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize("option", ["--name=", "--adapter=", "--merged=", "--tasks="])
+def test_an_empty_option_is_not_its_default(
+    option: str, lab: base.PocketPaths, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    base_too = ["--base"] if option in ("--name=", "--tasks=") else []
+    assert run.main(arguments(lab, tmp_path / "r", *base_too, option)) == 2
+    assert capsys.readouterr().err == f"error: {option[:-1]} is empty: give it a value, or leave it out\n"
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_merged_model_that_is_not_there_is_named_as_it_was_asked_for(
+    lab: base.PocketPaths, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "outputs" / "empty").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for merged, said in {
+        "outputs/typo": "error: --merged: there is no folder 'outputs/typo' with a model\n",
+        "./typo": "error: --merged: there is no folder './typo' with a model\n",
+        "outputs/empty": "error: --merged: 'outputs/empty' holds no model: config.json is missing\n",
+        "nobody/typo": "error: --merged: 'nobody/typo' cannot be found: ",  # no network
+    }.items():
+        assert run.main(arguments(lab, tmp_path / "r", "--merged", merged)) == 2
+        assert capsys.readouterr().err.startswith(said), merged
+
+
 @pytest.mark.parametrize("limit", ["0", "-1", "many"])
 def test_a_limit_is_at_least_one(limit: str, lab: base.PocketPaths, tmp_path: Path, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as stopped:
@@ -208,6 +233,48 @@ def test_results_that_cannot_be_kept_are_refused_before_a_model_is_loaded(
         assert (
             f"eval/x is in use by atlas eval (process {os.getpid()} on " in error and "choose another --name" in error
         )
+
+
+def test_a_finished_result_gives_way_to_other_settings_only_when_told_so(
+    lab: base.PocketPaths, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    from transformers import AutoModelForCausalLM
+
+    data, other = tmp_path / "data.jsonl", tmp_path / "other.jsonl"
+    lines = lab.eval.read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[:4]))
+    other.write_text("".join(lines[4:8]))
+    truth = f"eval.data.truthfulqa_mc2={truthfulqa(tmp_path / 't.jsonl')}"
+    tasks = "eval.tasks=[{name: ifeval, max_gen_toks: 4}, truthfulqa_mc2]"
+
+    def score(*more: str) -> int:
+        return run.main(arguments(lab, tmp_path / "r", "--base", "--name=x", f"eval.data.ifeval={data}", *more))
+
+    assert score(tasks, truth) == 0
+    kept = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*.json*")}
+    with monkeypatch.context() as patch:
+
+        def never(*args: Any, **kwargs: Any) -> None:
+            raise AssertionError("a model was loaded")
+
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+        capsys.readouterr()
+        for more, said in {
+            ("--limit", "2"): "limit None there, 2 now",
+            ("eval.tasks=[{name: ifeval, max_gen_toks: 8}]",): "max_gen_toks 4 there, 8 now",
+            ("eval.tasks=[{name: ifeval, max_gen_toks: 4, until: ['x']}]",): "until [] there, ['x'] now",
+            ("eval.tasks=[{name: ifeval, max_gen_toks: 4, prompt: 'Q{prompt}'}]",): "prompt None there, Q{prompt} now",
+            (f"eval.data.ifeval={other}",): "data ",
+        }.items():
+            assert score(tasks, truth, *more) == 2
+            error = capsys.readouterr().err
+            assert f"has results of ifeval with other settings under 'x' ({said}" in error and error.count(" now") == 1
+            assert "--name" in error and "--replace" in error
+        assert kept == {path: path.read_bytes() for path in kept}
+        assert score(tasks, truth) == 0  # the same settings: done
+    assert score("--limit=2", "eval.tasks=[{name: ifeval, max_gen_toks: 4}]", "--replace") == 0
+    (row,) = run.read_metrics(tmp_path / "r")["runs"]
+    assert row["tasks"]["ifeval"]["n"] == 2 and row["tasks"]["truthfulqa_mc2"]["n"] == 4  # which was not asked for
 
 
 def test_a_row_of_an_older_version_is_read(

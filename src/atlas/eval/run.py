@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from atlas.config import Config, EvalTask, QuantizationConfig
 from atlas.errors import DONE, UserError, first_line, run_main
-from atlas.eval.store import METRICS, claimed, name_problem, read_metrics, records_file, store
+from atlas.eval.store import METRICS, claimed, name_problem, read_metrics, records_file, store, unlike
 from atlas.hub import split_revision
-from atlas.models.load import WEIGHTS, Adapter, find_adapter
+from atlas.models.load import WEIGHTS, Adapter, find_adapter, is_no_folder
 
 if TYPE_CHECKING:
     from atlas.eval.tasks import LoadedTask
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", help="how results/ calls it (default: from model or adapter)")
     parser.add_argument("--tasks", help="comma-separated, instead of eval.tasks")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N prompts of each task")
-    parser.add_argument("--replace", action="store_true", help="discard another run's results of the same name")
+    parser.add_argument("--replace", action="store_true", help="discard other results of the same name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path into the config")
     arguments = parser.parse_intermixed_args(argv)
     return run_main(lambda: _main(arguments))
@@ -67,6 +67,9 @@ def _main(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from atlas.config import load_config
 
+    for option in ("adapter", "merged", "name", "tasks"):
+        if getattr(arguments, option) == "":  # a variable that a shell does not know
+            raise UserError(f"--{option} is empty: give it a value, or leave it out")
     overrides = list(arguments.overrides)
     if arguments.tasks:
         overrides.append(f"eval.tasks=[{arguments.tasks}]")
@@ -87,6 +90,8 @@ def _target(arguments: argparse.Namespace, config: Config) -> Target:
         return Target(arguments.name or f"{_last_part(base)}-{asked}", base, "base", revision)
     if arguments.merged:
         merged, of_merged = split_revision(arguments.merged)
+        if is_no_folder(merged):
+            raise UserError(f"--merged: there is no folder {merged!r} with a model")
         return Target(arguments.name or _last_part(merged), merged, "merged", of_merged)
     asked, of_adapter = split_revision(arguments.adapter or config.output.dir)
     if arguments.adapter is None and not (Path(asked) / "adapter_config.json").is_file():
@@ -107,7 +112,8 @@ def evaluate(
     """Score `target` on the tasks that are not yet done; returns its row of results/metrics.json.
 
     Raises `UserError`, before a model is loaded, for what is missing (data, extras, room), for a row of the same name that belongs
-    to another model, adapter, template or precision, and for a name that another process is scoring.
+    to another model, adapter, template or precision, or has a task with other settings, and for a name that another process is
+    scoring. With `replace` such results give way, and each task is scored anew.
     """
     from atlas.eval.tasks import load_task
     from atlas.train.sft import quiet_libraries
@@ -129,16 +135,15 @@ def _evaluate(config: Config, target: Target, ready: Sequence["LoadedTask"], rep
     results = Path(config.output.results_dir)
     plan = choose_device(config, Machine.from_torch())
     dtype = plan.dtype if config.eval.dtype == "auto" else config.eval.dtype
+    revision = _revision(target)
     tokenizer = _tokenizer(config, target)
-    row = _row(config, target, str(dtype), plan.hardware, tokenizer)
-    known = _known_row(results, row, replace)
-    done: dict[str, Any] = known["tasks"] if known else {}
+    row = _row(config, target, revision, str(dtype), plan.hardware, tokenizer)
+    done = _done(results, row, ready, replace)
     left = []
     for task in ready:
-        before = done.get(task.settings.name, {})
-        same = all(before.get(key) == value for key, value in task.settings_record().items())
-        if same and _sha256(records_file(results, target.name, task.settings.name)) == before["records_sha256"]:
-            print(f"{target.name}: {task.settings.name} is done already ({before['n']} prompts)")
+        name, records = task.settings.name, records_file(results, target.name, task.settings.name)
+        if not replace and name in done and _sha256(records) == done[name]["records_sha256"]:
+            print(f"{target.name}: {name} is done already ({done[name]['n']} prompts)")
         else:
             left.append(task)
     row["tasks"] = done  # each is replaced when it is scored anew, so that nothing is lost on the way
@@ -216,7 +221,9 @@ def _runner(config: Config, target: Target, dtype: str, device: str, tokenizer: 
     return lambda task: run_task(model, tokenizer, task, batch_size=config.eval.batch_size)
 
 
-def _row(config: Config, target: Target, dtype: str, hardware: str, tokenizer: Any) -> dict[str, Any]:
+def _row(
+    config: Config, target: Target, revision: str | None, dtype: str, hardware: str, tokenizer: Any
+) -> dict[str, Any]:
     from atlas.train.manifest import command_line, versions
 
     adapter, quantization = target.adapter, _quantization(config, target)
@@ -225,7 +232,7 @@ def _row(config: Config, target: Target, dtype: str, hardware: str, tokenizer: A
         "method": target.method,
         "config_hash": adapter.manifest.get("config_hash") if adapter else None,
         "model": target.model,
-        "model_revision": _revision(target.model, target.model_revision),
+        "model_revision": revision,
         "adapter": adapter.name if adapter else None,
         "adapter_revision": adapter.revision if adapter else None,
         "adapter_sha256": _sha256(adapter.folder / WEIGHTS) if adapter else None,
@@ -250,9 +257,10 @@ def _lm_eval_version() -> dict[str, str]:
     return {"lm_eval": version("lm_eval")}
 
 
-def _revision(model: str, asked: str | None) -> str | None:
-    """The commit of a Hub model, or the sha256 of a local one's weights."""
-    folder = Path(model)
+def _revision(target: Target) -> str | None:
+    """The commit of a Hub model, or the sha256 of a local one's weights. Raises `UserError` where there is no such model."""
+    model, asked, folder = target.model, target.model_revision, Path(target.model)
+    key = "--merged" if target.method == "merged" else "model.name"
     if not folder.exists():
         from transformers.utils import cached_file
         from transformers.utils.hub import extract_commit_hash
@@ -260,26 +268,38 @@ def _revision(model: str, asked: str | None) -> str | None:
         try:
             commit: str | None = extract_commit_hash(cached_file(model, "config.json", revision=asked), None)
         except OSError as error:
-            raise UserError(f"model.name: {model!r} cannot be found: {first_line(error)}") from None
+            raise UserError(f"{key}: {model!r} cannot be found: {first_line(error)}") from None
         return commit or asked
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{key}: {model!r} holds no model: config.json is missing")
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(str(_sha256(path)).encode())
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def _known_row(results: Path, row: dict[str, Any], replace: bool) -> dict[str, Any] | None:
+def _done(results: Path, row: dict[str, Any], ready: Sequence["LoadedTask"], replace: bool) -> dict[str, Any]:
+    """The tasks that the row of this name has; with `replace` those of the same model only. Raises `UserError` for what would be
+    lost without it: results of another model, or of a task of `ready` with other settings."""
+
+    def refuse(what: str, different: dict[str, tuple[Any, Any]]) -> None:
+        if different and not replace:
+            listed = "; ".join(f"{key} {there} there, {here} now" for key, (there, here) in different.items())
+            raise UserError(
+                f"{results / METRICS} has results of {what} ({listed}): choose another --name, or --replace to discard them"
+            )
+
     known = next((known for known in read_metrics(results)["runs"] if known["name"] == row["name"]), None)
-    if known is None or replace:
-        return None
-    different = [key for key in _IDENTITY if known.get(key) != row[key]]
-    if different:
-        raise UserError(
-            f"{results / METRICS} has results of another {row['name']!r} ("
-            + "; ".join(f"{key} {known.get(key)} there, {row[key]} now" for key in different)
-            + "): choose another --name, or --replace to discard them"
-        )
-    return known
+    if known is None:
+        return {}
+    different = {key: (known.get(key), row[key]) for key in _IDENTITY if known.get(key) != row[key]}
+    refuse(f"another {row['name']!r}", different)
+    tasks: dict[str, Any] = {} if different else known["tasks"]
+    for task in ready:
+        name = task.settings.name
+        if name in tasks:
+            refuse(f"{name} with other settings under {row['name']!r}", unlike(tasks[name], task.settings_record()))
+    return tasks
 
 
 def _sha256(path: Path) -> str | None:

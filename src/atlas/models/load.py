@@ -61,7 +61,7 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter:
 
     folder, commit = Path(name).expanduser(), None
     if not folder.is_dir():
-        if folder.exists() or name.startswith((".", "/", "~")) or ("/" in name and folder.parent.is_dir()):
+        if is_no_folder(name):
             raise UserError(f"there is no folder {name} with an adapter")
         folder, commit = download(f"{name}@{revision}" if revision else name)
     else:
@@ -94,6 +94,12 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter:
     if not isinstance(base, str) or not isinstance(base_revision, str | None):
         raise _damaged(folder / (MANIFEST if manifest else CONFIG), ValueError("it names no base model"))
     return Adapter(name, folder, commit, base, base_revision, quantization, manifest)
+
+
+def is_no_folder(name: str) -> bool:
+    """A path, written as one or beside what is here, where there is no folder; else it may be a name on the Hub."""
+    folder = Path(name).expanduser()
+    return not folder.is_dir() and (is_path(name) or ("/" in name and folder.parent.is_dir()))
 
 
 def read_json(path: Path) -> dict[str, Any]:
