@@ -3,12 +3,14 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from atlas.console import say
 from atlas.redact import redact
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
+OTHERS_WAIT = 10.0  # seconds
 
 
 class UserError(Exception):
@@ -45,8 +47,12 @@ def run_main(main: Callable[[], int]) -> int:
         return main()
     except (UserError, RunError) as error:
         sys.stdout.flush()
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every process finds the same error
-            say(f"error: {redact(str(error))}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # Under torchrun every process finds the same error. The launcher ends all as soon as one has ended, so the others leave
+            # the first one time to say it. Who is still there then found an error of its own.
+            time.sleep(OTHERS_WAIT)
+        say(f"error{f' (process {rank})' * (rank != '0')}: {redact(str(error))}", file=sys.stderr)
         return WRONG_INPUT if isinstance(error, UserError) else FAILED
     except StoppedError as stop:
         sys.stdout.flush()
