@@ -105,6 +105,11 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _why_unchanged(loaded: LoadedConfig, steps: int) -> str:
+    if steps > 1 and loaded.config.train_value("load_best_model_at_end"):
+        return (
+            "By train.metric_for_best_model a step before the first change was the best (see the held-out loss above), and it is "
+            "kept: train longer, or set another metric"
+        )
     if steps == 1 and loaded.config.train_value("warmup_steps"):
         return "Train for more than one step: at the first one of a warm-up the learning rate is 0"
     return (
