@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from atlas.audit import command as audit
 from atlas.config import load_config
+from atlas.data import report
 from atlas.train import preflight, sft
 from conftest import TrainedRun, write_rows
 from hub_server import HubServer
@@ -44,7 +45,9 @@ def test_a_sound_run_is_ready_and_nothing_is_written(sft_args: list[str], tmp_pa
         "loss",
         "trainer",
     ]
-    assert status == dict.fromkeys((*named, "output folder", "base model"), "ok") | dict.fromkeys(skipped, "skip")
+    assert status == dict.fromkeys((*named, "output folder", "results folder", "base model"), "ok") | dict.fromkeys(
+        skipped, "skip"
+    )
     # 3 steps x 2 rows x gradient accumulation 1 of at most 256 tokens
     assert "3 steps of 2 rows, at most 256 tokens each, 1,536 tokens at most" in "\n".join(lines)
     assert list(tmp_path.iterdir()) == []
@@ -245,6 +248,20 @@ def test_embeddings_can_be_trained(sft_args: list[str], capsys):
     asked = [*sft_args, "lora.target_modules=[embed_tokens]", "quantization.load_in_4bit=false"]
     assert sft.main([*asked, "train.learning_rate=5e-2", "train.warmup_steps=0"]) == 0
     assert "LoRA B norm 0.0000" not in capsys.readouterr().out
+
+
+def test_a_results_folder_that_cannot_be_written_to(sft_args: list[str], tmp_path: Path, capsys):
+    """One message before any row is read; a run, which writes nothing there, is only warned."""
+    (tmp_path / "results").write_text("a file")
+    no_folder = f"output.results_dir: {tmp_path / 'results'} is no folder, but a file"
+    for command in (audit.main, report.main, lambda given: sft.main([*given, "--dump-template-audit"])):
+        assert command(sft_args) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(f"error: {no_folder}") and "output.results_dir=..." in said.err and not said.out
+    assert audit.main([*sft_args, "output.results_dir=/proc/results"]) == 2
+    assert "output.results_dir: nothing can be written to /proc" in capsys.readouterr().err
+    assert preflight.main(sft_args) == 0
+    assert re.search(f"  warn  results folder +{re.escape(no_folder)}", capsys.readouterr().out)
 
 
 def test_all_failures_at_once_and_training_does_not_start(sft_args: list[str], tmp_path: Path, capsys):

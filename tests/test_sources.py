@@ -190,3 +190,36 @@ def test_a_json_array_is_read_in_pieces(chunk: int, tmp_path: Path, monkeypatch:
     assert [json.loads(text) for text in rows["json"]] == items
     lines = path.read_text(encoding="utf-8").split("\n")
     assert [lines[line - 1].lstrip()[0] for line in rows["line"]] == ["{"] * 9 + ["1", "3"]
+
+
+@pytest.mark.parametrize("data", ["rows.jsonl", "nobody/nothing"])
+def test_a_cache_that_cannot_be_written_to_is_named(
+    data: str, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import datasets
+
+    write_rows(tmp_path / "rows.jsonl", ALPACA)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/cache")
+    with pytest.raises(
+        UserError, match=r"^HF_DATASETS_CACHE: nothing can be written to /proc .*set it, or HF_HOME, to"
+    ):
+        used(base_folder, [data])
+
+
+@pytest.mark.parametrize("typo", ["qa.cvs", "./qa.cvs", "sub/aq.csv", "sub/qa_csv", "sud"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_typo_is_told_the_file_that_is_there(
+    typo: str, streaming: bool, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for folder in ("", "sub/"):
+        Path(f"{folder}qa.csv").write_text("instruction,output\na,b\n")
+    meant = {"sub/aq.csv": "sub/qa.csv", "sub/qa_csv": "sub/qa.csv", "sud": "sub"}.get(typo, "qa.csv")
+    with pytest.raises(UserError) as error:
+        used(base_folder, [typo], f"data.streaming={streaming}")
+    assert str(error.value).endswith(f"; did you mean {meant}?")
+    with pytest.raises(UserError) as error:
+        used(base_folder, ["nothing-like-it"], f"data.streaming={streaming}")
+    assert "did you mean" not in str(error.value)

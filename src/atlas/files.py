@@ -2,14 +2,17 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from atlas.errors import RunError
+from atlas.errors import RunError, UserError
 
 ROOM = "make room, or set another output.results_dir"
+RESULTS_DIR = "output.results_dir", "choose another folder with output.results_dir=..."
+"""Key and remedy for `can_write`."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -46,3 +49,23 @@ def writing(path: Path, remedy: str = ROOM) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror or error}): {remedy}") from None
+
+
+def can_write(folder: Path, key: str, remedy: str) -> None:
+    """Raises `UserError`, which names `key`, where no file can be written to the folder, or it cannot be made. Makes none."""
+    there = existing(folder)
+    try:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(f"{key}: {folder} is no folder, but a file or a link to nothing: {remedy}")
+        with suppress(FileNotFoundError):
+            folder.stat()  # a part of the path that is a file, or a name that is too long
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: nothing can be written to {there} ({error.strerror}): {remedy}") from None
+
+
+def existing(path: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if os.path.isdir(folder))  # noqa: PTH112 (a name may be too long)

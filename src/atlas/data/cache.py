@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from atlas.files import can_write
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -19,6 +21,7 @@ def cached(key: str, what: str, make: Callable[[Path], "Dataset"]) -> "Dataset":
     import datasets
     from filelock import FileLock
 
+    refuse_unwritable()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "atlas" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -36,6 +39,18 @@ def cached(key: str, what: str, make: Callable[[Path], "Dataset"]) -> "Dataset":
         if there != sealed or any(str(path.relative_to(folder)) not in there for path in folder.rglob("*.arrow")):
             seal.write_text(json.dumps(_digests(folder)), encoding="utf-8")
     return rows
+
+
+def refuse_unwritable() -> None:
+    """Raises `UserError` where datasets cannot keep anything."""
+    import datasets
+
+    key = "HF_DATASETS_CACHE"
+    can_write(
+        Path(getattr(datasets.config, key)),
+        key,
+        "rows and labels are kept there: set it, or HF_HOME, to another folder",
+    )
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from atlas.console import say
 from atlas.errors import DONE, UserError, run_main
-from atlas.files import write_text, writing
+from atlas.files import RESULTS_DIR, can_write, write_text, writing
 
 if TYPE_CHECKING:
     from atlas.data.ledger import SourceLedger
@@ -34,6 +34,7 @@ def _main(config_file: str, overrides: Sequence[str]) -> int:
 
     quiet_libraries()
     config = load_config(config_file, overrides).config
+    can_write(Path(config.output.results_dir), *RESULTS_DIR)
     labeled = prepare(config, load_tokenizer(config))
     if config.data.streaming:
         if any(source.rows is None and not source.is_local for source in config.data.train):

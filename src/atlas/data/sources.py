@@ -1,16 +1,18 @@
 """Sources to rows as they stand: JSON text with file and line for text files, else the source's own columns."""
 
 import csv
+import difflib
 import hashlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from atlas.config import Source
-from atlas.data.cache import cached
+from atlas.data.cache import cached, refuse_unwritable
 from atlas.data.formats import refused
 from atlas.errors import UserError, first_line
 
@@ -119,11 +121,20 @@ def data_files(path: Path) -> list[Path]:
         files = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
     else:
         near = f"; {path.parent} does not exist either" if not path.parent.is_dir() else ""
-        raise UserError(f"data: the file {path} does not exist{near}")
+        raise UserError(f"data: the file {path} does not exist{near or _meant(path)}")
     found = sorted(file for file in files if file.suffix in _LOCAL_KINDS and file.is_file())
     if not found:
         raise UserError(f"data: {path} holds no file that ends in {', '.join(_LOCAL_KINDS)}")
     return found
+
+
+def _meant(path: Path) -> str:
+    """A question for the data file or folder that has nearly this name, or nothing."""
+    if not os.path.isdir(path.parent):  # noqa: PTH112 (a name may be too long)
+        return ""
+    there = [found.name for found in path.parent.glob("*") if found.suffix in _LOCAL_KINDS or found.is_dir()]
+    near = difflib.get_close_matches(path.name[:100], there, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _refuse_odd_text(path: Path) -> None:
@@ -177,6 +188,8 @@ def _file(path: Path) -> "Dataset":
 
     try:
         rows = cached(key, f"rows of {path}", make)
+    except UserError:
+        raise
     except Exception as error:  # pyarrow and datasets raise about ten kinds, with the true one as the cause
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
@@ -329,6 +342,7 @@ def _is_utf8(line: str) -> bool:
 def _from_hub(source: Source) -> "Dataset":
     from datasets import load_dataset
 
+    refuse_unwritable()
     try:
         return load_dataset(source.name, source.config, split=source.split, revision=source.revision)
     except Exception as error:  # the Hub, the network, a missing split: datasets raises about ten kinds
@@ -338,5 +352,5 @@ def _from_hub(source: Source) -> "Dataset":
 def _unloadable(name: str, split: str, error: Exception) -> UserError:
     return UserError(
         f"data: {name!r} (split {split!r}) cannot be loaded from the Hub: {first_line(error)}. A local file is named "
-        f"by its path, with its ending ({', '.join(_LOCAL_KINDS)})"
+        f"by its path, with its ending ({', '.join(_LOCAL_KINDS)}){_meant(Path(name))}"
     )

@@ -28,6 +28,7 @@ from atlas.console import say
 from atlas.data.sources import data_files, reach
 from atlas.device import DevicePlan, Machine, choose_device
 from atlas.errors import DONE, RunError, UserError, first_line, run_main
+from atlas.files import RESULTS_DIR, can_write, existing
 from atlas.redact import redact
 from atlas.train.arguments import held_out
 
@@ -144,6 +145,7 @@ def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
     ready.check("training", lambda: _training(ready, loaded), "plan", "libraries")
     ready.check("loss", lambda: _loss(loaded))
     ready.check("output folder", lambda: _output_folder(loaded, resume))
+    ready.check("results folder", lambda: _results_folder(loaded))
     ready.check("Hub", lambda: _hub(loaded))
     ready.check("tracker", lambda: _tracker(loaded), "libraries")
     sources = (*config.data.train, *config.data.eval)
@@ -232,7 +234,7 @@ def _output_folder(loaded: LoadedConfig, resume: str) -> Line | str:
     from atlas.train.lock import refuse_if_held
 
     folder = Path(loaded.config.output.dir)
-    _can_write(folder, "output.dir", "choose another output.dir")
+    can_write(folder, "output.dir", "choose another output.dir")
     if os.environ.get("RANK", "0") == "0":  # which holds it for all
         refuse_if_held(folder)
     refuse_foreign(folder, resume)
@@ -241,6 +243,14 @@ def _output_folder(loaded: LoadedConfig, resume: str) -> Line | str:
     elif checkpoints(folder) or (folder / "manifest.json").exists():
         return Line("warn", "output folder", f"{folder} holds a run, which --resume never trains over")
     return str(folder)
+
+
+def _results_folder(loaded: LoadedConfig) -> Line | str:
+    try:
+        can_write(Path(loaded.config.output.results_dir), *RESULTS_DIR)
+    except UserError as error:  # only what is done before and after the run writes there
+        return Line("warn", "results folder", f"{error}, before `atlas audit` or `atlas eval`")
+    return loaded.config.output.results_dir
 
 
 def _hub(loaded: LoadedConfig) -> Line | str:
@@ -459,11 +469,11 @@ def _cache(ready: Ready, loaded: LoadedConfig) -> Line | str:
     data = loaded.config.data
     models, rows = Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
     for folder in (models, rows):
-        _can_write(folder, "cache", "set HF_HOME to a folder with room")
-    free = shutil.disk_usage(_existing(models)).free
+        can_write(folder, "cache", "set HF_HOME to a folder with room")
+    free = shutil.disk_usage(existing(models)).free
     if ready.base.download > free:
         raise UserError(
-            f"cache: the base model takes {_size(ready.base.download)}, {_existing(models)} has {_size(free)} free: make "
+            f"cache: the base model takes {_size(ready.base.download)}, {existing(models)} has {_size(free)} free: make "
             "room, or set HF_HOME to a folder with room"
         )
     files: set[Path] = set()
@@ -472,7 +482,7 @@ def _cache(ready: Ready, loaded: LoadedConfig) -> Line | str:
             with contextlib.suppress(UserError):  # said in the source's own line
                 files.update(data_files(Path(source.name).expanduser()))
     prepared = PREPARED * sum(path.stat().st_size for path in files)
-    free = shutil.disk_usage(_existing(rows)).free
+    free = shutil.disk_usage(existing(rows)).free
     said = f"about {_size(prepared)} for the prepared data in {rows}, {_size(free)} free"
     if prepared > free:
         return Line(
@@ -483,7 +493,7 @@ def _cache(ready: Ready, loaded: LoadedConfig) -> Line | str:
 
 def _disk(ready: Ready, loaded: LoadedConfig) -> Line | str:
     """Room for the checkpoints that are kept, one that is being written, and the final adapter."""
-    arguments, folder = ready.arguments, _existing(Path(loaded.config.output.dir))
+    arguments, folder = ready.arguments, existing(Path(loaded.config.output.dir))
     tokenizer = 4 * len(ready.tokenizer) * 20  # tokenizer.json: vocabulary and merges, about 80 bytes a token
     one = ready.sizes.adapter * CHECKPOINT_BYTES + tokenizer
     kept = _checkpoints_kept(arguments)
@@ -513,27 +523,8 @@ def _checkpoints_kept(arguments: "SFTConfig") -> int | None:
     return None
 
 
-def _can_write(folder: Path, key: str, remedy: str) -> None:
-    there = _existing(folder)
-    try:
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise UserError(f"{key}: {folder} is no folder, but a file or a link to nothing: {remedy}")
-        with contextlib.suppress(FileNotFoundError):
-            folder.stat()  # a part of the path that is a file, or a name that is too long
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise UserError(f"{key}: nothing can be written to {there} ({error.strerror}): {remedy}") from None
-
-
 def _size(count: float) -> str:
     return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
-
-
-def _existing(path: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if os.path.isdir(folder))  # noqa: PTH112 (a name may be too long)
 
 
 if __name__ == "__main__":

@@ -127,10 +127,12 @@ def dump_audit(loaded: LoadedConfig) -> Path:
     """Write the template audit of the data as configured; no model is loaded."""
     from atlas.audit.report import write_audit
     from atlas.data.prepare import gate, prepare
+    from atlas.files import RESULTS_DIR, can_write
     from atlas.models.base import load_tokenizer
 
     config = loaded.config
     quiet_libraries()
+    can_write(Path(config.output.results_dir), *RESULTS_DIR)
     tokenizer = load_tokenizer(config)
     labeled = prepare(config, tokenizer)
     say(labeled.table())
