@@ -288,7 +288,7 @@ def _problem(error: Exception, repo: str, write: bool) -> HubError:
         if isinstance(cause, ConnectionError) and (
             found := re.search(r"HTTP status .*? error \((\d+) [^)]*\)(?:, domain: (\S+))?", str(cause))
         ):
-            return _refusal(int(found[1]), found[2] or "/xet-", {}, repo, write, _short(cause))
+            return _refusal(int(found[1]), found[2] or "/xet-", {}, repo, write, found[0])
         if isinstance(cause, UnicodeError | httpx2.LocalProtocolError):
             return HubError("the token holds a character that no token has: copy it anew (`hf auth login`, HF_TOKEN)")
         if isinstance(cause, network):
