@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -21,7 +20,7 @@ from atlas.errors import UserError
 from atlas.train import preflight, sft
 from atlas.train.checkpoints import CONTENTS, checkpoints, sha256
 from atlas.train.lock import HOLDER, LOCK, held, refuse_if_held
-from conftest import chat, run_arguments, write_rows
+from conftest import chat, full_disk, run_arguments, write_rows
 from test_resume import BASIC, broken_off, environment, trace, train
 
 
@@ -392,21 +391,13 @@ def test_another_base_model_of_the_same_name(sft_args: list[str], base_folder: P
 
 
 def launch(
-    arguments: list[str],
-    cache: Path,
-    largest_file: int | None = None,
-    after_preflight: Callable[[], object] = lambda: None,
+    arguments: list[str], cache: Path, after_preflight: Callable[[], object]
 ) -> subprocess.CompletedProcess[str]:
-    """`atlas sft` in a process of its own, which may write files of at most so many bytes."""
-
-    def limit() -> None:
-        if largest_file:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-
+    """`atlas sft` in a process of its own."""
     command = [sys.executable, "-m", "atlas.train.sft", *arguments]
     env = environment() | {"HF_DATASETS_CACHE": str(cache)}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=env, preexec_fn=limit, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
         out = ""
         for line in process.stdout:
@@ -418,7 +409,7 @@ def launch(
         return subprocess.CompletedProcess(command, process.returncode, out + rest, err)
 
 
-def test_a_full_disk_ends_nothing_that_can_go_on(whole: tuple[list[str], sft.SftRun], tmp_path: Path):
+def test_a_full_disk_ends_nothing_that_can_go_on(whole: tuple[list[str], sft.SftRun], tmp_path: Path, capsys):
     """Where a file system of fixed size can be mounted. Others fill it while the run begins, but for two checkpoints, not three."""
     arguments, run = whole
     size = sum(path.stat().st_size for path in (run.folder / "checkpoint-1").iterdir())
@@ -434,41 +425,42 @@ def test_a_full_disk_ends_nothing_that_can_go_on(whole: tuple[list[str], sft.Sft
         pytest.skip("mounting a small file system is not allowed here")
     try:
         command = [*arguments, f"output.dir={disk / 'out'}"]
-        refused = launch(command, tmp_path / "cache")
-        assert refused.returncode == 2 and not (disk / "out").exists()
-        assert f"output.dir: {disk} has " in refused.stderr and "make room" in refused.stderr
+        assert sft.main(command) == 2 and not (disk / "out").exists()
+        message = capsys.readouterr().err
+        assert f"output.dir: {disk} has " in message and "make room" in message
 
         assert mount("remount,size=100m") == 0
-        full = launch(command, tmp_path / "cache", after_preflight=lambda: mount(f"remount,size={int(2.5 * size)}"))
+        full = launch(command, tmp_path / "cache", lambda: mount(f"remount,size={int(2.5 * size)}"))
         assert "checkpoint-3 could not be saved" in full.stdout and "No space left" in full.stdout
         assert f"the last one is {disk / 'out' / 'checkpoint-2'}; training goes on" in full.stdout
         assert "step 7/7" in full.stdout and not (disk / "out" / ".saving").exists()
         if full.returncode:  # room for the adapter or not
             assert full.returncode == 1 and f"{disk / 'out' / 'checkpoint-2'} is whole: make room" in full.stderr
         assert mount("remount,size=100m") == 0
-        done = launch(command, tmp_path / "cache")
-        assert done.returncode == 0
+        assert sft.main(command) == 0
         assert (disk / "out" / "adapter_model.safetensors").read_bytes() == trace(run)[0]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("what", ["checkpoints", "the adapter too"])
-def test_a_quota_that_stops_every_file_of_some_size(what: str, whole: tuple[list[str], sft.SftRun], tmp_path: Path):
+def test_a_quota_that_stops_every_file_of_some_size(
+    what: str, whole: tuple[list[str], sft.SftRun], tmp_path: Path, capsys
+):
     arguments, run = whole
     adapter = (run.folder / "adapter_model.safetensors").stat().st_size
     assert adapter < (run.folder / "checkpoint-1" / "optimizer.pt").stat().st_size - 10_000
     command = [*arguments, f"output.dir={tmp_path / 'out'}"]
     largest = adapter + 5000 if what == "checkpoints" else adapter - 5000
-    done = launch(command, tmp_path / "cache", largest)
-    assert done.stdout.count("could not be saved") == 7 and "there is none yet; training goes on" in done.stdout
+    with full_disk(largest):
+        status = sft.main(command)
+    out, err = capsys.readouterr()
+    assert out.count("could not be saved") == 7 and "there is none yet; training goes on" in out
     if what == "checkpoints":
-        assert done.returncode == 0, done.stderr
+        assert status == 0, err
     else:
-        assert (
-            done.returncode == 1 and "the adapter could not be saved" in done.stderr and "Traceback" not in done.stderr
-        )
-        assert "make room, then run the same command again" in done.stderr
+        assert status == 1 and "the adapter could not be saved" in err
+        assert "make room, then run the same command again" in err
         assert not (tmp_path / "out" / "manifest.json").exists()
-        assert launch(command, tmp_path / "cache").returncode == 0
+        assert sft.main(command) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == trace(run)[0]
