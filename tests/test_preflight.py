@@ -45,7 +45,7 @@ def test_a_sound_run_is_ready_and_nothing_is_written(sft_args: list[str], tmp_pa
         "loss",
         "trainer",
     ]
-    assert status == dict.fromkeys((*named, "output folder", "results folder", "base model"), "ok") | dict.fromkeys(
+    assert status == dict.fromkeys((*named, "output folder", "results", "base model"), "ok") | dict.fromkeys(
         skipped, "skip"
     )
     # 3 steps x 2 rows x gradient accumulation 1 of at most 256 tokens
@@ -261,7 +261,7 @@ def test_a_results_folder_that_cannot_be_written_to(sft_args: list[str], tmp_pat
     assert audit.main([*sft_args, "output.results_dir=/proc/results"]) == 2
     assert "output.results_dir: nothing can be written to /proc" in capsys.readouterr().err
     assert preflight.main(sft_args) == 0
-    assert re.search(f"  warn  results folder +{re.escape(no_folder)}", capsys.readouterr().out)
+    assert re.search(f"  warn  results +{re.escape(no_folder)}", capsys.readouterr().out)
 
 
 def test_all_failures_at_once_and_training_does_not_start(sft_args: list[str], tmp_path: Path, capsys):

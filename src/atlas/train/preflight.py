@@ -145,7 +145,7 @@ def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
     ready.check("training", lambda: _training(ready, loaded), "plan", "libraries")
     ready.check("loss", lambda: _loss(loaded))
     ready.check("output folder", lambda: _output_folder(loaded, resume))
-    ready.check("results folder", lambda: _results_folder(loaded))
+    ready.check("results", lambda: _results_folder(loaded))
     ready.check("Hub", lambda: _hub(loaded))
     ready.check("tracker", lambda: _tracker(loaded), "libraries")
     sources = (*config.data.train, *config.data.eval)
@@ -249,7 +249,7 @@ def _results_folder(loaded: LoadedConfig) -> Line | str:
     try:
         can_write(Path(loaded.config.output.results_dir), *RESULTS_DIR)
     except UserError as error:  # only what is done before and after the run writes there
-        return Line("warn", "results folder", f"{error}, before `atlas audit` or `atlas eval`")
+        return Line("warn", "results", f"{error}, before `atlas audit` or `atlas eval`")
     return loaded.config.output.results_dir
 
 
