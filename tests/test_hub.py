@@ -388,6 +388,15 @@ merge(pinned[0], Path(out).with_name("merged"))
 """
 
 
+SCORE = """
+import json, sys
+from atlas.eval import run
+for name, adapter in json.loads(sys.argv[1]).items():
+    if run.main([*sys.argv[2:], "--adapter", adapter, "--name", name]):
+        sys.exit(1)
+"""
+
+
 def test_loaded_by_repo_id_in_another_process_the_logits_are_the_same(
     hub: HubServer, trained_run: TrainedRun, run: Path, lab: PocketPaths, tmp_path: Path
 ):
@@ -417,11 +426,11 @@ def test_loaded_by_repo_id_in_another_process_the_logits_are_the_same(
         "eval.tasks=[{name: ifeval, max_gen_toks: 8}]",
         "quantization.load_in_4bit=false",
     ]
-    replies = {}
-    for name, adapter in {"folder": str(run), "first": f"ann/xet@{first}", "newest": "ann/xet"}.items():
-        scored = atlas(hub, "eval", *asked, f"output.results_dir={tmp_path}", "--adapter", adapter, "--name", name)
-        assert scored.status == 0, scored.message
-        replies[name] = (tmp_path / "eval" / name / "ifeval.jsonl").read_text()
+    asked += [f"output.results_dir={tmp_path}"]
+    adapters = {"folder": str(run), "first": f"ann/xet@{first}", "newest": "ann/xet"}
+    scored = atlas(hub, "-c", SCORE, json.dumps(adapters), *asked)
+    assert scored.status == 0, scored.message
+    replies = {name: (tmp_path / "eval" / name / "ifeval.jsonl").read_text() for name in adapters}
     assert replies["folder"] == replies["first"] != replies["newest"]
     rows = json.loads((tmp_path / "metrics.json").read_text())["runs"]
     assert [row["adapter_revision"] for row in rows] == [None, first, second]
