@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from atlas.config import Source
+from atlas.config import DATA_ENDINGS, Source
 from atlas.data.cache import cached, refuse_unwritable
 from atlas.data.formats import refused
 from atlas.errors import UserError, first_line
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 JSON_COLUMNS = ["json", "line", "file"]
 # Every row of these is kept as the JSON text that it is, and parsed when it is labelled.
 _TEXT_KINDS = (".jsonl", ".json", ".csv")
-_LOCAL_KINDS = (*_TEXT_KINDS, ".parquet")
 
 
 def load_source(source: Source) -> "Dataset":
@@ -112,8 +111,8 @@ def _local(source: Source) -> "Dataset":
 def data_files(path: Path) -> list[Path]:
     """The data files that a path, a folder or a glob pattern names, sorted."""
     if path.is_file():
-        if path.suffix not in _LOCAL_KINDS:
-            raise UserError(f"data: {path} is neither of {', '.join(_LOCAL_KINDS)}")
+        if path.suffix not in DATA_ENDINGS:
+            raise UserError(f"data: {path} is neither of {', '.join(DATA_ENDINGS)}")
         return [path]
     if path.is_dir():
         files = path.rglob("*")
@@ -122,9 +121,9 @@ def data_files(path: Path) -> list[Path]:
     else:
         near = f"; {path.parent} does not exist either" if not path.parent.is_dir() else ""
         raise UserError(f"data: the file {path} does not exist{near or _meant(path)}")
-    found = sorted(file for file in files if file.suffix in _LOCAL_KINDS and file.is_file())
+    found = sorted(file for file in files if file.suffix in DATA_ENDINGS and file.is_file())
     if not found:
-        raise UserError(f"data: {path} holds no file that ends in {', '.join(_LOCAL_KINDS)}")
+        raise UserError(f"data: {path} holds no file that ends in {', '.join(DATA_ENDINGS)}")
     return found
 
 
@@ -132,7 +131,7 @@ def _meant(path: Path) -> str:
     """A question for the data file or folder that has nearly this name, or nothing."""
     if not os.path.isdir(path.parent):  # noqa: PTH112 (a name may be too long)
         return ""
-    there = [found.name for found in path.parent.glob("*") if found.suffix in _LOCAL_KINDS or found.is_dir()]
+    there = [found.name for found in path.parent.glob("*") if found.suffix in DATA_ENDINGS or found.is_dir()]
     near = difflib.get_close_matches(path.name[:100], there, n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
@@ -352,5 +351,5 @@ def _from_hub(source: Source) -> "Dataset":
 def _unloadable(name: str, split: str, error: Exception) -> UserError:
     return UserError(
         f"data: {name!r} (split {split!r}) cannot be loaded from the Hub: {first_line(error)}. A local file is named "
-        f"by its path, with its ending ({', '.join(_LOCAL_KINDS)}){_meant(Path(name))}"
+        f"by its path, with its ending ({', '.join(DATA_ENDINGS)}){_meant(Path(name))}"
     )
