@@ -108,7 +108,7 @@ outputs/colab-image/.built: tests/colab_image.txt
 	@touch $@
 
 test-notebook: setup outputs/colab-image/.built   ## the notebook, installed and run in an environment like Colab's image
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow tests/test_notebook.py $(ARGS)
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow tests/repo/test_notebook.py $(ARGS)
 
 test-slow: setup        ## what `make test` leaves out
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow $(ARGS)

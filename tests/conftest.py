@@ -1,18 +1,12 @@
 """Fixtures that the project makes itself: tiny real models and tokenizers, no network, no data from outside."""
 
-import contextlib
-import json
 import os
-import resource
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-
     from atlas.pocket.base import PocketPaths
 
 # Before any library reads them: nothing is fetched, and caches of test data stay out of the user's.
@@ -25,9 +19,12 @@ for name in ("WANDB_API_KEY", "WANDB_MODE", "HF_TOKEN"):
 
 import pytest  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+from hub_commands import serving  # noqa: E402
+from hub_server import HubServer  # noqa: E402
+from rows import ROOT, write_rows  # noqa: E402
+from runs import QWEN_SYSTEM, TrainedRun, run_arguments  # noqa: E402
+
 SHARED = ROOT.parent / "shared" / "data"
-QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
 @pytest.fixture(scope="session")
@@ -87,37 +84,6 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", world.conversations(1, 120))
 
 
-def write_rows(path: Path, rows: list) -> Path:
-    """One line per row; a str is written as it stands."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
-    )
-    return path
-
-
-def chat(*turns: str, system: str | None = None) -> dict:
-    """A row from alternating user and assistant texts."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-    return {"messages": messages}
-
-
-def run_arguments(base: Path, rows: Path, folder: Path) -> list[str]:
-    """Arguments of a run of a few seconds on the tiny model; more overrides may follow."""
-    return [
-        "--config",
-        str(ROOT / "configs" / "sft_pocket.yaml"),
-        f"model.name={base}",
-        f"data.train={rows}",
-        f"output.dir={folder / 'out'}",
-        f"output.results_dir={folder / 'results'}",
-        "train.max_steps=3",
-        "train.per_device_train_batch_size=2",
-        "train.logging_steps=1",
-    ]
-
-
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> "PocketPaths":
     """A small pocket lab: a base model that has begun to learn words, rows and prompts."""
@@ -130,38 +96,14 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> "PocketPaths":
 
 
 @pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    with serving(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
 def sft_args(base_folder: Path, rows_file: Path, tmp_path: Path) -> list[str]:
     return run_arguments(base_folder, rows_file, tmp_path)
-
-
-def without_weights(sft_args: list[str], folder: Path) -> Path:
-    """A run's base model, which cannot be loaded: its file of weights is sound, but holds none of them."""
-    import torch
-    from safetensors.torch import save_file
-
-    shutil.copytree(sft_args[2].partition("=")[2], folder)
-    save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-@contextlib.contextmanager
-def full_disk(room: int) -> Iterator[None]:
-    """No file may grow beyond `room` bytes: writing more is an `OSError`, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-class TrainedRun(NamedTuple):
-    """A finished run: its folder, its base model, and what the model in memory answered to `text`."""
-
-    folder: Path
-    base: Path
-    text: str
-    logits: "torch.Tensor"
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from atlas.audit import command
 from atlas.console import visible
 from atlas.eval.generate import _streamer
-from conftest import chat, write_rows
+from rows import chat, write_rows
 
 CLEAR, TITLE, C1, BIDI = "\x1b[2J", "\x1b]0;pwned\x07", "\x9b31m", "\u202egnp.exe\u2066"
 HOSTILE = CLEAR + TITLE + C1 + BIDI + "\r\x7f"

@@ -8,7 +8,7 @@ from atlas.config import Config, load_config
 from atlas.device import Gpu, Machine, choose_device
 from atlas.errors import UserError
 from atlas.train import sft
-from conftest import ROOT
+from rows import ROOT
 
 T4 = Gpu("Tesla T4", (7, 5), 14.7)
 P100 = Gpu("Tesla P100-PCIE-16GB", (6, 0), 15.9)

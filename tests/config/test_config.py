@@ -1,0 +1,426 @@
+"""Config: merging, typing, provenance, hash; fast and without torch."""
+
+import dataclasses
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from atlas import init
+from atlas.config import load_config, render_config
+from atlas.errors import UserError, run_main
+from atlas.train import sft
+from atlas.trainfields import train_fields
+from rows import ROOT
+
+QWEN = ROOT / "configs" / "sft_qwen05b.yaml"
+
+
+def test_recipe_values_come_from_base_and_phase():
+    loaded = load_config(QWEN)
+    config = loaded.config
+    assert config.train["learning_rate"] == 2e-4  # YAML 1.2: a float, not the text "2e-4"
+    assert (config.lora.r, config.lora.lora_alpha, config.lora.lora_dropout) == (16, 32, 0.05)
+    assert len(config.lora.target_modules) == 7
+    source = config.data.train[0]
+    assert (source.name, source.split, source.rows) == ("HuggingFaceH4/ultrachat_200k", "train_sft", 5000)
+    assert config.train_value("per_device_train_batch_size") * config.train_value("gradient_accumulation_steps") == 16
+    assert loaded.sources["train.learning_rate"] == "sft_qwen05b.yaml"
+    assert loaded.sources["lora.r"] == "base.yaml"
+    assert "lora.use_rslora" not in loaded.sources  # a default
+
+
+def test_every_sftconfig_field_is_known_with_its_default():
+    from trl import SFTConfig
+
+    real = {field.name: field for field in dataclasses.fields(SFTConfig) if field.init}
+    assert set(train_fields()) == set(real)
+    for name, field in train_fields().items():
+        if field.has_default:
+            assert field.default == real[name].default, name
+
+
+def test_overrides_win_and_are_typed():
+    loaded = load_config(QWEN, ["train.learning_rate=1e-5", "lora.r=8", "data.train=[a/b:10, c/d]"])
+    assert loaded.config.train["learning_rate"] == 1e-5
+    assert loaded.config.lora.r == 8
+    assert [(s.name, s.rows) for s in loaded.config.data.train] == [("a/b", 10), ("c/d", None)]
+    assert loaded.sources["lora.r"] == "command line"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.learning_rte=1e-4", ["command line", "train.learning_rte", "'train.learning_rate'"]),
+        ("trian.seed=1", ["'trian'", "'train'"]),
+        ("model.nam=x", ["'model.nam'", "'model.name'"]),
+        ("lora.rank=8", ["'lora.rank'", "did you mean"]),
+        ("data.train=[{name: a, spilt: b}]", ["data.train[0].spilt", "'split'"]),
+        ("train.lr=2e-4", ["'train.lr'", "train.learning_rate"]),
+        ("train.warmup_ratio=0.03", ["train.warmup_steps"]),
+        ("train.learning_rate=fast", ["train.learning_rate", "float", "'fast'"]),
+        ("train.max_steps=1.5", ["train.max_steps", "int", "1.5"]),
+        ("train.seed=true", ["train.seed", "int", "True"]),
+        ("train.lr_scheduler_type=[1]", ["train.lr_scheduler_type", "got list"]),
+        ("train.learning_rate=-1", ["train.learning_rate must be above 0, got -1"]),
+        ("train.learning_rate=.nan", ["train.learning_rate: nan is no finite number"]),
+        ("train.max_steps=0", ["train.max_steps must be at least 1, or -1 for whole epochs"]),
+        ("train.num_train_epochs=0", ["train.num_train_epochs must be above 0"]),
+        ("train.per_device_train_batch_size=-1", ["must be at least 1"]),
+        ("train.gradient_accumulation_steps=0", ["must be at least 1"]),
+        ("train.seed=-1", ["must be from 0 to 4294967295"]),
+        ("data.seed=4294967296", ["data.seed", "less than 4294967296"]),
+        ("train.adam_beta1=1", ["must be at least 0 and below 1"]),
+        ("train.adam_epsilon=0", ["must be above 0"]),
+        ("train.dataloader_num_workers=-1", ["must be from 0 to 256"]),
+        ("train.neftune_noise_alpha=-5", ["must be above 0"]),
+        ("data.train=[{name: a, weight: .inf}]", ["data.train[0].weight: inf is no finite number"]),
+        ("train.auto_find_batch_size=true", ["another batch size is another run"]),
+        ("train.accelerator_config=a.json", ["train.accelerator_config must be written out here"]),
+        ("data.train=[{path: a}]", ["data.train[0].path", "did you mean 'name'"]),
+        ("model.path=a", ["did you mean 'model.name'"]),
+        ("lora.target_modules=[]", ["lora.target_modules"]),
+        ("lora.target_modules=all", ["lora.target_modules: input should be 'all-linear'"]),
+        ("train.max_length=8", ["train.max_length", "at least 32"]),
+        ("train.max_length=100000000000", ["train.max_length", "at most 16777216"]),
+        ("train.num_train_epochs=1e300", ["train.num_train_epochs must be above 0 and at most 10000, got 1e+300"]),
+        (
+            "train.metric_for_best_model=foo",
+            ["train.metric_for_best_model must be loss, entropy or mean_", "got 'foo'"],
+        ),
+        ("lora.r=0", ["lora.r", "greater than or equal to 1"]),
+        ("model.dtype=half", ["model.dtype", "'float16'", "'half'"]),
+        ("data.train=[]", ["data.train"]),
+        ("train.hub_token=abc", ["train.hub_token", "HF_TOKEN"]),
+        ("train.trust_remote_code=true", ["never runs code"]),
+        ("train.output_dir=x", ["output.dir"]),
+        ("nonsense", ["key=value"]),
+    ],
+)
+def test_wrong_key_or_value_names_place_and_remedy(override: str, parts: list[str]):
+    with pytest.raises(UserError) as error:
+        load_config(QWEN, [override])
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_wrong_key_in_a_file_names_the_file(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text("lora:\n  alpha: 3\n")
+    (tmp_path / "phase.yaml").write_text("model:\n  name: a/b\n")
+    with pytest.raises(UserError, match=r"base\.yaml: unknown key 'lora\.alpha'; did you mean 'lora\.lora_alpha'"):
+        load_config(tmp_path / "phase.yaml")
+
+
+def test_a_missing_section_names_the_key(tmp_path: Path):
+    (tmp_path / "own.yaml").write_text("model: {name: a}\ndata: {train: b}\n")
+    with pytest.raises(
+        UserError, match=r"output\.dir is missing: give it there or on the command line \(output\.dir=\.\.\.\)"
+    ):
+        load_config(tmp_path / "own.yaml")
+
+
+def of_aliases(first: str, form: str) -> str:
+    """Nine levels, of which each holds the one below nine times."""
+    levels = (f"a{n}: &a{n} " + form % ", ".join([f"*a{n - 1}"] * 9) for n in range(1, 10))
+    return "\n".join([f"a0: &a0 {first}", *levels])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            of_aliases("[1]", "[%s]"),
+            r"phase.yaml: .*aliases \(\*name\) written out it is \d{3},\d+,\d+ values, more than",
+        ),
+        (of_aliases("{x: 1}", "{<<: [%s]}"), r"phase.yaml: .*aliases \(\*name\) written out it is"),
+        ("model: [1", "not valid YAML"),
+        ("model: {name: a}\nmodel: {name: b}\n", "not valid YAML"),
+        ("- 1\n", "mapping"),
+        ("model: 3\n", "model must be a mapping"),
+        ("model:\n  revision: x\n", "model.name is missing"),
+        ("model: {name: a}\nmodel.name: b", "unknown key 'model.name'"),
+        ("5: x", "the key 5 is not a name"),
+        ("null: x", "the key None is not a name"),
+        ("[a, b]: x", "the key .* is not a name"),
+        ("model: {name: a, 5: x}", "model: the key 5 is not a name"),
+        ("train: {fsdp_config: {x: {null: x}}}", r"train\.fsdp_config\.x: the key None is not a name"),
+        ("model: &m {name: *m}", "not valid YAML|nested too deeply"),
+        ("train: &t\n  lr_scheduler_kwargs: *t\n", "does an anchor .* hold itself"),
+        ("model: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("train:\n  seed: " + "9" * 5000, "a value cannot be read"),
+        ("train:\n  seed: " + "9" * 4000, "is too large"),
+        ("train:\n  run_name: 2026-11-21\n", "put it in quotes"),
+        ("train:\n  run_name: 2026-13-45\n", "cannot be read|put it in quotes"),
+        ("train:\n  run_name: !!bool x\n", "not valid YAML: the tag"),
+        ('train:\n  run_name: "a\\e[2Jb"\n', "holds the character"),
+        ("model: {name: " + "{a: " * 25 + "1" + "}" * 25 + "}", "nested too deeply"),
+    ],
+)
+def test_broken_files(tmp_path: Path, text: str, message: str):
+    (tmp_path / "base.yaml").write_text("output: {dir: x}\ndata: {train: a}\n")
+    (tmp_path / "phase.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / "phase.yaml")
+
+
+def test_missing_files(tmp_path: Path):
+    with pytest.raises(UserError, match=r"sft_qwen05b\.yaml"):
+        load_config(QWEN.with_name("sft_qwen5b.yaml"))
+    (tmp_path / "phase.yaml").write_text("base: nowhere.yaml\nmodel: {name: a}\n")
+    with pytest.raises(UserError, match=r"its base .*nowhere\.yaml does not exist"):
+        load_config(tmp_path / "phase.yaml")
+    with pytest.raises(UserError, match=r"is a folder: name a file in it \(phase\.yaml\)"):
+        load_config(tmp_path)
+    with pytest.raises(UserError, match="File name too long"):
+        load_config(tmp_path / ("x" * 300))
+    with pytest.raises(UserError, match=r"atlas brings along base\.yaml, .*`atlas init`"):
+        load_config(tmp_path / "none" / "of_these.yaml")
+
+
+def test_hash_is_of_the_experiment():
+    reference = load_config(QWEN).config_hash
+    assert len(reference) == 8 and int(reference, 16) >= 0
+    same = [
+        "output.dir=/elsewhere",
+        "output.hub_repo=me/x",
+        "train.logging_steps=1",
+        "train.save_steps=7",
+        "train.dataloader_num_workers=2",
+        "train.gradient_checkpointing=true",
+        "train.report_to=none",
+        "train.run_name=x",
+        "train.weight_decay=0.0",  # TRL's default, written out
+        "data.num_proc=2",
+        "audit.rows=3",
+    ]
+    other = [
+        "train.learning_rate=1e-4",
+        "train.seed=1",
+        "train.packing=true",
+        "train.max_steps=50",
+        "train.dataloader_drop_last=true",
+        "train.accelerator_config.split_batches=true",
+        "lora.r=8",
+        "data.seed=1",
+        "data.train=a/b",
+        "model.revision=abc",
+        "quantization.load_in_4bit=false",
+    ]
+    assert {load_config(QWEN, [override]).config_hash for override in same} == {reference}
+    hashes = [load_config(QWEN, [override]).config_hash for override in other]
+    assert reference not in hashes and len(set(hashes)) == len(other)
+
+
+def test_hash_does_not_depend_on_the_folder_of_local_files(tmp_path: Path):
+    (tmp_path / "rows.jsonl").touch()
+    a = load_config(QWEN, [f"data.train={tmp_path}/rows.jsonl"]).config_hash
+    b = load_config(QWEN, ["data.train=./rows.jsonl"]).config_hash
+    assert a == b
+
+
+def test_printed_config_is_a_config(tmp_path: Path):
+    loaded = load_config(QWEN, ["lora.r=8"])
+    decided = {"model.dtype": ("float16", "Tesla T4, sm_75"), "train.fp16": (True, "loss scaling")}
+    text = render_config(loaded, decided)
+    for line, source in [
+        ("  r: 8", "# command line"),
+        ("  learning_rate: 0.0002", "# sft_qwen05b.yaml"),
+        ("  lora_alpha: 32", "# base.yaml"),
+        ("  dtype: auto", "# here float16: Tesla T4, sm_75"),
+        ("  # fp16: true", "# here true: loss scaling"),
+        ("  use_rslora: false", "# default"),
+    ]:
+        assert any(found.startswith(line) and source in found for found in text.splitlines()), line
+
+
+@pytest.mark.parametrize("name", ["sft_qwen05b.yaml", "sft_qwen05b_mix.yaml", "sft_pocket.yaml"])
+def test_a_printed_config_is_the_same_run(name: str, tmp_path: Path, capsys):
+    odd = [
+        "output.dir=a #b",
+        "model.pad_token=': [x'",
+        "eval.data.gsm8k=a/'b\".jsonl",
+        "lora.target_modules=all-linear",
+    ]
+    asked = ["--config", str(ROOT / "configs" / name), *odd]
+    assert sft.main([*asked, "--print-config"]) == 0
+    (tmp_path / "copy.yaml").write_text(capsys.readouterr().out)
+    original, copy = load_config(asked[1], odd), load_config(tmp_path / "copy.yaml")
+    assert copy.config_hash == original.config_hash
+    # Not the hash alone: what the device and the data decide (precision, eval_strategy) is left to them again.
+    assert copy.config == original.config
+
+
+def test_the_recipe_holds_without_its_file(tmp_path: Path):
+    own = "model: {name: a/b}\ndata: {train: rows.jsonl}\noutput: {dir: out}\n"
+    (tmp_path / "with").mkdir()
+    shutil.copy(ROOT / "configs" / "base.yaml", tmp_path / "with")
+    for path, text in (("with/own.yaml", own), ("own.yaml", own), ("none.yaml", "base: null\n" + own)):
+        (tmp_path / path).write_text(text)
+    reference = load_config(tmp_path / "with" / "own.yaml")
+    assert reference.config.train["assistant_only_loss"] is True
+    for path in ("own.yaml", "none.yaml"):
+        loaded = load_config(tmp_path / path)
+        assert loaded.config_hash == reference.config_hash
+        given = reference.config.model_dump()
+        for name, default in (("seed", 42), ("logging_steps", 10), ("save_strategy", "steps")):  # TRL's own
+            assert given["train"].pop(name) == default == train_fields()[name].default
+        assert loaded.config.model_dump() == given
+    (tmp_path / "all.yaml").write_text(own + "train: {assistant_only_loss: false}\n")
+    assert load_config(tmp_path / "all.yaml").config.train_value("assistant_only_loss") is False
+
+
+def test_mappings_are_merged_on_every_level(tmp_path: Path):
+    asked = ["eval.data.gsm8k=g", "eval.data.mmlu=m", "train.lr_scheduler_kwargs.num_cycles=2"]
+    loaded = load_config(ROOT / "configs" / "sft_pocket.yaml", asked)
+    assert loaded.config.eval.data == {"ifeval": "outputs/pocket/lab/eval.jsonl", "gsm8k": "g", "mmlu": "m"}
+    assert loaded.config.train["lr_scheduler_kwargs"] == {"num_cycles": 2}
+    assert (
+        loaded.sources["eval.data.ifeval"] == "sft_pocket.yaml" and loaded.sources["eval.data.mmlu"] == "command line"
+    )
+    assert "mmlu: m}  # sft_pocket.yaml, command line" in render_config(loaded)
+    # An anchor's mapping is not changed where another key holds it too.
+    (tmp_path / "a.yaml").write_text(
+        "model: {name: a}\ndata: {train: b}\noutput: {dir: c}\n"
+        "train: {lr_scheduler_kwargs: &one {x: 1}, gradient_checkpointing_kwargs: *one}\n"
+    )
+    shared = load_config(tmp_path / "a.yaml", ["train.lr_scheduler_kwargs.y=2"]).config.train
+    assert shared["lr_scheduler_kwargs"] == {"x": 1, "y": 2} and shared["gradient_checkpointing_kwargs"] == {"x": 1}
+
+
+def test_a_dot_does_not_make_a_path(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    on_hub = (
+        "teknium/OpenHermes-2.5",
+        "allenai/WildChat-4.8M",
+        "Magpie-Align/Magpie-Llama-3.1-Pro-300K-Filtered",
+        "a/b",
+    )
+    local = ("nowhere.jsonl", "nowhere/b.csv", "./a/b", "~/a", "/a", "d/*.parquet", "a.json")
+    for name in (*on_hub, *local):
+        assert load_config(QWEN, [f"data.train={name}"]).config.data.train[0].is_local == (name in local), name
+    (tmp_path / "rows.v2").mkdir()
+    assert load_config(QWEN, ["data.train=rows.v2"]).config.data.train[0].is_local
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--config", str(QWEN), "--print-config"]])
+def test_help_and_print_config_are_fast_and_load_no_torch(flags: list[str]):
+    code = (
+        "import sys; from atlas.train.sft import main\n"
+        "try: status = main(sys.argv[1:])\n"
+        "except SystemExit as end: status = end.code\n"
+        "assert not status and not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)"
+    )
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < 1.0, seconds
+
+
+def test_atlas_command_lists_and_refuses():
+    from atlas.cli import COMMANDS
+
+    run = subprocess.run([sys.executable, "-m", "atlas.cli", "stf"], capture_output=True, text=True)
+    assert run.returncode == 2 and "'sft'" in run.stderr
+    listed = subprocess.run([sys.executable, "-m", "atlas.cli", "--help"], capture_output=True, text=True)
+    assert listed.returncode == 0 and all(name in listed.stdout for name in COMMANDS)
+
+
+def test_each_command_calls_itself_by_its_name(capsys):
+    from importlib import import_module
+
+    from atlas.cli import COMMANDS
+
+    for name, (place, _) in COMMANDS.items():
+        module, _, function = place.partition(":")
+        with pytest.raises(SystemExit):
+            getattr(import_module(module), function or "main")(["--help"])
+        assert capsys.readouterr().out.startswith(f"usage: atlas {name} ")
+
+
+def test_one_message_of_bitsandbytes_is_left_out(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    run_main(lambda: 0)
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure", "no kernels")
+    logger.warning("another")
+    assert caplog.messages == ["another"]
+
+
+def test_init_writes_a_config_and_never_over_one(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert init.main([]) == 0 and init.main(["new/folder"]) == 0
+    for path in ("sft.yaml", "new/folder/sft.yaml"):
+        assert sft.main(["--config", path, "--print-config"]) == 0
+        assert "name: data.jsonl" in capsys.readouterr().out
+    # The columns of a CSV, as the comment in it says.
+    written = (tmp_path / "sft.yaml").read_text()
+    own = written.replace("name: data.jsonl", "name: qa.csv").replace("# columns:", "columns:")
+    (tmp_path / "sft.yaml").write_text(own)
+    assert load_config("sft.yaml").config.data.train[0].columns == {"prompt": "question", "response": "answer"}
+    assert init.main([]) == 2 and "sft.yaml is there already" in capsys.readouterr().err
+    assert (tmp_path / "sft.yaml").read_text() == own
+    assert init.main(["sft.yaml"]) == 2 and "sft.yaml is there already" in capsys.readouterr().err
+    assert init.main(["/proc/none"]) == 2 and "cannot be written" in capsys.readouterr().err
+    assert init.main(["--like", "sft_qwen05b_mix.yaml"]) == 0  # its base need not lie beside it
+    assert sft.main(["--config", "sft_qwen05b_mix.yaml", "--print-config"]) == 0
+    assert "# sft_qwen05b.yaml" in capsys.readouterr().out
+
+
+def test_the_wheel_brings_its_configs(tmp_path: Path):
+    """Built and installed as pip does it, in an empty folder, without the checkout."""
+    if find_spec("setuptools") is None:
+        pytest.skip("needs setuptools, which builds the wheel")
+    source, empty = tmp_path / "source", tmp_path / "empty"
+    empty.mkdir()
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    shutil.copytree(ROOT / "configs", source / "configs")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "-q",
+        "--disable-pip-version-check",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    subprocess.run(
+        [*pip, "--no-index", "--target", str(tmp_path / "installed"), str(source)], check=True, capture_output=True
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+
+    def atlas(*arguments: str) -> str:
+        command = [sys.executable, "-m", "atlas.cli", *arguments]
+        done = subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "sft.yaml is written" in atlas("init")
+    assert "hub_repo: null" in atlas("sft", "--config", "sft.yaml", "--print-config")
+    here = render_config(load_config(ROOT / "configs" / "sft_pocket.yaml")).splitlines()[0]
+    for name in ("sft_pocket.yaml", "configs/sft_pocket.yaml"):  # the second is the default of `atlas pocket`
+        assert here in atlas("sft", "--config", name, "--print-config")
+    brought = {path.name for path in (tmp_path / "installed" / "atlas" / "configs").iterdir()}
+    assert brought == {path.name for path in (ROOT / "configs").iterdir()}
+
+
+def test_a_base_has_a_base_too(tmp_path: Path):
+    mixed = load_config(ROOT / "configs" / "sft_qwen05b_mix.yaml")
+    assert mixed.config.train_value("assistant_only_loss") is True  # of base.yaml, below sft_qwen05b.yaml
+    assert mixed.sources["train.assistant_only_loss"] == "base.yaml"
+    assert mixed.sources["train.learning_rate"] == "sft_qwen05b.yaml"
+    assert [source.name for source in mixed.config.data.train][2:] == ["Open-Orca/OpenOrca"]
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(UserError, match="is based on"):
+        load_config(tmp_path / "a.yaml")

@@ -1,0 +1,60 @@
+"""Tables in README and docs are what figures/ says, and only `make figures` renews those."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from rows import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import tables
+
+
+def test_tables_of_readme_and_docs_are_those_of_figures(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(ROOT)
+    status = tables.main(["--check"])
+    assert status == 0, capsys.readouterr().out + "run `make figures`"
+
+
+def test_every_table_stands_somewhere_and_is_rewritten():
+    pages = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    for name in tables.TABLES:
+        assert f"<!-- {name} -->\n" in pages and f"<!-- /{name} -->" in pages
+        stale = f"<!-- {name} -->\n| 99 |\n<!-- /{name} -->"
+        assert "| 99 |" not in tables.filled(stale, ROOT / "figures")
+
+
+def test_the_address_of_the_repository_has_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("figures", "notebooks"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    project = tmp_path / "pyproject.toml"
+    text = re.sub(
+        r"^(# )?Repository = .*$", 'Repository = "https://hub.example/ann/atlas.git"', project.read_text(), flags=re.M
+    )
+    project.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert tables.main([]) == 0
+    assert "git clone https://hub.example/ann/atlas.git && cd atlas\n" in (tmp_path / "README.md").read_text()
+    cells = json.loads((tmp_path / "notebooks" / "kaggle_sft_t4.ipynb").read_text())["cells"]
+    assert 'ATLAS = "https://hub.example/ann/atlas.git"\n' in cells[1]["source"]
+
+
+def test_what_was_measured_here_is_taken_over_on_request_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "figures", tmp_path / "figures")
+    report = json.loads((ROOT / "figures" / "pocket.json").read_text()) | {"hardware": "a loom"}
+    for name, found in {"pocket/results/pocket.json": report, "figures/benchmarks.json": {"new": {}}}.items():
+        (tmp_path / "outputs" / name).parent.mkdir(parents=True)
+        (tmp_path / "outputs" / name).write_text(json.dumps(found))
+    monkeypatch.chdir(tmp_path)
+    assert tables.main([]) == 0 and "a loom" not in (tmp_path / "README.md").read_text()
+    assert tables.main(["--collect"]) == 0 and "a loom, " in (tmp_path / "README.md").read_text()
+    entries = json.loads((tmp_path / "figures" / "benchmarks.json").read_text())
+    assert set(entries) == {"new", *json.loads((ROOT / "figures" / "benchmarks.json").read_text())}

@@ -1,0 +1,196 @@
+"""Several processes: one run by torchrun, and runs and other commands that meet in one output folder."""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from atlas.config import load_config
+from atlas.pocket.base import PocketPaths
+from atlas.train import preflight, sft
+from atlas.train.checkpoints import checkpoints, damage, sha256
+from hub_server import HubServer, User
+from rows import chat, write_rows
+from runs import environment, run_arguments, train
+
+
+def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
+    command = [sys.executable, *launcher, "-m", "atlas.train.sft", *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_measure_each_row_once(sft_args: list[str], rows_file: Path, tmp_path: Path, capfd):
+    """13 rows of one length on 2 x 2: 12 in each epoch; 7 held-out rows on 2 x 2: accelerate repeats one."""
+    rows = write_rows(tmp_path / "rows.jsonl", [chat("Say it.", "The mill stands by the river.")] * 13)
+    asked = [*sft_args, f"data.train={rows}", f"data.eval={rows_file}:7", "train.max_steps=-1"]
+    asked += ["train.num_train_epochs=2", "train.learning_rate=1e-9", "train.per_device_eval_batch_size=2"]
+    asked += ["train.save_strategy=steps", "train.save_steps=1", "train.save_total_limit=null"]
+    done = torchrun(asked)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes: each epoch leaves out 1 of 13 rows" in done.stdout
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    alone = train(asked, f"output.dir={tmp_path / 'alone'}").manifest
+    assert manifest["processes"] == 2 and manifest["result"]["steps"] == 6
+    each = alone["result"]["supervised_tokens"] / 26
+    assert manifest["result"]["supervised_tokens"] == 24 * each
+    assert manifest["result"]["eval_loss"] == pytest.approx(alone["result"]["eval_loss"], abs=1e-5)
+
+    # Fewer processes than before: other rows at half the batch. Refused, whether finished or not, before a model is loaded.
+    for _ in range(2):
+        assert preflight.main(asked) == 2
+        message = capfd.readouterr().err
+        assert "it was trained by 2 processes, this launch has 1" in message
+        assert "torchrun --nproc_per_node 2" in message and "--resume never" in message
+        (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)
+    # As many as before: the same run, broken off in the second epoch.
+    adapter = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    for path in checkpoints(tmp_path / "out")[:2]:
+        shutil.rmtree(path)
+    again = torchrun(asked)
+    assert again.returncode == 0 and f"resume from {tmp_path / 'out' / 'checkpoint-4'}" in again.stdout, again.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+
+
+def _run(command: str, arguments: list[str], wait: float, answers: Any) -> None:
+    """One command, in a process that has imported all of it before."""
+    from atlas import hub
+    from atlas.eval import run
+
+    os.environ["HF_TOKEN"] = TOKEN  # which an import of the fixtures may have taken away
+    time.sleep(wait)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            status = {"sft": sft, "eval": run, "push": hub}[command].main(arguments)
+        except BaseException as error:
+            status = -1
+            print(f"Traceback {type(error).__name__}: {error}")
+    answers.put(Outcome(status, said.getvalue()))
+
+
+class Pair:
+    """Two commands at once, each after a wait."""
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("forkserver")  # not fork: OpenMP's threads do not survive it
+        self.context.set_forkserver_preload(
+            ["atlas.train.trainer", "atlas.train.preflight", "atlas.eval.harness", "atlas.hub", "bitsandbytes", "peft"]
+        )
+
+    def __call__(self, *commands: tuple[str, list[str], float]) -> list[Outcome]:
+        queues = [self.context.SimpleQueue() for _ in commands]
+        started = [
+            self.context.Process(target=_run, args=(*command, queue))
+            for command, queue in zip(commands, queues, strict=True)
+        ]
+        for process in started:
+            process.start()
+        found = [queue.get() for queue in queues]
+        for process in started:
+            process.join()
+        for outcome in found:
+            assert "Traceback" not in outcome.out and outcome.status in (0, 2), outcome
+            # What is refused is refused once, by one clear reason.
+            said = re.findall("^error: (.*)", outcome.out, re.MULTILINE)
+            assert len(said) == (outcome.status == 2), outcome
+        return found
+
+
+TOKEN = "hf_" + "p" * 34
+IN_USE = r"is in use by atlas (sft|push) \(process \d+ on \S+, since 20\S+\)"
+PAIRS = ("sft/sft, the same", "sft/sft, another config", "sft/eval", "sft/push")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [8, 50])
+def test_two_commands_on_one_folder(count: int, lab: PocketPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """At random moments of each other: nothing is lost, and nothing is mixed."""
+    asked = [*run_arguments(lab.base, lab.train, tmp_path)[:4], "quantization.load_in_4bit=false", "train.max_steps=12"]
+    asked += ["train.per_device_train_batch_size=4", "train.save_strategy=steps", "train.save_steps=1"]
+    asked += [f"output.results_dir={tmp_path / 'results'}", "train.save_total_limit=2", "train.warmup_steps=0"]
+    other = [*asked, "train.learning_rate=1e-3"]
+    # The state of things before: a finished run of the other config.
+    before = train(other, f"output.dir={tmp_path / 'before'}").folder
+    expected = {
+        "one": sha256(train(asked, f"output.dir={tmp_path / 'one'}").folder / "adapter_model.safetensors"),
+        "other": sha256(before / "adapter_model.safetensors"),
+    }
+    draw, refused = random.Random(count), 0
+    with HubServer(tmp_path / "hub") as server:
+        server.users[TOKEN] = User("ann")
+        for name, value in {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        pair = Pair()
+        pair(
+            ("sft", [*asked, f"output.dir={tmp_path / 'warm'}"], 0.0)
+        )  # the imports; from here on a command starts at once
+        began = time.monotonic()
+        pair(("sft", [*asked, f"output.dir={tmp_path / 'timed'}"], 0.0))
+        takes = time.monotonic() - began
+        for number in range(count):
+            kind, folder = PAIRS[number % len(PAIRS)], tmp_path / f"trial{number}"
+            at = f"output.dir={folder}"
+            wait = draw.uniform(0, 1.2 * takes)
+            if kind.startswith("sft/sft"):
+                second = asked if "same" in kind else other
+                first, last = pair(("sft", [*asked, at], takes * 0.2), ("sft", [*second, at], wait))
+                assert first.status == 0 or last.status == 0, (first, last)
+                winners = {name for name, outcome in (("one", first), ("two", last)) if outcome.status == 0}
+                result = "other" if winners == {"two"} and "another" in kind else "one"
+                reasons = IN_USE + ("|holds a finished run" if "another" in kind else "")
+            elif kind == "sft/eval":
+                shutil.copytree(before, folder)
+                tasks = ["eval.tasks=[{name: ifeval, max_gen_toks: 2}]", f"eval.data.ifeval={lab.eval}"]
+                scored = [*asked, at, *tasks, "--limit", "1", "--name", f"run{number}"]
+                first, last = pair(("sft", [*asked, at, "--resume", "never"], 0.0), ("eval", scored, wait))
+                assert first.status == 0, first
+                if last.status == 0:
+                    rows = {
+                        row["name"]: row
+                        for row in json.loads((tmp_path / "results" / "metrics.json").read_text())["runs"]
+                    }
+                    row = rows[f"run{number}"]
+                    assert (row["adapter_sha256"], row["config_hash"]) in {
+                        (expected[name], load_config(given[1], given[2:]).config_hash)
+                        for name, given in (("one", asked), ("other", other))
+                    }
+                result, reasons = "one", IN_USE
+            else:
+                shutil.copytree(before, folder)
+                repo = f"ann/trial{number}"
+                first, last = pair(
+                    ("sft", [*asked, at, "--resume", "never"], 0.2 * takes), ("push", [str(folder), repo], wait)
+                )
+                assert first.status == 0 or last.status == 0, (first, last)
+                if last.status == 0:
+                    files = server.files(repo)
+                    adapter = files["adapter_model.safetensors"].sha256
+                    assert adapter in expected.values()
+                    assert json.loads(files["manifest.json"].content)["adapter_sha256"] == adapter
+                result, reasons = "one" if first.status == 0 else "other", IN_USE
+            for outcome in (first, last):
+                refused += outcome.status == 2
+                assert outcome.status == 0 or re.search(reasons, outcome.out), outcome
+            manifest = json.loads((folder / "manifest.json").read_text())
+            assert manifest["adapter_sha256"] == sha256(folder / "adapter_model.safetensors") == expected[result]
+            assert len(checkpoints(folder)) == 2 and not any(damage(path) for path in checkpoints(folder))
+    assert 0 < refused < count
