@@ -1,6 +1,7 @@
 """Text that is not ours on its way to a terminal: rows of data, replies, names, messages of libraries, servers and templates."""
 
 import re
+import sys
 from typing import TextIO
 
 # All control characters but newline and tab (C0, DEL and C1: a terminal obeys them), those that turn the direction of writing, and
@@ -21,3 +22,16 @@ def one_line(text: str) -> str:
 def say(text: str, *, file: TextIO | None = None, flush: bool = False) -> None:
     """Print a line that may hold text of others."""
     print(visible(text), file=file, flush=flush)
+
+
+def quiet_libraries() -> None:
+    """Warnings stay; progress bars go where the output is not a terminal."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # TRL 1.16 asks for the old name
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from atlas.config import Config
 from atlas.errors import UserError
+from atlas.launch import processes
 
 # Below this much GPU memory, activations are recomputed: 4 x 2048 tokens of the 0.5B shape without it want more than a T4 has.
 CHECKPOINTING_BELOW_GIB = 40
@@ -93,7 +94,7 @@ class Machine:
 
 def _rest() -> dict[str, Any]:
     return {
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": processes(),
         "has_bitsandbytes": find_spec("bitsandbytes") is not None,
         "has_flash_attention": find_spec("flash_attn") is not None,
         "cpu_model": _cpu_model(),

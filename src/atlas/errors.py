@@ -1,12 +1,12 @@
 """The one exception for wrong input, and how an entry point turns it into an exit status."""
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable
 
 from atlas.console import say
+from atlas.launch import is_main_process, rank
 from atlas.redact import redact
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -47,16 +47,15 @@ def run_main(main: Callable[[], int]) -> int:
         return main()
     except (UserError, RunError) as error:
         sys.stdout.flush()
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
+        if not is_main_process():
             # Under torchrun every process finds the same error. The launcher ends all as soon as one has ended, so the others leave
             # the first one time to say it. Who is still there then found an error of its own.
             time.sleep(OTHERS_WAIT)
-        say(f"error{f' (process {rank})' * (rank != '0')}: {redact(str(error))}", file=sys.stderr)
+        say(f"error{f' (process {rank()})' * (not is_main_process())}: {redact(str(error))}", file=sys.stderr)
         return WRONG_INPUT if isinstance(error, UserError) else FAILED
     except StoppedError as stop:
         sys.stdout.flush()
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             say(str(stop), file=sys.stderr)
         return stop.status
     except KeyboardInterrupt:

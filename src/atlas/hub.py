@@ -111,7 +111,7 @@ def push(folder: Path, repo: str, *, private: bool = True) -> int:
     Returns the exit status. A failure leaves the folder as it is and prints the command that finishes the job. Raises `UserError`
     for a file that holds a token.
     """
-    from atlas.train.lock import held
+    from atlas.lock import held
 
     with held(folder, "atlas push"):  # a run that saves at the same time would give files of two
         return _push(folder, repo, private=private)

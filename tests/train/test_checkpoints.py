@@ -17,9 +17,9 @@ import pytest
 
 from atlas import hub
 from atlas.errors import UserError
+from atlas.lock import HOLDER, LOCK, held, refuse_if_held
 from atlas.train import preflight, sft
 from atlas.train.checkpoints import CONTENTS, checkpoints, sha256
-from atlas.train.lock import HOLDER, LOCK, held, refuse_if_held
 from rows import chat, write_rows
 from runs import BASIC, broken_off, environment, full_disk, run_arguments, trace, train
 
@@ -326,7 +326,7 @@ def test_a_stopped_run_that_began_anew_is_gone_on_with_by_the_command_it_names(
     assert seal["over"] is None and preflight.main(other) == 0
 
 
-HOLD = "import sys; from atlas.train.lock import held; from pathlib import Path\n"
+HOLD = "import sys; from atlas.lock import held; from pathlib import Path\n"
 HOLD += "with held(Path(sys.argv[1]), 'atlas sft'): print('held', flush=True); sys.stdin.read()"
 
 

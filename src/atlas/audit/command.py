@@ -4,9 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from atlas.console import say
+from atlas.console import quiet_libraries, say
 from atlas.errors import DONE, FAILED, UserError, run_main
+
+if TYPE_CHECKING:
+    from atlas.config import LoadedConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,10 +29,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _audit(config: str, overrides: Sequence[str]) -> int:
     from atlas.config import load_config
-    from atlas.train.sft import dump_audit
 
     dump_audit(load_config(config, overrides))
     return DONE
+
+
+def dump_audit(loaded: "LoadedConfig") -> Path:
+    """Write the template audit of the data as configured; no model is loaded."""
+    from atlas.audit.report import write_audit
+    from atlas.data.prepare import gate, prepare
+    from atlas.files import RESULTS_DIR, can_write
+    from atlas.models.base import load_tokenizer
+
+    config = loaded.config
+    quiet_libraries()
+    can_write(Path(config.output.results_dir), *RESULTS_DIR)
+    tokenizer = load_tokenizer(config)
+    labeled = prepare(config, tokenizer)
+    say(labeled.table())
+    path = write_audit(labeled, Path(config.output.results_dir))
+    gate(config, labeled)
+    return path
 
 
 def _diff(first: Path, second: Path) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atlas.console import say
+from atlas.console import quiet_libraries, say
 from atlas.errors import DONE, UserError, run_main
 from atlas.files import RESULTS_DIR, can_write, write_text, writing
 
@@ -30,7 +30,6 @@ def _main(config_file: str, overrides: Sequence[str]) -> int:
     from atlas.config import load_config
     from atlas.data.prepare import gate, prepare
     from atlas.models.base import load_tokenizer
-    from atlas.train.sft import quiet_libraries
 
     quiet_libraries()
     config = load_config(config_file, overrides).config

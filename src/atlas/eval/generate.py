@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from atlas.console import say, visible
+from atlas.console import quiet_libraries, say, visible
 from atlas.errors import DONE, UserError, run_main
 
 if TYPE_CHECKING:
@@ -53,8 +53,6 @@ def _main(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.seed < 2**32:  # numpy's range
         raise UserError(f"--seed {arguments.seed}: give a whole number from 0 to {2**32 - 1}")
     from transformers import set_seed
-
-    from atlas.train.sft import quiet_libraries
 
     quiet_libraries()
     model, tokenizer = _load(arguments.adapter, arguments.model)

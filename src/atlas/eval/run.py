@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atlas.console import quiet_libraries
 from atlas.config import Config, EvalTask, QuantizationConfig
 from atlas.errors import DONE, UserError, first_line, run_main
 from atlas.eval.store import METRICS, claimed, name_problem, read_metrics, records_file, store, unlike
@@ -116,7 +117,6 @@ def evaluate(
     scoring. With `replace` such results give way, and each task is scored anew.
     """
     from atlas.eval.tasks import load_task
-    from atlas.train.sft import quiet_libraries
 
     if problem := name_problem(target.name):
         raise UserError(f"--name: {target.name!r} cannot name results: a name {problem}")

@@ -211,7 +211,7 @@ def claimed(results: Path, name: str, room: int) -> Iterator[None]:
     `room` is the number of bytes that the records may take.
     Raises `UserError` for a name that another process is scoring, and for a folder that cannot be written to, or is full.
     """
-    from atlas.train.lock import held
+    from atlas.lock import held
 
     folder = results / "eval" / name
     probe = folder / f".probe-{os.getpid()}"

@@ -56,8 +56,8 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter:
     from safetensors import SafetensorError
 
     from atlas.hub import download
+    from atlas.lock import refuse_if_held
     from atlas.models.adapters import refuse_non_finite
-    from atlas.train.lock import refuse_if_held
 
     folder, commit = Path(name).expanduser(), None
     if not folder.is_dir():

@@ -65,6 +65,7 @@ def _main(arguments: argparse.Namespace) -> int:
     from atlas.eval.compare import comparison, show
     from atlas.eval.run import Target, evaluate
     from atlas.models.load import find_adapter
+    from atlas.audit.command import dump_audit
     from atlas.pocket.base import build
     from atlas.train import sft
 
@@ -73,7 +74,7 @@ def _main(arguments: argparse.Namespace) -> int:
     step("base model")
 
     print("\n== audit: what the loss will fall on")
-    sft.dump_audit(loaded)
+    dump_audit(loaded)
     step("audit")
 
     print("\n== SFT: python -m atlas.train.sft --config", arguments.config)

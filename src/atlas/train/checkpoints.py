@@ -21,7 +21,8 @@ from atlas.config import LoadedConfig, experiment
 from atlas.console import say
 from atlas.errors import UserError
 from atlas.files import write_json
-from atlas.train.manifest import processes, versions
+from atlas.launch import processes
+from atlas.train.manifest import versions
 
 CONTENTS = "atlas_checkpoint.json"
 PROGRESS = "atlas_progress_{rank}.json"

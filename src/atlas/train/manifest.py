@@ -1,7 +1,6 @@
 """`manifest.json`: what made this adapter, in enough detail to make it again."""
 
 import hashlib
-import os
 import shlex
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from atlas.audit.report import for_manifest
 from atlas.config import Config, LoadedConfig, experiment
 from atlas.data.prepare import Labeled
 from atlas.device import DevicePlan
+from atlas.launch import processes
 from atlas.redact import redact
 
 if TYPE_CHECKING:
@@ -55,11 +55,6 @@ def build_manifest(
         "chat_template_sha256": hashlib.sha256(chat_template.encode()).hexdigest(),
         "result": result,
     }
-
-
-def processes() -> int:
-    """Of this launch (torchrun sets WORLD_SIZE)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_names(config: Config) -> list[str]:

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import copy
 import io
-import os
 import re
 import shutil
 import sys
@@ -24,11 +23,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas.compat import check_libraries
 from atlas.config import Config, LoadedConfig, is_path, load_config
-from atlas.console import say
+from atlas.console import quiet_libraries, say
 from atlas.data.sources import data_files, reach
 from atlas.device import DevicePlan, Machine, choose_device
 from atlas.errors import DONE, RunError, UserError, first_line, run_main
 from atlas.files import RESULTS_DIR, can_write, existing
+from atlas.launch import is_main_process
 from atlas.redact import redact
 from atlas.train.arguments import held_out
 
@@ -125,8 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(loaded: LoadedConfig, resume: str) -> int:
-    from atlas.train.sft import quiet_libraries
-
     quiet_libraries()
     ready = preflight(loaded, resume)
     say(ready.table())
@@ -230,12 +228,12 @@ def _loss(loaded: LoadedConfig) -> Line | str:
 
 
 def _output_folder(loaded: LoadedConfig, resume: str) -> Line | str:
+    from atlas.lock import refuse_if_held
     from atlas.train.checkpoints import Identity, checkpoints, refuse_foreign, refuse_other_runs
-    from atlas.train.lock import refuse_if_held
 
     folder = Path(loaded.config.output.dir)
     can_write(folder, "output.dir", "choose another output.dir")
-    if os.environ.get("RANK", "0") == "0":  # which holds it for all
+    if is_main_process():  # which holds it for all
         refuse_if_held(folder)
     refuse_foreign(folder, resume)
     if resume != "never":
@@ -261,7 +259,7 @@ def _hub(loaded: LoadedConfig) -> Line | str:
     output = loaded.config.output
     if output.hub_repo is None:
         return Line("skip", "Hub", "nothing is pushed (output.hub_repo is not set, or --no-push-to-hub)")
-    if os.environ.get("RANK", "0") != "0":
+    if not is_main_process():
         return Line("skip", "Hub", "the first process asks")
     if constants.HF_HUB_OFFLINE:
         return Line("skip", "Hub", f"HF_HUB_OFFLINE is set: the push to {output.hub_repo} will be left to do")
@@ -285,7 +283,7 @@ def _tracker(loaded: LoadedConfig) -> Line | str:
         return Line("warn", "tracker", f"wandb off: {wandb_off}")
     if names == ["none"]:
         return Line("skip", "tracker", "train.report_to is none")
-    if "wandb" in names and not wandb_is_offline() and os.environ.get("RANK", "0") == "0":
+    if "wandb" in names and not wandb_is_offline() and is_main_process():
         import wandb
 
         try:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.config import LoadedConfig, load_config, render_config
-from atlas.console import say
+from atlas.console import quiet_libraries, say
 from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError, run_main
+from atlas.launch import is_main_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,6 +87,8 @@ def _main(arguments: argparse.Namespace) -> int:
     # On a shared machine OpenMP's spinning barriers make small steps 6-13x slower; read once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if arguments.dump_template_audit:
+        from atlas.audit.command import dump_audit
+
         dump_audit(loaded)
         return DONE
     with contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(None):
@@ -118,35 +121,12 @@ def _why_unchanged(loaded: LoadedConfig, steps: int) -> str:
     )
 
 
-def is_main_process() -> bool:
-    """The first process of a launch (torchrun sets RANK): the one that speaks, saves and pushes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def dump_audit(loaded: LoadedConfig) -> Path:
-    """Write the template audit of the data as configured; no model is loaded."""
-    from atlas.audit.report import write_audit
-    from atlas.data.prepare import gate, prepare
-    from atlas.files import RESULTS_DIR, can_write
-    from atlas.models.base import load_tokenizer
-
-    config = loaded.config
-    quiet_libraries()
-    can_write(Path(config.output.results_dir), *RESULTS_DIR)
-    tokenizer = load_tokenizer(config)
-    labeled = prepare(config, tokenizer)
-    say(labeled.table())
-    path = write_audit(labeled, Path(config.output.results_dir))
-    gate(config, labeled)
-    return path
-
-
 def train(loaded: LoadedConfig, resume: str = "auto") -> SftRun:
     """The whole job. Raises `UserError` for input that cannot end well, before the model is loaded."""
     started = time.perf_counter()
     quiet_libraries()
 
-    from atlas.train.lock import held
+    from atlas.lock import held
     from atlas.train.preflight import preflight
 
     ready = preflight(loaded, resume)
@@ -334,19 +314,6 @@ def _remove_default_printing(trainer: "LabeledSFTTrainer") -> None:
 
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-
-
-def quiet_libraries() -> None:
-    """Warnings stay; progress bars go where the output is not a terminal."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # TRL 1.16 asks for the old name
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":
