@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from atlas.audit.command import dump_audit
 from atlas.card import write_card
 from atlas.config import load_config
 from atlas.data import report
 from atlas.hub import files_to_push
-from atlas.audit.command import dump_audit
 from atlas.train.sft import train
 from rows import ROOT, chat, label, write_rows
 from runs import run_arguments

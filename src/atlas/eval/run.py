@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.console import quiet_libraries
 from atlas.config import Config, EvalTask, QuantizationConfig
+from atlas.console import quiet_libraries
 from atlas.errors import DONE, UserError, first_line, run_main
 from atlas.eval.store import METRICS, claimed, name_problem, read_metrics, records_file, store, unlike
 from atlas.hub import split_revision

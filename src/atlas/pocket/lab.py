@@ -62,10 +62,10 @@ def _main(arguments: argparse.Namespace) -> int:
         seconds[name] = round(time.perf_counter() - clock, 1)
         clock = time.perf_counter()
 
+    from atlas.audit.command import dump_audit
     from atlas.eval.compare import comparison, show
     from atlas.eval.run import Target, evaluate
     from atlas.models.load import find_adapter
-    from atlas.audit.command import dump_audit
     from atlas.pocket.base import build
     from atlas.train import sft
 
