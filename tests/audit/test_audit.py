@@ -313,7 +313,7 @@ def test_thinking_that_the_template_does_not_know_is_lost(base_folder: Path):
 
 
 def test_what_only_a_template_words_differently_stops_no_run(base_folder: Path, tmp_path: Path, capfd):
-    from atlas.data.prepare import gate
+    from atlas.audit.gate import gate
 
     folder = tmp_path / "trims"
     tokenizer = right(base_folder)

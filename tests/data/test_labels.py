@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from atlas.audit.gate import gate
 from atlas.audit.tokens import token_bytes
 from atlas.data.pack import arrange
-from atlas.data.prepare import gate, labeler_for, prepare
+from atlas.data.prepare import labeler_for, prepare
 from atlas.errors import UserError
 from atlas.models.base import load_tokenizer
 from rows import CONVERSATIONS, TOOLS, chat, config, label, write_rows

@@ -36,8 +36,9 @@ def _audit(config: str, overrides: Sequence[str]) -> int:
 
 def dump_audit(loaded: "LoadedConfig") -> Path:
     """Write the template audit of the data as configured; no model is loaded."""
+    from atlas.audit.gate import gate
     from atlas.audit.report import write_audit
-    from atlas.data.prepare import gate, prepare
+    from atlas.data.prepare import prepare
     from atlas.files import RESULTS_DIR, can_write
     from atlas.models.base import load_tokenizer
 

@@ -1,4 +1,4 @@
-"""All sources of a config to one labelled mixture, with a ledger of every row that fell out or was cut, and the audit's gate."""
+"""All sources of a config to one labelled mixture, with a ledger of every row that fell out or was cut."""
 
 import hashlib
 import json
@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from atlas.audit.spans import NOTES, REMEDIES, Finding, tokenizer_findings, where
+from atlas.audit.spans import NOTES, Finding, tokenizer_findings
 from atlas.config import Config, Source
-from atlas.console import say
 from atlas.data import mixture, sources
 from atlas.data.cache import cached
 from atlas.data.formats import detect, renamed
@@ -189,7 +188,7 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
     """Load, label and audit every source of `data`; cached by content, so a second run starts at once.
 
     Raises `UserError` for a source that cannot be read and for a share of bad rows above `data.max_bad_fraction`; what the
-    audit found is for `gate` to judge.
+    audit found is for `atlas.audit.gate` to judge.
     """
     data, labeler = config.data, labeler_for(config, tokenizer)
     if data.streaming:
@@ -409,34 +408,6 @@ def _features() -> Any:
     texts = {name: Value("string") for name in ("reason", "detail", "findings")}
     numbers = {name: Value(kind) for name, kind in _NUMBERS.items()}
     return Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))} | numbers | texts)
-
-
-def gate(config: Config, labeled: Labeled) -> None:
-    """Stop the run (`UserError`) where the audit found what must not be trained; with `audit.gate=warn` only say so."""
-    complaint = complaints((*labeled.ledgers, *labeled.eval_ledgers), labeled.tokenizer_findings)
-    if complaint and config.audit.gate == "error":
-        raise UserError(
-            f"{complaint}\n  `atlas audit` shows the rows token by token; audit.gate=warn trains all the same"
-        )
-    if complaint:
-        say(f"warning (audit.gate={config.audit.gate}): {complaint}")
-
-
-def complaints(ledgers: Iterable[SourceLedger], of_tokenizer: Iterable[Finding] = ()) -> str | None:
-    """The audit's findings as one message with the first of each kind and the remedy, or None."""
-    lines = [f"  stop: {finding.text}\n    remedy: {REMEDIES['stop']}" for finding in of_tokenizer]
-    for ledger in ledgers:
-        for kind, count in sorted(ledger.findings.items()):
-            if kind in NOTES:
-                continue
-            lines.append(f"  {kind}: {count} rows of {ledger.name}")
-            for place, finding in ledger.finding_examples:
-                if finding["kind"] == kind:
-                    lines.append(f"    {place}, {where(finding)}: {finding['text']!r}")
-            lines.append(f"    remedy: {REMEDIES[kind]}")
-    if not lines:
-        return None
-    return "the audit of the loss mask found what must not be trained:\n" + "\n".join(lines)
 
 
 def refuse_if_bad(ledger: SourceLedger, limit: float) -> None:

@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(config_file: str, overrides: Sequence[str]) -> int:
+    from atlas.audit.gate import gate
     from atlas.config import load_config
-    from atlas.data.prepare import gate, prepare
+    from atlas.data.prepare import prepare
     from atlas.models.base import load_tokenizer
 
     quiet_libraries()

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from atlas.audit.gate import complaints
 from atlas.audit.spans import NOTES, tokenizer_findings
 from atlas.config import Config, Source
 from atlas.data.formats import detect, renamed
 from atlas.data.ledger import SHARED_PROMPT, STREAMED, SourceLedger, percentiles
-from atlas.data.prepare import BATCH_ROWS, DETECT_ROWS, Labeled, Shown, complaints, hold_out, label_all, refuse_if_bad
+from atlas.data.prepare import BATCH_ROWS, DETECT_ROWS, Labeled, Shown, hold_out, label_all, refuse_if_bad
 from atlas.data.sources import data_files, stream_source
 from atlas.data.tokenize import Labeler
 from atlas.errors import UserError

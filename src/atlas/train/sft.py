@@ -143,9 +143,10 @@ def _train(loaded: LoadedConfig, ready: "Ready", resume: str, started: float) ->
     from accelerate import PartialState
     from transformers import set_seed
 
+    from atlas.audit.gate import gate
     from atlas.audit.report import line, summarize
     from atlas.data.pack import arrange
-    from atlas.data.prepare import gate, prepare
+    from atlas.data.prepare import prepare
     from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm
     from atlas.models.base import load_base_model_and_tokenizer
     from atlas.train.callbacks import LogLine, SaveInTime, duration, memory_gib
