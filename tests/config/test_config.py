@@ -14,11 +14,12 @@ import pytest
 
 from atlas import init
 from atlas.config import load_config, render_config
+from atlas.config.fields import COMMON_OWNED, COMMON_RECIPE, SCHEMAS, TrainSchema
 from atlas.errors import UserError, run_main
 from atlas.train import sft
-from atlas.trainfields import train_fields
 from rows import ROOT
 
+SFT = SCHEMAS["sft"]
 QWEN = ROOT / "configs" / "sft_qwen05b.yaml"
 
 
@@ -40,8 +41,8 @@ def test_every_sftconfig_field_is_known_with_its_default():
     from trl import SFTConfig
 
     real = {field.name: field for field in dataclasses.fields(SFTConfig) if field.init}
-    assert set(train_fields()) == set(real)
-    for name, field in train_fields().items():
+    assert set(SFT.fields()) == set(real)
+    for name, field in SFT.fields().items():
         if field.has_default:
             assert field.default == real[name].default, name
 
@@ -92,7 +93,7 @@ def test_overrides_win_and_are_typed():
         ("train.num_train_epochs=1e300", ["train.num_train_epochs must be above 0 and at most 10000, got 1e+300"]),
         (
             "train.metric_for_best_model=foo",
-            ["train.metric_for_best_model must be loss, entropy or mean_", "got 'foo'"],
+            ["train.metric_for_best_model must be one of loss, entropy, mean_", "got 'foo'"],
         ),
         ("lora.r=0", ["lora.r", "greater than or equal to 1"]),
         ("model.dtype=half", ["model.dtype", "'float16'", "'half'"]),
@@ -269,7 +270,7 @@ def test_the_recipe_holds_without_its_file(tmp_path: Path):
         assert loaded.config_hash == reference.config_hash
         given = reference.config.model_dump()
         for name, default in (("seed", 42), ("logging_steps", 10), ("save_strategy", "steps")):  # TRL's own
-            assert given["train"].pop(name) == default == train_fields()[name].default
+            assert given["train"].pop(name) == default == SFT.fields()[name].default
         assert loaded.config.model_dump() == given
     (tmp_path / "all.yaml").write_text(own + "train: {assistant_only_loss: false}\n")
     assert load_config(tmp_path / "all.yaml").config.train_value("assistant_only_loss") is False
@@ -424,3 +425,33 @@ def test_a_base_has_a_base_too(tmp_path: Path):
     (tmp_path / "b.yaml").write_text("base: a.yaml")
     with pytest.raises(UserError, match="is based on"):
         load_config(tmp_path / "a.yaml")
+
+
+def test_each_phase_has_fields_of_its_own(tmp_path: Path, monkeypatch):
+    reward = ("trl", "trainer/reward_config.py", "RewardConfig")
+    schema = TrainSchema((*SFT.sources[:2], reward), COMMON_OWNED, COMMON_RECIPE, ("loss", "accuracy"))
+    monkeypatch.setitem(SCHEMAS, "reward", schema)
+    path = tmp_path / "own.yaml"
+    path.write_text("model: {name: a/b}\ndata: {train: rows.jsonl}\noutput: {dir: out}\n")
+    sft, own = load_config(path), load_config(path, phase="reward")
+    assert (sft.config.phase, own.config.phase) == ("sft", "reward")
+    assert "assistant_only_loss" in sft.config.train and "assistant_only_loss" not in own.config.train
+    assert own.config.train_value("center_rewards_coefficient") is None and own.config.train_value("save_steps") == 100
+    assert load_config(path, ["phase=sft"]).config_hash == sft.config_hash != own.config_hash
+    printed = render_config(own)
+    assert "\nphase: reward" in printed and "center_rewards_coefficient" in printed and "packing" not in printed
+    path.write_text("phase: reward\n" + path.read_text())
+    loaded = load_config(path, ["train.metric_for_best_model=eval_accuracy"])
+    assert loaded.config.phase == "reward" and loaded.sources["phase"] == "own.yaml"
+    for more, message in (
+        ("train.packing=true", r"command line: unknown key 'train\.packing'"),
+        ("train.metric_for_best_model=entropy", "must be one of loss, accuracy"),
+        ("train.output_dir=x", "output.dir"),
+        ("phase=rewrd", "did you mean 'reward'"),
+        ("phase=[1]", "phase"),
+        ("phase.x=1", "phase"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(path, [more])
+    with pytest.raises(UserError, match=r"own\.yaml: phase: reward .*run `atlas reward --config .*own\.yaml`"):
+        load_config(path, phase="sft")

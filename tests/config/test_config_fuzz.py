@@ -10,11 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from atlas.config import OWNED_TRAIN_FIELDS, _all_keys, load_config
+from atlas.config import _all_keys, load_config
+from atlas.config.fields import SCHEMAS
 from atlas.train import preflight, sft
-from atlas.trainfields import train_fields
 
-KEYS = [key for key in _all_keys() if "." in key] + [f"train.{key}" for key in OWNED_TRAIN_FIELDS]
+SFT = SCHEMAS["sft"]
+KEYS = [key for key in _all_keys(SFT) if "." in key] + [f"train.{key}" for key in SFT.owned]
 ODD_KEYS = [
     "",
     ".",
@@ -230,9 +231,9 @@ WORDS = st.sampled_from(
     ]
 )
 PLAUSIBLE = NUMBERS | WORDS | st.booleans() | st.none() | st.dictionaries(WORDS, NUMBERS | WORDS, max_size=1)
-TRIED = [key for key in KEYS if key not in NOT_TRIED and key.removeprefix("train.") not in OWNED_TRAIN_FIELDS]
+TRIED = [key for key in KEYS if key not in NOT_TRIED and key.removeprefix("train.") not in SFT.owned]
 NUMERIC = [
-    f"train.{name}" for name, field in train_fields().items() if {"int", "float"} & set(field.annotation.split(" | "))
+    f"train.{name}" for name, field in SFT.fields().items() if {"int", "float"} & set(field.annotation.split(" | "))
 ]
 PAIRS = st.tuples(st.sampled_from(TRIED), PLAUSIBLE) | st.tuples(
     st.sampled_from([key for key in NUMERIC if key in TRIED]), NUMBERS

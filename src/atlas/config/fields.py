@@ -1,12 +1,11 @@
-"""What `trl.SFTConfig` accepts, read from the installed sources without importing them.
+"""What `train:` may hold in each phase, read from the sources of the installed libraries without importing them.
 
-Importing SFTConfig costs about 6 s of CPU time (torch, transformers); reading its three source files costs about 0.1 s.
+Importing TRL's SFTConfig costs about 6 s of CPU time (torch, transformers); reading its three source files costs about 0.1 s.
 That keeps `--help` and `--print-config` fast and lets a wrong key under `train:` fail before anything is loaded.
-Source of truth: trl/trainer/sft_config.py, trl/trainer/base_config.py, transformers/training_args.py.
 """
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -15,11 +14,6 @@ from typing import Any
 
 from atlas.errors import UserError
 
-_SOURCES = (  # a later class overrides the fields of an earlier one, as in SFTConfig's inheritance
-    ("transformers", "training_args.py", "TrainingArguments"),
-    ("trl", "trainer/base_config.py", "_BaseConfig"),
-    ("trl", "trainer/sft_config.py", "SFTConfig"),
-)
 _SCALARS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -59,11 +53,6 @@ _RANGES: tuple[_Rule, ...] = (  # what no run can have, and the libraries say la
     ("above 0 and at most 10000", lambda value: 0 < value <= 10_000, ("num_train_epochs",)),
     # Qwen2.5's default system turn and the two role headers alone take 27 tokens, so that nothing would be trained.
     ("at least 32 and at most 16777216 (usual: 1024-2048)", lambda value: 32 <= value <= 2**24, ("max_length",)),
-    (  # what an evaluation finds out; the library looks for it there when the first one is over
-        "loss, entropy or mean_token_accuracy (eval_ may stand before it)",
-        lambda value: value.removeprefix("eval_") in ("loss", "entropy", "mean_token_accuracy"),
-        ("metric_for_best_model",),
-    ),
     ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),
     ("from 0 to 256", lambda value: 0 <= value <= 256, ("dataloader_num_workers",)),
     (
@@ -86,7 +75,7 @@ _RANGES: tuple[_Rule, ...] = (  # what no run can have, and the libraries say la
 
 @dataclass(frozen=True)
 class TrainField:
-    """One field of SFTConfig: `annotation` as written in its source; `default` is meaningless unless `has_default`."""
+    """One field of a config class: `annotation` as written in its source; `default` is meaningless unless `has_default`."""
 
     name: str
     annotation: str
@@ -108,11 +97,36 @@ class TrainField:
         return None
 
 
+@dataclass(frozen=True)
+class TrainSchema:
+    """What `train:` may hold in one phase."""
+
+    sources: tuple[tuple[str, str, str], ...]
+    """Package, file and class of each part of the phase's config class; a later class overrides the fields of an earlier one."""
+    owned: Mapping[str, str]
+    """Fields that nobody may set -> what to do instead."""
+    recipe: Mapping[str, Any]
+    """Values that differ from the libraries' defaults, in every config that does not say otherwise."""
+    metrics: tuple[str, ...] = ("loss",)
+    """What an evaluation measures. transformers looks up metric_for_best_model only when the first evaluation is over."""
+
+    def fields(self) -> dict[str, TrainField]:
+        """Every init field of the installed config class, by name, in source order."""
+        return _read_fields(self.sources)
+
+    def problem_with(self, name: str, value: object) -> str | None:
+        """What is wrong with the type or size of `value` for the field `name`, or None."""
+        if problem := self.fields()[name].problem_with(value):
+            return problem
+        if name != "metric_for_best_model" or value is None or str(value).removeprefix("eval_") in self.metrics:
+            return None
+        return f"must be one of {', '.join(self.metrics)} (eval_ may stand before it), got {value!r}"
+
+
 @cache
-def train_fields() -> dict[str, TrainField]:
-    """Every init field of the installed `SFTConfig`, by name, in source order."""
+def _read_fields(sources: tuple[tuple[str, str, str], ...]) -> dict[str, TrainField]:
     fields: dict[str, TrainField] = {}
-    for package, file, class_name in _SOURCES:
+    for package, file, class_name in sources:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise UserError(f"the package {package!r} is not installed: run `make setup`")
@@ -148,3 +162,57 @@ def _literal(node: ast.expr | None) -> tuple[Any, bool]:
         return ast.literal_eval(node), True
     except ValueError:
         return None, False
+
+
+# Fields that have one place of their own in atlas, or that would break a promise: name -> what to do. Of every phase: what
+# transformers' TrainingArguments and most of TRL's classes have.
+COMMON_OWNED = {
+    "output_dir": "set output.dir instead",
+    "push_to_hub": "set output.hub_repo instead (and --no-push-to-hub for a local run)",
+    "hub_model_id": "set output.hub_repo instead",
+    "hub_private_repo": "set output.hub_private instead",
+    "hub_token": "tokens never stand in a config: `hf auth login`, or HF_TOKEN in the environment",
+    "resume_from_checkpoint": "use --resume auto|never|PATH",
+    "save_only_model": "a checkpoint without the optimizer's state cannot be resumed exactly",
+    "ignore_data_skip": "a run that resumes on other rows is another run",
+    "auto_find_batch_size": "another batch size is another run; set train.per_device_train_batch_size, and "
+    "train.gradient_accumulation_steps so that their product stays",
+    "local_rank": "torchrun tells each process its own",
+    "enable_jit_checkpoint": "atlas writes a checkpoint on SIGTERM and SIGINT by itself",
+    "restore_callback_states_from_checkpoint": "atlas restores what its own callbacks need",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
+    "trust_remote_code": "atlas never runs code from a model repository",
+    "model_init_kwargs": "set the keys under model: and quantization: instead",
+    "pad_token": "set model.pad_token instead",
+    "dataset_num_proc": "set data.num_proc instead",
+}
+# The recipe's values that are not the libraries': they hold in every config that does not say otherwise.
+COMMON_RECIPE = {
+    "lr_scheduler_type": "cosine",
+    "logging_first_step": True,  # the summary's first loss is the untrained model's
+    "report_to": "wandb",  # used where there are credentials, else one line says so and the run goes on
+    "save_steps": 100,
+    "save_total_limit": 2,
+}
+TRL_SOURCES = (
+    ("transformers", "training_args.py", "TrainingArguments"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+)
+SCHEMAS = {
+    "sft": TrainSchema(
+        sources=(*TRL_SOURCES, ("trl", "trainer/sft_config.py", "SFTConfig")),
+        owned=COMMON_OWNED
+        | {
+            "chat_template_path": "atlas patches the tokenizer's own template; choose model.tokenizer_name",
+            "eos_token": "atlas takes eos from the chat template's stop token",
+            "dataset_text_field": "atlas makes input_ids and labels itself; see data:",
+            "dataset_kwargs": "atlas makes input_ids and labels itself; see data:",
+            "completion_only_loss": "atlas makes the labels; see train.assistant_only_loss",
+            "truncation_mode": "atlas cuts rows at the end (keep_start) and counts them",
+        },
+        # the loss falls on assistant content and its stop token, nothing else
+        recipe=COMMON_RECIPE | {"assistant_only_loss": True},
+        metrics=("loss", "entropy", "mean_token_accuracy"),
+    )
+}
+"""The phases, by the name of their command and of `phase:` in a config."""

@@ -17,53 +17,17 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import CollectionNode, MappingNode, Node
 
+from atlas.config.fields import SCHEMAS, TrainSchema
 from atlas.data.formats import refuse_columns
 from atlas.errors import UserError
 from atlas.redact import find_secret, redact
-from atlas.trainfields import train_fields
 
-# Fields of SFTConfig that have one place of their own in atlas, or that would break a promise: name -> what to do.
-OWNED_TRAIN_FIELDS = {
-    "output_dir": "set output.dir instead",
-    "push_to_hub": "set output.hub_repo instead (and --no-push-to-hub for a local run)",
-    "hub_model_id": "set output.hub_repo instead",
-    "hub_private_repo": "set output.hub_private instead",
-    "hub_token": "tokens never stand in a config: `hf auth login`, or HF_TOKEN in the environment",
-    "resume_from_checkpoint": "use --resume auto|never|PATH",
-    "save_only_model": "a checkpoint without the optimizer's state cannot be resumed exactly",
-    "ignore_data_skip": "a run that resumes on other rows is another run",
-    "auto_find_batch_size": "another batch size is another run; set train.per_device_train_batch_size, and "
-    "train.gradient_accumulation_steps so that their product stays",
-    "local_rank": "torchrun tells each process its own",
-    "enable_jit_checkpoint": "atlas writes a checkpoint on SIGTERM and SIGINT by itself",
-    "restore_callback_states_from_checkpoint": "atlas restores what its own callbacks need",
-    "logging_nan_inf_filter": "a loss that is not finite ends the run",
-    "trust_remote_code": "atlas never runs code from a model repository",
-    "model_init_kwargs": "set the keys under model: and quantization: instead",
-    "chat_template_path": "atlas patches the tokenizer's own template; choose model.tokenizer_name",
-    "eos_token": "atlas takes eos from the chat template's stop token",
-    "pad_token": "set model.pad_token instead",
-    "dataset_text_field": "atlas makes input_ids and labels itself; see data:",
-    "dataset_kwargs": "atlas makes input_ids and labels itself; see data:",
-    "dataset_num_proc": "set data.num_proc instead",
-    "completion_only_loss": "atlas makes the labels; see train.assistant_only_loss",
-    "truncation_mode": "atlas cuts rows at the end (keep_start) and counts them",
-}
-# The recipe's values that are not TRL's: they hold in every config that does not say otherwise (configs/base.yaml repeats them).
-RECIPE = {
-    "assistant_only_loss": True,  # the loss falls on assistant content and its stop token, nothing else
-    "lr_scheduler_type": "cosine",
-    "logging_first_step": True,  # the summary's first loss is the untrained model's
-    "report_to": "wandb",  # used where there are credentials, else one line says so and the run goes on
-    "save_steps": 100,
-    "save_total_limit": 2,
-}
 _OTHER_NAMES = {"path": "name", "file": "name", "id": "name", "dataset": "name", "subset": "config", "samples": "rows"}
 _REMOVED_TRAIN_FIELDS = {  # names of older releases that people still copy
     "warmup_ratio": "warmup_steps (a number below 1 is a share of all steps)",
@@ -341,8 +305,11 @@ class CheckpointConfig(_Section):
 
 
 class Config(_Section):
-    """The whole tree. `train` holds SFTConfig fields as given, and the recipe's; see `train_value` for one with TRL's default."""
+    """The whole tree. `train` holds the fields of the phase as given, and the recipe's; see `train_value` for one with its
+    default."""
 
+    phase: str = "sft"
+    """A name in `SCHEMAS`: what kind of training it is."""
     model: ModelConfig
     quantization: QuantizationConfig = QuantizationConfig()
     lora: LoraSettings = LoraSettings()
@@ -353,14 +320,28 @@ class Config(_Section):
     output: OutputConfig
     train: Mapping[str, Any] = Field(default_factory=dict, validate_default=True)
 
+    @field_validator("phase")
+    @classmethod
+    def _known_phase(cls, value: str) -> str:
+        if value not in SCHEMAS:
+            near = difflib.get_close_matches(value[:100], SCHEMAS, n=1, cutoff=0)[0]
+            raise ValueError(f"no phase has this name; did you mean {near!r}? (phases: {', '.join(SCHEMAS)})")
+        return value
+
     @field_validator("train")
     @classmethod
-    def _recipe(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
-        return RECIPE | dict(value)
+    def _recipe(cls, value: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
+        schema = SCHEMAS.get(info.data.get("phase", ""))  # an unknown phase has a message of its own
+        return {**schema.recipe, **value} if schema else value
+
+    @property
+    def train_schema(self) -> TrainSchema:
+        """What `train` may hold in this phase."""
+        return SCHEMAS[self.phase]
 
     def train_value(self, name: str) -> Any:
-        """The value of an SFTConfig field: as configured, else the recipe's, else TRL's default."""
-        return self.train.get(name, train_fields()[name].default)
+        """The value of a field of `train`: as configured, else the recipe's, else the library's default."""
+        return self.train.get(name, self.train_schema.fields()[name].default)
 
 
 @dataclass(frozen=True)
@@ -375,12 +356,13 @@ class LoadedConfig:
         return config_hash(self.config)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), phase: str | None = None) -> LoadedConfig:
     """Read `path`, deep-merge it over the `base.yaml` beside it, where there is one, then apply `key=value` overrides.
 
     Lists are replaced, not joined. A phase file may name another base (`base: PATH`, relative to itself), which has a base
     likewise, or none (`base: null`). A file that is not there may be one that atlas brings along, named as it is or
-    `configs/NAME`. Raises `UserError` naming file and key for anything wrong.
+    `configs/NAME`. `phase` is that of the command, where the command has one; else the file says it (`phase: NAME`), or it is sft.
+    Raises `UserError` naming file and key for anything wrong.
     """
     path = Path(path)
     layers = _layers(path)
@@ -388,8 +370,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
 
     tree: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    schema = _schema(layers, phase, path)
+    if phase is not None:
+        tree["phase"] = phase
     for origin, layer in layers:
-        _check_keys(layer, origin)
+        _check_keys(layer, origin, schema)
         _merge(tree, layer, origin if origin == "command line" else Path(origin).name, sources)
     try:
         config = Config.model_validate(_tuples(tree))
@@ -398,9 +383,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     return LoadedConfig(config, sources)
 
 
+def _schema(layers: Sequence[tuple[str, Mapping[str, Any]]], asked: str | None, path: Path) -> TrainSchema:
+    """Of the phase that the last layer names. Raises `UserError` where the command is that of another phase (`asked`)."""
+    phase: object = asked or "sft"
+    for origin, layer in layers:
+        phase = layer.get("phase") or phase
+        if asked is not None and phase != asked and phase in list(SCHEMAS):
+            raise UserError(
+                f"{origin}: phase: {phase} is not what `atlas {asked}` trains: run `atlas {phase} --config {path}`"
+            )
+    return SCHEMAS[phase] if isinstance(phase, str) and phase in SCHEMAS else SCHEMAS["sft"]
+
+
 def packaged_configs() -> Path:
     """The folder of the configs that atlas brings along: in the installed package, else in the checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     return here / "configs" if (here / "configs").is_dir() else here.parents[1] / "configs"
 
 
@@ -589,13 +586,15 @@ def _sections() -> dict[str, type[BaseModel]]:
     }
 
 
-def _check_keys(layer: Mapping[str, Any], origin: str) -> None:
+def _check_keys(layer: Mapping[str, Any], origin: str, schema: TrainSchema) -> None:
     """Every key of one file or override must exist; an unknown one is an error that names the nearest valid key."""
     sections = _sections()
-    train = train_fields()
+    train = schema.fields()
     for section, values in layer.items():
         if section not in Config.model_fields:
-            raise UserError(_unknown(origin, section, _all_keys()))
+            raise UserError(_unknown(origin, section, _all_keys(schema)))
+        if section == "phase":
+            continue
         if values is None and origin != "command line":
             continue  # a section whose every line is a comment
         if not isinstance(values, Mapping):
@@ -604,14 +603,14 @@ def _check_keys(layer: Mapping[str, Any], origin: str) -> None:
             dotted = f"{section}.{key}"
             if section != "train":
                 if key not in sections[section].model_fields:
-                    raise UserError(_unknown(origin, dotted, _all_keys()))
+                    raise UserError(_unknown(origin, dotted, _all_keys(schema)))
                 if dotted in ("data.train", "data.eval"):
                     _check_source_keys(dotted, value, origin)
-            elif key in OWNED_TRAIN_FIELDS:
-                raise UserError(f"{origin}: {dotted} is not set here: {OWNED_TRAIN_FIELDS[key]}")
+            elif key in schema.owned:
+                raise UserError(f"{origin}: {dotted} is not set here: {schema.owned[key]}")
             elif key not in train:
-                raise UserError(_unknown(origin, dotted, _all_keys()))
-            elif problem := train[key].problem_with(value):
+                raise UserError(_unknown(origin, dotted, _all_keys(schema)))
+            elif problem := schema.problem_with(key, value):
                 raise UserError(f"{origin}: {dotted} {problem}")
 
 
@@ -622,10 +621,10 @@ def _check_source_keys(dotted: str, value: Any, origin: str) -> None:
                 raise UserError(_unknown(origin, f"{dotted}[{index}].{key}", [*Source.model_fields]))
 
 
-def _all_keys() -> list[str]:
-    keys = [*_sections(), "train"]
+def _all_keys(schema: TrainSchema) -> list[str]:
+    keys = [*Config.model_fields]
     keys += [f"{section}.{key}" for section, model in _sections().items() for key in model.model_fields]
-    return keys + [f"train.{key}" for key in train_fields() if key not in OWNED_TRAIN_FIELDS]
+    return keys + [f"train.{key}" for key in schema.fields() if key not in schema.owned]
 
 
 def _unknown(origin: str, key: str, known: Iterable[str]) -> str:
@@ -675,7 +674,7 @@ def _tuples(value: Any) -> Any:
     """YAML lists as tuples, so that the validated tree is frozen throughout (`train` keeps lists: SFTConfig wants them)."""
     return {
         section: values
-        if section == "train"
+        if section == "train" or not isinstance(values, dict)
         else {key: tuple(item) if isinstance(item, list) else item for key, item in values.items()}
         for section, values in value.items()
     }
@@ -720,7 +719,7 @@ def experiment(config: Config) -> dict[str, Any]:
             model[key] = _without_folder(model[key])
     for source in (*tree["data"]["train"], *tree["data"].get("eval", ())):
         source["name"] = _without_folder(source["name"])
-    fields = train_fields()
+    fields = config.train_schema.fields()
     # Which step's adapter is kept depends on when it is evaluated and saved.
     chosen = ("eval_s", "save_s") if config.train_value("load_best_model_at_end") else ()
     tree["train"] = {
@@ -754,6 +753,7 @@ def render_config(loaded: LoadedConfig, decided: Mapping[str, tuple[Any, str]] |
     decided = decided or {}
     config = loaded.config
     lines = [f"# config_hash {loaded.config_hash}", "base: null"]
+    lines.append(f"{'phase: ' + config.phase:<56}  # {_origin(loaded.sources, 'phase') or 'default'}")
 
     def emit(dotted: str, value: Any, given: bool = True) -> None:
         source = _origin(loaded.sources, dotted) or "default"
@@ -764,13 +764,13 @@ def render_config(loaded: LoadedConfig, decided: Mapping[str, tuple[Any, str]] |
         text = f"  {'' if given else '# '}{dotted.split('.', 1)[1]}: {_yaml_value(value)}"
         lines.append(f"{text:<56}  # {source}")
 
-    for section, values in config.model_dump(mode="json", exclude={"train"}).items():
+    for section, values in config.model_dump(mode="json", exclude={"phase", "train"}).items():
         lines.append(f"{section}:")
         for key, value in values.items():
             emit(f"{section}.{key}", value)
     lines.append("train:")
-    for name, field in train_fields().items():
-        if name in OWNED_TRAIN_FIELDS:
+    for name, field in config.train_schema.fields().items():
+        if name in config.train_schema.owned:
             continue
         if name in config.train or field.has_default or f"train.{name}" in decided:
             emit(f"train.{name}", config.train_value(name), given=name in config.train)
