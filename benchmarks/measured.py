@@ -10,8 +10,8 @@ MEASURED = Path("outputs/figures")
 
 def stamp(command: str) -> dict[str, Any]:
     """What every measurement carries: hardware, versions, date, command."""
+    from atlas.compat import versions
     from atlas.device import Machine
-    from atlas.train.manifest import versions
 
     return {
         "hardware": Machine.without_torch().cpu,

@@ -7,9 +7,9 @@ import pytest
 
 from atlas.config import load_config
 from atlas.errors import UserError, run_main
+from atlas.launch import command_line
 from atlas.redact import find_secret, redact
 from atlas.train import sft
-from atlas.train.manifest import command_line
 
 HUB = "hf_" + "aB3" * 11 + "x"
 WANDB = "0123456789abcdef" * 2 + "01234567"

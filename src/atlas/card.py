@@ -12,7 +12,7 @@ from atlas.files import write_json, write_text
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", re.ASCII)
 _DATASETS = {"ifeval": "google/IFEval"}  # where a task's data are on the Hub, if not under the task's name
-_OF_RUN = ("name", "adapter_sha256", "dtype", "quantization", "backend", "date", "tasks")
+_OF_RUN = ("name", "adapter_sha256", "dtype", "quantization", "date", "tasks")
 _OF_TASK = ("n", "metrics", "stop_rate", "mean_tokens")
 _SEAL = "<!-- made by atlas, "
 MARKS = {  # what the other files hold that are written beside an adapter, and no other tool's of that name

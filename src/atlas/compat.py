@@ -1,9 +1,23 @@
 """What is installed beside atlas and cannot live with it, said before it fails in the middle of a library."""
 
 import inspect
+import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from atlas.errors import UserError, first_line
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface_hub")
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Installed versions of atlas, Python and the libraries it stands on; `more` names further packages."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in ("atlas-posttraining", *_PACKAGES, *more):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def check_libraries() -> str:

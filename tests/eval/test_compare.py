@@ -61,7 +61,6 @@ def add_run(results: Path, name: str, passed: np.ndarray, **changes: Any) -> dic
     noted = {
         "dtype": "float32",
         "quantization": None,
-        "backend": "hf",
         "hardware": "CPU",
         "batch_size": 16,
         "template_sha256": "t",

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from atlas import lock
 from atlas.config import load_config
 from atlas.eval import compare, run, store
 from atlas.pocket import base
-from atlas.train import lock
 from rows import ROOT, write_rows
 from runs import full_disk
 
@@ -328,7 +328,7 @@ def test_all_tasks_offline(lab: base.PocketPaths, tmp_path: Path):
         ("eval.data.ifeval=/nowhere.jsonl", "/nowhere.jsonl does not exist"),
         ("eval.data.gsm=/x", "'gsm' is no known task"),
         ("eval.tasks=[{name: gsm8k}]", "data of gsm8k cannot be loaded"),  # no network
-        ("eval.backend=vllm", "needs the package vllm"),
+        ("eval.backend=hf", "eval.backend no longer exists: take it out"),
         ("eval.tasks=[hellaswag]", "eval.tasks"),
     ],
 )

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from atlas import lock
 from atlas.errors import RunError, UserError
 from atlas.eval import compare, store
-from atlas.train import lock
 from runs import full_disk
 
 ROUNDS = 50

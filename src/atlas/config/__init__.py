@@ -38,6 +38,7 @@ _REMOVED_TRAIN_FIELDS = {  # names of older releases that people still copy
     "batch_size": "per_device_train_batch_size",
     "tokenizer": "model.tokenizer_name",
 }
+_REMOVED_KEYS = {"eval.backend": "take it out; models are loaded by transformers"}
 DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 # Where and how fast a run goes, not what it computes: left out of config_hash.
 _NOT_HASHED_SECTIONS = ("output", "audit", "eval", "checkpoint")
@@ -262,7 +263,6 @@ class EvalConfig(_Section):
     """Local data per task: a JSONL file of test rows, or a folder with test.jsonl and few-shot rows; else the Hub's."""
     batch_size: int = Field(default=16, ge=1)
     """Fixed: lm-eval's `auto` probes with full-length logits and falls to 1 with a large vocabulary."""
-    backend: Literal["hf", "vllm"] = "hf"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """auto: as for training on this machine."""
     load_in_4bit: bool = False
@@ -629,6 +629,8 @@ def _all_keys(schema: TrainSchema) -> list[str]:
 
 def _unknown(origin: str, key: str, known: Iterable[str]) -> str:
     key = key[-100:]
+    if key in _REMOVED_KEYS:
+        return f"{origin}: {key} no longer exists: {_REMOVED_KEYS[key]}"
     section, _, last = key.rpartition(".")
     if last in _REMOVED_TRAIN_FIELDS and "[" not in key:
         renamed = _REMOVED_TRAIN_FIELDS[last]

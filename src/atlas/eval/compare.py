@@ -22,7 +22,7 @@ from atlas.eval.store import METRICS, locked, read_metrics, read_records, read_r
 from atlas.files import replacing, write_text, writing
 
 # What is only said where it differs.
-_NOTED = ("dtype", "quantization", "backend", "hardware", "batch_size", "template_sha256")
+_NOTED = ("dtype", "quantization", "hardware", "batch_size", "template_sha256")
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atlas.compat import versions
 from atlas.config import Config, EvalTask, QuantizationConfig
 from atlas.console import quiet_libraries
 from atlas.errors import DONE, UserError, first_line, run_main
 from atlas.eval.store import METRICS, claimed, name_problem, read_metrics, records_file, store, unlike
+from atlas.files import sha256_of
 from atlas.hub import split_revision
+from atlas.launch import command_line
 from atlas.models.load import WEIGHTS, Adapter, find_adapter, is_no_folder
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 # What makes two runs of one name the same: a row of another is never added to.
 _IDENTITY = (
     *("model", "model_revision", "adapter", "adapter_revision", "adapter_sha256", "config_hash", "template_sha256"),
-    *("backend", "dtype", "quantization"),
+    *("dtype", "quantization"),
 )
 
 
@@ -142,7 +145,7 @@ def _evaluate(config: Config, target: Target, ready: Sequence["LoadedTask"], rep
     left = []
     for task in ready:
         name, records = task.settings.name, records_file(results, target.name, task.settings.name)
-        if not replace and name in done and _sha256(records) == done[name]["records_sha256"]:
+        if not replace and name in done and sha256_of(records) == done[name]["records_sha256"]:
             print(f"{target.name}: {name} is done already ({done[name]['n']} prompts)")
         else:
             left.append(task)
@@ -150,7 +153,7 @@ def _evaluate(config: Config, target: Target, ready: Sequence["LoadedTask"], rep
     if not left:
         return row
     run = _runner(config, target, dtype, plan.device, tokenizer)
-    if target.adapter is not None and _sha256(target.adapter.folder / WEIGHTS) != row["adapter_sha256"]:
+    if target.adapter is not None and sha256_of(target.adapter.folder / WEIGHTS) != row["adapter_sha256"]:
         raise UserError(f"{target.adapter.name} was written to while it was loaded: run the same command again")
     for task in left:
         name = task.settings.name
@@ -193,21 +196,9 @@ def _quantization(config: Config, target: Target) -> QuantizationConfig | None:
 
 
 def _runner(config: Config, target: Target, dtype: str, device: str, tokenizer: Any) -> Any:
-    from atlas.eval.harness import run_task, score, vllm_lm
-    from atlas.models.load import four_bit, load_model, stop_ids
+    from atlas.eval.harness import run_task
+    from atlas.models.load import four_bit, load_model
 
-    if config.eval.backend == "vllm":
-        adapter = str(target.adapter.folder) if target.adapter is not None else None
-        lm = vllm_lm(
-            target.model,
-            adapter,
-            adapter or target.model,
-            revision=target.model_revision,
-            dtype=dtype,
-            stops=stop_ids(tokenizer),
-            lora_rank=config.lora.r,
-        )
-        return lambda task: score(lm, task)
     quantization = _quantization(config, target)
     model, tokenizer = load_model(
         target.model,
@@ -224,8 +215,6 @@ def _runner(config: Config, target: Target, dtype: str, device: str, tokenizer: 
 def _row(
     config: Config, target: Target, revision: str | None, dtype: str, hardware: str, tokenizer: Any
 ) -> dict[str, Any]:
-    from atlas.train.manifest import command_line, versions
-
     adapter, quantization = target.adapter, _quantization(config, target)
     return {
         "name": target.name,
@@ -235,26 +224,19 @@ def _row(
         "model_revision": revision,
         "adapter": adapter.name if adapter else None,
         "adapter_revision": adapter.revision if adapter else None,
-        "adapter_sha256": _sha256(adapter.folder / WEIGHTS) if adapter else None,
+        "adapter_sha256": sha256_of(adapter.folder / WEIGHTS) if adapter else None,
         "template_sha256": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
         if config.eval.chat_template
         else None,
-        "backend": config.eval.backend,
         "dtype": dtype,
         "quantization": quantization.name if quantization else None,
         "batch_size": config.eval.batch_size,
         "hardware": hardware,
-        "versions": versions() | _lm_eval_version(),
+        "versions": versions("lm_eval"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(),
         "tasks": {},
     }
-
-
-def _lm_eval_version() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"lm_eval": version("lm_eval")}
 
 
 def _revision(target: Target) -> str | None:
@@ -274,7 +256,7 @@ def _revision(target: Target) -> str | None:
         raise UserError(f"{key}: {model!r} holds no model: config.json is missing")
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        digest.update(str(_sha256(path)).encode())
+        digest.update(str(sha256_of(path)).encode())
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
@@ -300,13 +282,6 @@ def _done(results: Path, row: dict[str, Any], ready: Sequence["LoadedTask"], rep
         if name in tasks:
             refuse(f"{name} with other settings under {row['name']!r}", unlike(tasks[name], task.settings_record()))
     return tasks
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def table(row: dict[str, Any]) -> str:

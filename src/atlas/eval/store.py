@@ -81,7 +81,6 @@ class _Row(_Stored):
     adapter_revision: str | None = None
     adapter_sha256: str | None = None
     template_sha256: str | None = None
-    backend: str | None = None
     dtype: str | None = None
     quantization: str | None = None
     batch_size: int | None = None

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from atlas.card import MARKS, is_foreign, is_generated
+from atlas.compat import versions
 from atlas.config import LoadedConfig, experiment
 from atlas.console import say
 from atlas.errors import UserError
 from atlas.files import write_json
 from atlas.launch import processes
-from atlas.train.manifest import versions
 
 CONTENTS = "atlas_checkpoint.json"
 PROGRESS = "atlas_progress_{rank}.json"

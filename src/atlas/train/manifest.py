@@ -1,26 +1,21 @@
 """`manifest.json`: what made this adapter, in enough detail to make it again."""
 
 import hashlib
-import shlex
 import subprocess
-import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.audit.report import for_manifest
+from atlas.compat import versions
 from atlas.config import Config, LoadedConfig, experiment
 from atlas.data.prepare import Labeled
 from atlas.device import DevicePlan
-from atlas.launch import processes
-from atlas.redact import redact
+from atlas.launch import command_line, processes
 
 if TYPE_CHECKING:
     from atlas.models.base import BaseFiles
-
-_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface_hub")
 
 
 def build_manifest(
@@ -61,24 +56,6 @@ def local_names(config: Config) -> list[str]:
     """Which names of models and sources are paths on this machine; elsewhere they could pass for Hub ids."""
     names = {config.model.name, config.model.tokenizer_name or config.model.name, *(s.name for s in config.data.train)}
     return sorted(name for name in names if Path(name).exists())
-
-
-def command_line() -> str:
-    """What was typed: `python -m MODULE ...` or the script's name, with its arguments; tokens as `***`."""
-    spec = sys.modules["__main__"].__spec__
-    program = ["python", "-m", spec.name] if spec is not None else [Path(sys.argv[0]).name]
-    return shlex.join([*program, *map(redact, sys.argv[1:])])
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of atlas, Python and the libraries it stands on."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for package in ("atlas-posttraining", *_PACKAGES):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def git_state() -> dict[str, Any] | None:
