@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from atlas.config import Config, load_config
-from atlas.data.prepare import Labeled, prepare
+from atlas.data.labeled import Labeled
+from atlas.data.prepare import prepare
 from atlas.models.base import load_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 
 from atlas.config import config_hash
 from atlas.data.formats import FORMATS, BadRowError, conversation, detect
-from atlas.data.prepare import Labeled
+from atlas.data.labeled import Labeled
 from atlas.errors import UserError
 from rows import config, label, write_rows
 

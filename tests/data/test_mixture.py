@@ -10,8 +10,8 @@ import pytest
 
 from atlas.audit.gate import gate
 from atlas.data import mixture
+from atlas.data.labeled import Labeled
 from atlas.data.ledger import DUPLICATE, HELD_OUT, SHARED_PROMPT, UNWEIGHTED
-from atlas.data.prepare import Labeled
 from atlas.data.tokenize import Labeler
 from atlas.errors import UserError
 from atlas.models.base import load_tokenizer

@@ -9,8 +9,8 @@ from atlas.console import say
 from atlas.errors import UserError
 
 if TYPE_CHECKING:
+    from atlas.data.labeled import Labeled
     from atlas.data.ledger import SourceLedger
-    from atlas.data.prepare import Labeled
 
 
 def gate(config: Config, labeled: "Labeled") -> None:

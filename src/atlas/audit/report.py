@@ -12,7 +12,7 @@ from atlas.audit.spans import IGNORED, KINDS, NOTES, where
 from atlas.audit.tokens import token_bytes
 from atlas.console import one_line
 from atlas.data.formats import TEXT
-from atlas.data.prepare import Labeled
+from atlas.data.labeled import Labeled
 from atlas.files import write_text, writing
 from atlas.models.base import PINNED_DATE
 

@@ -9,7 +9,7 @@ uses. The comparison is done for a whole batch at once, so that auditing every r
 import json
 import os.path
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,6 +82,23 @@ def where(finding: dict[str, Any]) -> str:
     places = [f"message {finding['turn']}"] if finding["turn"] >= 0 else []
     places += [f"bytes {finding['start']}-{finding['end']}"] if finding["end"] else []
     return ", ".join(places or ["whole row"])
+
+
+def cut(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
+    """The text in pieces, in order: (piece, is it one of the spans?). Each span gives one piece.
+
+    A span that begins inside an earlier one gives an empty piece: a template rendered a later turn inside an earlier one, which the
+    audit reports.
+    """
+    at = 0
+    for start, end in spans:
+        if start < at:
+            yield "", True
+            continue
+        yield text[at:start], False
+        yield text[start:end], True
+        at = end
+    yield text[at:], False
 
 
 class Turn(NamedTuple):
@@ -255,18 +272,12 @@ class Oracle:
 
     def _pieces(self, text: str, turns: Sequence[Turn]) -> tuple[list[bytes], list[tuple[Turn, int, int]]]:
         """The normalised text cut at the turns' boundaries, and the turns with their byte ranges in it."""
-        pieces, boundaries, at, size = [], [], 0, 0
-        for turn in turns:
-            if turn.start < at:  # a template that renders a later turn inside an earlier one
-                boundaries.append((turn, size, size))
-                continue
-            pieces += [
-                self.normalize(text[at : turn.start]).encode(),
-                self.normalize(text[turn.start : turn.end]).encode(),
-            ]
-            boundaries.append((turn, size + len(pieces[-2]), size + len(pieces[-2]) + len(pieces[-1])))
-            size, at = boundaries[-1][2], turn.end
-        pieces.append(self.normalize(text[at:]).encode())
+        pieces, boundaries, size, ahead = [], [], 0, iter(turns)
+        for piece, is_turn in cut(text, [(turn.start, turn.end) for turn in turns]):
+            pieces.append(self.normalize(piece).encode())
+            if is_turn:
+                boundaries.append((next(ahead), size, size + len(pieces[-1])))
+            size += len(pieces[-1])
         return pieces, boundaries
 
 

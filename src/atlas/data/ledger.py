@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from atlas.audit.spans import NOTES, where
+from atlas.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,6 +14,8 @@ EXAMPLES = 3  # rows shown per reason and per kind of finding
 _BINS = 40
 # What a stream's row carries with it, until it is used.
 STREAMED = ("length", "tokens", "all_supervised", "supervised", "cut_stops", "cut_answers")
+EMPTY_MASK = "empty mask"
+FULLY_TRUNCATED = "fully truncated"
 DUPLICATE = "duplicate"
 HELD_OUT = "held out"
 SHARED_PROMPT = "prompt is held out"
@@ -108,6 +111,28 @@ class SourceLedger:
                 "rows": np.histogram(lengths, inside)[0].tolist(),
                 "supervised": np.histogram(supervised, inside)[0].tolist(),
             }
+
+    def refuse_if_bad(self, limit: float) -> None:
+        """Raise `UserError` where more than this share of a source's rows cannot be trained on."""
+        if EMPTY_MASK in self.dropped:
+            place, detail = self.examples[EMPTY_MASK][0]
+            raise UserError(
+                f"{place}: the loss mask is empty ({detail}): {self.dropped[EMPTY_MASK]} rows would train nothing"
+            )
+        bad = sum(self.dropped.values())
+        if bad <= limit * self.rows and bad < self.rows:
+            return
+        reasons = "\n".join(
+            f"  {reason}: {count}\n" + "\n".join(f"    {place}: {detail}" for place, detail in self.examples[reason])
+            for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1])
+        )
+        remedy = "mend the rows, or allow them with data.max_bad_fraction"
+        if FULLY_TRUNCATED in self.dropped:
+            remedy = "raise train.max_length, or " + remedy
+        raise UserError(
+            f"data: {bad} of {self.rows} rows of {self.name} cannot be trained on "
+            f"({bad / self.rows:.1%}; data.max_bad_fraction allows {limit:.1%}):\n{reasons}\n  {remedy}"
+        )
 
     def table(self) -> str:
         """The ledger as a few lines of text."""

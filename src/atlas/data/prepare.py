@@ -3,17 +3,18 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atlas.audit.spans import NOTES, Finding, tokenizer_findings
+from atlas.audit.spans import NOTES
 from atlas.config import Config, Source
 from atlas.data import mixture, sources
 from atlas.data.cache import cached
 from atlas.data.formats import detect, renamed
+from atlas.data.labeled import Labeled, Shown
 from atlas.data.ledger import (
     DUPLICATE,
     EXAMPLES,
@@ -24,71 +25,13 @@ from atlas.data.ledger import (
     SourceLedger,
     percentiles,
 )
-from atlas.data.tokenize import EMPTY_MASK, FULLY_TRUNCATED, Labeler
+from atlas.data.stream import BATCH_ROWS, DETECT_ROWS, stream
+from atlas.data.tokenize import Labeler
 from atlas.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-BATCH_ROWS = 1000
-DETECT_ROWS = 100
-
-
-class Shown(NamedTuple):
-    """A source row for the audit's record."""
-
-    place: str
-    row: Any
-    format: str
-    number: int | None
-    """Its number in the dataset; None: it is streamed, held out or set aside."""
-
-
-@dataclass(frozen=True)
-class Labeled:
-    """Rows ready for SFTTrainer (columns `input_ids`, `labels`), their ledgers, and a fingerprint of ids and labels."""
-
-    dataset: "Dataset | IterableDataset"
-    ledgers: tuple[SourceLedger, ...]
-    fingerprint: str
-    lengths: dict[str, int]
-    """Percentiles of the rows' tokens before truncation."""
-    mask: str
-    """Where the labels come from: "markers", "rendered" or "all tokens"."""
-    audited: bool
-    tokenizer_findings: tuple[Finding, ...]
-    labeler: Labeler
-    shown: tuple[Shown, ...]
-    """For the record: rows that the audit found fault with, some with a note, some that were cut, the first `audit.rows`."""
-    digests: np.ndarray
-    """A 64-bit hash of each row's ids and labels, in the dataset's order; empty where rows are streamed."""
-    eval_dataset: "Dataset | None" = None
-    eval_ledgers: tuple[SourceLedger, ...] = ()
-    """Of the sources of `data.eval`."""
-    held_out: HeldOut | None = None
-    previews: tuple[SourceLedger, ...] = ()
-    """Of the first rows of each streamed source, which are judged before the others are read."""
-
-    def took(self, rows: int) -> None:
-        """Count the first `rows` of a stream as used, and none that was only fetched beforehand."""
-
-    @property
-    def supervised_tokens(self) -> int:
-        return sum(ledger.supervised_tokens for ledger in self.ledgers)
-
-    @property
-    def tokens(self) -> int:
-        return sum(ledger.tokens for ledger in self.ledgers)
-
-    def table(self) -> str:
-        """The ledgers of all sources as text."""
-        begun = not self.previews or any(ledger.rows for ledger in self.ledgers)
-        lines = [] if begun else ["data are read while training; the first rows of each source:"]
-        lines += [ledger.table() for ledger in (*(self.ledgers if begun else self.previews), *self.eval_ledgers)]
-        if self.mask == "all tokens":
-            lines.append("LOSS ON ALL TOKENS, prompts too, and nothing is audited: train.assistant_only_loss is false")
-        return "\n".join([*lines, self.held_out.line()] if self.held_out else lines)
 
 
 def labeler_for(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeler:
@@ -191,12 +134,13 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
     audit found is for `atlas.audit.gate` to judge.
     """
     data, labeler = config.data, labeler_for(config, tokenizer)
-    if data.streaming:
-        from atlas.data.stream import stream
-
-        return stream(config, labeler)
-    parts = label_all(data.train, labeler, config, data.max_rows)
     eval_parts = label_all(data.eval, labeler, config, None)
+    if data.streaming:
+        evaluated, held, prompts = hold_out([], eval_parts, config)
+        rows = stream(config, labeler, frozenset(prompts.tolist()))
+        ledgers = tuple(part.ledger for part in eval_parts)
+        return replace(rows, eval_dataset=evaluated, eval_ledgers=ledgers, held_out=held)
+    parts = label_all(data.train, labeler, config, data.max_rows)
     if data.deduplicate:
         first = mixture.first_occurrences(_joined(parts, "digest"))
         for part, mask in zip(parts, _parted(first, parts), strict=True):
@@ -221,9 +165,6 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
         ledgers=tuple(part.ledger for part in parts),
         fingerprint=hashlib.sha256(digests.astype("<i8").tobytes()).hexdigest(),
         lengths=percentiles(_joined(parts, "length")),
-        mask=labeler.mask if labeler.assistant_only else "all tokens",
-        audited=labeler.audited,
-        tokenizer_findings=tuple(tokenizer_findings(tokenizer)) if labeler.audited else (),
         labeler=labeler,
         shown=tuple(_shown(parts, eval_parts, order, config.audit.rows)),
         digests=digests,
@@ -242,7 +183,7 @@ def label_all(given: Sequence[Source], labeler: Labeler, config: Config, max_row
         Part(source, limit, rows, labeler, config) for source, limit, rows in zip(given, limits, loaded, strict=True)
     ]
     for part in parts:
-        refuse_if_bad(part.ledger, config.data.max_bad_fraction)
+        part.ledger.refuse_if_bad(config.data.max_bad_fraction)
     return parts
 
 
@@ -408,26 +349,3 @@ def _features() -> Any:
     texts = {name: Value("string") for name in ("reason", "detail", "findings")}
     numbers = {name: Value(kind) for name, kind in _NUMBERS.items()}
     return Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))} | numbers | texts)
-
-
-def refuse_if_bad(ledger: SourceLedger, limit: float) -> None:
-    """Raise `UserError` where more than this share of a source's rows cannot be trained on."""
-    if EMPTY_MASK in ledger.dropped:
-        place, detail = ledger.examples[EMPTY_MASK][0]
-        raise UserError(
-            f"{place}: the loss mask is empty ({detail}): {ledger.dropped[EMPTY_MASK]} rows would train nothing"
-        )
-    bad = sum(ledger.dropped.values())
-    if bad <= limit * ledger.rows and bad < ledger.rows:
-        return
-    reasons = "\n".join(
-        f"  {reason}: {count}\n" + "\n".join(f"    {place}: {detail}" for place, detail in ledger.examples[reason])
-        for reason, count in sorted(ledger.dropped.items(), key=lambda item: -item[1])
-    )
-    remedy = "mend the rows, or allow them with data.max_bad_fraction"
-    if FULLY_TRUNCATED in ledger.dropped:
-        remedy = "raise train.max_length, or " + remedy
-    raise UserError(
-        f"data: {bad} of {ledger.rows} rows of {ledger.name} cannot be trained on "
-        f"({bad / ledger.rows:.1%}; data.max_bad_fraction allows {limit:.1%}):\n{reasons}\n  {remedy}"
-    )

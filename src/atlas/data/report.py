@@ -12,7 +12,7 @@ from atlas.files import RESULTS_DIR, can_write, write_text, writing
 from atlas.pages import render
 
 if TYPE_CHECKING:
-    from atlas.data.prepare import Labeled
+    from atlas.data.labeled import Labeled
 
 REPORT = "data_report.html"
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atlas.audit.gate import complaints
-from atlas.audit.spans import NOTES, tokenizer_findings
+from atlas.audit.spans import NOTES
 from atlas.config import Config, Source
 from atlas.data.formats import detect, renamed
+from atlas.data.labeled import Labeled, Shown
 from atlas.data.ledger import SHARED_PROMPT, STREAMED, SourceLedger, percentiles
-from atlas.data.prepare import BATCH_ROWS, DETECT_ROWS, Labeled, Shown, hold_out, label_all, refuse_if_bad
 from atlas.data.sources import data_files, stream_source
 from atlas.data.tokenize import Labeler
 from atlas.errors import UserError
@@ -25,14 +25,16 @@ from atlas.errors import UserError
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
+BATCH_ROWS = 1000  # labelled at once
+DETECT_ROWS = 100  # tell the format
 SHUFFLE_ROWS = 10_000  # rows held in memory, of which the next one is drawn
 
 Row = tuple[str, Any]
 """Place and source row."""
 
 
-def stream(config: Config, labeler: Labeler) -> Labeled:
-    """The sources of `data.train` as a stream of labelled rows; `data.eval` is prepared as usual.
+def stream(config: Config, labeler: Labeler, held_out: frozenset[int]) -> Labeled:
+    """The sources of `data.train` as a stream of labelled rows, without those whose prompt's digest is in `held_out`.
 
     The first 1,000 rows of each source are labelled here, before a model is loaded, and judged like a whole data set. Later
     rows are judged batch by batch: the first that the audit finds fault with, or too large a share of bad rows, stops the run.
@@ -43,12 +45,9 @@ def stream(config: Config, labeler: Labeler) -> Labeled:
         raise UserError(
             "data.train: streaming several sources needs a weight (or rows) for each, since it cannot know how long they are"
         )
-    eval_parts = label_all(data.eval, labeler, config, None)
-    evaluated, held, prompts = hold_out([], eval_parts, config)
-    streams = [_Stream(source, labeler, config, frozenset(prompts.tolist())) for source in data.train]
+    streams = [_Stream(source, labeler, config, held_out) for source in data.train]
     heads = [each.head() for each in streams]
     ranked = sorted((row for rows, _ in heads for row in rows), key=itemgetter(0))
-    found = tuple(tokenizer_findings(labeler.tokenizer)) if labeler.audited else ()
     ledgers = tuple(each.ledger for each in streams)
     known = [labeler.fingerprint, str(data.seed), *(_identity(source) for source in data.train)]
     taken = _Taken(ledgers)
@@ -60,16 +59,10 @@ def stream(config: Config, labeler: Labeler) -> Labeled:
         ledgers=ledgers,
         fingerprint=hashlib.sha256("\n".join(known).encode()).hexdigest(),
         lengths=percentiles(np.array([length for _, lengths in heads for length in lengths])),
-        mask=labeler.mask if labeler.assistant_only else "all tokens",
-        audited=labeler.audited,
-        tokenizer_findings=found,
         labeler=labeler,
         shown=tuple(row for _, row in ranked[: config.audit.rows]),
         previews=tuple(each.preview for each in streams),
         digests=np.zeros(0, np.int64),
-        eval_dataset=evaluated,
-        eval_ledgers=tuple(part.ledger for part in eval_parts),
-        held_out=held,
     )
 
 
@@ -121,7 +114,7 @@ class _Stream:
         used = list(self._labelled(rows, preview))
         for _, _, facts in used:
             preview.take([*facts, 0])
-        refuse_if_bad(preview, self.config.data.max_bad_fraction)
+        preview.refuse_if_bad(self.config.data.max_bad_fraction)
         self.ledger.findings, self.ledger.finding_examples = preview.findings, preview.finding_examples  # for the gate
         ranks: dict[str, int] = {}
         for place, finding in preview.finding_examples:
@@ -140,7 +133,7 @@ class _Stream:
             for _, row, facts in self._labelled(batch, self.ledger):
                 yield row | {"facts": [number, *facts, int(again)]}
             if self.ledger.rows >= BATCH_ROWS:  # of fewer, one bad row may be a large share
-                refuse_if_bad(self.ledger, self.config.data.max_bad_fraction)
+                self.ledger.refuse_if_bad(self.config.data.max_bad_fraction)
             if self.config.audit.gate == "error" and (complaint := complaints([self.ledger])):
                 raise UserError(complaint)
 

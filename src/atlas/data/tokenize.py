@@ -23,7 +23,7 @@ from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
 
 from atlas.audit import spans, tokens
-from atlas.audit.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, special_token_texts
+from atlas.audit.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, cut, special_token_texts
 from atlas.console import one_line
 from atlas.data import formats, sources
 from atlas.data.formats import (
@@ -34,6 +34,7 @@ from atlas.data.formats import (
     refuse_surrogates,
     renamed,
 )
+from atlas.data.ledger import EMPTY_MASK, FULLY_TRUNCATED
 from atlas.models import base
 from atlas.models.base import Renderer, TemplateRefusedError
 
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-EMPTY_MASK = "empty mask"
-FULLY_TRUNCATED = "fully truncated"
 REFUSED = "refused by the template"
 TOO_MANY_TURNS = "too many turns"
 # The oracle renders the conversation anew for every answer, so that its time grows with the square of their number: 1.0 s for one
@@ -274,16 +273,16 @@ class Labeler:
 
     def _encode(self, rows: list[LabeledRow]) -> list[list[tuple[list[int], bool]]]:
         """For each row the ids of its pieces, and whether they are supervised."""
-        cut = [_pieces(row.text, row.spans) for row in rows]
+        cut_rows = [[piece for piece in cut(row.text, row.spans) if piece[0]] for row in rows]
         texts: dict[bool, list[str]] = {True: [], False: []}
-        for pieces in cut:
+        for pieces in cut_rows:
             for text, _ in pieces:
                 texts[text.isascii()].append(text)
         encoded = {
             True: iter(self.ascii_backend.encode_batch_fast(texts[True], add_special_tokens=False)),
             False: iter(self.backend.encode_batch_fast(texts[False], add_special_tokens=False)),
         }
-        return [[(next(encoded[text.isascii()]).ids, supervised) for text, supervised in pieces] for pieces in cut]
+        return [[(next(encoded[text.isascii()]).ids, supervised) for text, supervised in pieces] for pieces in cut_rows]
 
     def _label(self, rows: list[LabeledRow], encoded: list[list[tuple[list[int], bool]]]) -> None:
         for row, pieces in zip(rows, encoded, strict=True):
@@ -325,18 +324,6 @@ def _group(given: "str | Mapping[str, Any]", column: str | None) -> int | None:
         return None
     value = (json.loads(given) if isinstance(given, str) else given).get(column)
     return None if value is None else _digest(json.dumps(value, default=str).encode())
-
-
-def _pieces(text: str, supervised: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
-    """The text as (piece, is supervised), in order."""
-    pieces, at = [], 0
-    for start, end in supervised:
-        if start < at:
-            continue  # a template that renders a later turn inside an earlier one; the audit says so
-        pieces += [(text[at:start], False), (text[start:end], True)]
-        at = end
-    pieces.append((text[at:], False))
-    return [piece for piece in pieces if piece[0]]
 
 
 def _audit_row(row: LabeledRow) -> AuditRow:

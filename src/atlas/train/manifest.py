@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from atlas.audit.report import for_manifest
 from atlas.compat import versions
 from atlas.config import Config, LoadedConfig, experiment
-from atlas.data.prepare import Labeled
+from atlas.data.labeled import Labeled
 from atlas.device import DevicePlan
 from atlas.launch import command_line, processes
 

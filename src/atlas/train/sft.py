@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
-    from atlas.data.prepare import Labeled
+    from atlas.data.labeled import Labeled
     from atlas.train.preflight import Ready
     from atlas.train.trainer import LabeledSFTTrainer
 
