@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from atlas.data.prepare import label_rows
 from atlas.data.tokenize import Labeler
-from atlas.models.base import patch_chat_template_for_assistant_mask, stop_token
+from atlas.models.template import patch_chat_template_for_assistant_mask, stop_token
 from atlas.pocket import world
 from atlas.pocket.base import train_tokenizer
 from measured import record_benchmark

@@ -122,7 +122,7 @@ def _run(lesson: Lesson) -> dict[str, Any]:
     """Train (unless that is done) and score one lesson; its row of metrics."""
     from atlas.config import load_config
     from atlas.eval.run import Target, evaluate
-    from atlas.models.load import find_adapter
+    from atlas.models.adapters import find_adapter
     from atlas.train import sft
 
     folder = HOME / lesson.name.replace(" ", "_")
@@ -146,7 +146,7 @@ def _tokenizer(lesson: Lesson, folder: Path) -> Path:
     """A tokenizer whose markers are wrong on purpose; a template with markers is left alone when it is loaded."""
     from transformers import AutoTokenizer
 
-    from atlas.models.base import patch_chat_template_for_assistant_mask
+    from atlas.models.template import patch_chat_template_for_assistant_mask
 
     assert lesson.template is not None
     right, wrong = lesson.template
@@ -164,20 +164,20 @@ def _tokenizer(lesson: Lesson, folder: Path) -> Path:
 @contextlib.contextmanager
 def _pad_is_stop() -> Iterator[None]:
     """atlas refuses pad == eos, so the refusal is stepped around: the tokenizer that it loads gets the stop token as pad."""
-    from atlas.models import base
+    from atlas.models import tokenizer as module
 
-    load = base.load_tokenizer
+    load = module.load_tokenizer
 
     def with_pad(*args: Any, **kwargs: Any) -> Any:
         tokenizer = load(*args, **kwargs)
         tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    base.load_tokenizer = with_pad
+    module.load_tokenizer = with_pad
     try:
         yield
     finally:
-        base.load_tokenizer = load
+        module.load_tokenizer = load
 
 
 if __name__ == "__main__":

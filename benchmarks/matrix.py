@@ -90,7 +90,7 @@ def judge(template: str, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]
     from trl.chat_template_utils import has_generation_markers
 
     from atlas.data.tokenize import Labeler
-    from atlas.models.base import NoStopTokenError, stop_token
+    from atlas.models.template import NoStopTokenError, stop_token
 
     special = sorted(set(_SPECIAL.findall(template)) - set(tokenizer.get_vocab()))
     tokenizer.add_special_tokens({"additional_special_tokens": special, "bos_token": "<|endoftext|>"})

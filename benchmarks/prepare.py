@@ -138,7 +138,7 @@ def measure(kind: str, file: str, tokenizer_name: str, processes: int) -> dict[s
         from transformers import Qwen2Config, Qwen2ForCausalLM
         from trl import SFTConfig, SFTTrainer
 
-        from atlas.models.base import patch_chat_template_for_assistant_mask, stop_token
+        from atlas.models.template import patch_chat_template_for_assistant_mask, stop_token
 
         tokenizer = patch_chat_template_for_assistant_mask(AutoTokenizer.from_pretrained(tokenizer_name))
         tokenizer.eos_token = stop_token(tokenizer)
@@ -168,7 +168,7 @@ def measure(kind: str, file: str, tokenizer_name: str, processes: int) -> dict[s
         from atlas.audit.gate import gate
         from atlas.config import load_config
         from atlas.data.prepare import prepare
-        from atlas.models.base import load_tokenizer
+        from atlas.models.tokenizer import load_tokenizer
 
         config = load_config(
             Path(__file__).parent.parent / "configs" / "sft_qwen05b.yaml",

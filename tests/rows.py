@@ -7,7 +7,7 @@ from typing import Any
 from atlas.config import Config, load_config
 from atlas.data.labeled import Labeled
 from atlas.data.prepare import prepare
-from atlas.models.base import load_tokenizer
+from atlas.models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,10 +1,79 @@
-"""What is installed beside atlas and cannot live with it, said before it fails in the middle of a library."""
+"""Where atlas depends on details of other libraries: versions that do not fit, and names that a new version may change.
+
+A name with a leading underscore is no promise of its library, so atlas uses the public way wherever there is one. Where there is
+none, `PRIVATE` lists the name, and a small function below, named after what it does, is the only place that uses it. To add one:
+put module or class and name into `PRIVATE` (with the parameters that atlas passes), write the function, which gets at the name
+through `private` and says why no public way will do, and test what it returns on a real object in tests/test_compat.py. A method
+that atlas overrides needs the line in `PRIVATE` alone. Where a new version has changed a name, `make test` says "transformers X.Y
+has no ...: see PRIVATE in atlas/compat.py", and so does the run that needs it.
+"""
 
 import inspect
 import sys
+from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
 
-from atlas.errors import UserError, first_line
+from atlas.errors import RunError, UserError, first_line
+
+# Module or module:Class -> name -> the parameters that atlas relies on, by position or name.
+PRIVATE: dict[str, dict[str, tuple[str, ...]]] = {
+    "transformers.utils.chat_template_utils": {
+        "_compile_jinja_template": ("chat_template",),
+        "_render_with_assistant_indices": (
+            "compiled_template",
+            "messages",
+            "tools",
+            "documents",
+            "add_generation_prompt",
+        ),
+        "_plain_template_data": ("value",),
+        "_alias_reasoning_fields": ("chat",),
+    },
+}
+
+
+def private(owner: str, name: str) -> Any:
+    """The private `name` of a module or class (`module` or `module:Class`), which `PRIVATE` lists. Raises `RunError`, which names
+    library and version, where it is not there or takes other parameters."""
+    module, _, of = owner.partition(":")
+    library = module.partition(".")[0]
+    try:
+        found = import_module(module)
+        found = getattr(getattr(found, of) if of else found, name)
+        changed = [p for p in PRIVATE[owner][name] if p not in inspect.signature(found).parameters]
+    except (ImportError, AttributeError):
+        problem = f"has no {owner}.{name}"
+    else:
+        if not changed:
+            return found
+        problem = f"has another {owner}.{name}, which does not take {', '.join(changed)}"
+    raise RunError(
+        f"{library} {version(library)} {problem}: see PRIVATE in atlas/compat.py. Install a version that was tested with atlas"
+    )
+
+
+@cache
+def _renderer(name: str) -> Any:
+    return private("transformers.utils.chat_template_utils", name)
+
+
+def render_template(template: str, values: dict[str, Any], marked: bool) -> tuple[str, list[tuple[int, int]]]:
+    """A chat template's text, and where it is `marked` the character spans inside its generation markers. The public
+    `render_jinja_template` replaces functions among the values by their names, so that it cannot be given a date."""
+    compiled = _renderer("_compile_jinja_template")(template)
+    if not marked:
+        return str(compiled.render(**values)), []
+    text, spans = _renderer("_render_with_assistant_indices")(compiled, **values)
+    return str(text), spans
+
+
+def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as `render_jinja_template` gives them to a template: plain types, and reasoning under each of its names."""
+    plain: list[dict[str, Any]] = _renderer("_plain_template_data")(messages)
+    return list(_renderer("_alias_reasoning_fields")(plain))
+
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface_hub")
 

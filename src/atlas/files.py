@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what identifies their content."""
 
 import hashlib
 import json
@@ -52,14 +52,6 @@ def writing(path: Path, remedy: str = ROOM) -> Iterator[None]:
         raise RunError(f"{path} cannot be written ({error.strerror or error}): {remedy}") from None
 
 
-def sha256_of(path: Path) -> str | None:
-    """The SHA-256 of a file's bytes, in hex; None where there is no such file."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def can_write(folder: Path, key: str, remedy: str) -> None:
     """Raises `UserError`, which names `key`, where no file can be written to the folder, or it cannot be made. Makes none."""
     there = existing(folder)
@@ -102,3 +94,8 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return tree if isinstance(tree, dict) else {}
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text, 64 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -426,13 +426,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--public", action="store_true", help="where the repo has to be created, make it public")
     arguments = parser.parse_args(argv)
     folder, repo, private = arguments.folder, arguments.repo, not arguments.public
-    from atlas.models.adapters import refuse_unloadable
-    from atlas.models.load import CONFIG, find_adapter, read_json
+    from atlas.models.adapters import find_adapter, refuse_unloadable
 
     def go() -> int:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
-        refuse_unloadable(find_adapter(str(folder)), read_json(folder / CONFIG))  # nothing damaged goes up
+        refuse_unloadable(find_adapter(str(folder)))  # nothing damaged goes up
         remedy = "\n       " + finish_later(folder, repo, private=private)
         check_access(repo, private=private, key="namespace/name", remedy=remedy)
         return push(folder, repo, private=private)

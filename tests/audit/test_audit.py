@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from atlas.audit.spans import KINDS, REMEDIES, AuditRow, Oracle, tokenizer_findings
 from atlas.audit.tokens import token_bytes
 from atlas.data.tokenize import Labeler
-from atlas.models.base import load_tokenizer, patch_chat_template_for_assistant_mask, stop_token
+from atlas.models.template import patch_chat_template_for_assistant_mask, stop_token
+from atlas.models.tokenizer import load_tokenizer
 from rows import CALLS, CONVERSATIONS, TOOLS, USER, answer, chat, config, label, write_rows
 
 MULTI = {"messages": [{"role": "system", "content": "Be kind."}, USER, answer(" One. "), USER, answer("Two.")]}

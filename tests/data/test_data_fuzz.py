@@ -16,7 +16,7 @@ from atlas.data.formats import COLUMNS, FORMATS, detect, renamed
 from atlas.data.sources import stream_source
 from atlas.data.tokenize import Labeler
 from atlas.errors import UserError
-from atlas.models.base import load_tokenizer
+from atlas.models.tokenizer import load_tokenizer
 from rows import config
 
 BIG, DEEP = "@a number of 5,000 digits@", "@nested 2,000 deep@"

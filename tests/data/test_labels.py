@@ -15,7 +15,7 @@ from atlas.audit.tokens import token_bytes
 from atlas.data.pack import arrange
 from atlas.data.prepare import labeler_for, prepare
 from atlas.errors import UserError
-from atlas.models.base import load_tokenizer
+from atlas.models.tokenizer import load_tokenizer
 from rows import CONVERSATIONS, TOOLS, chat, config, label, write_rows
 
 

@@ -14,7 +14,7 @@ from atlas.data.labeled import Labeled
 from atlas.data.ledger import DUPLICATE, HELD_OUT, SHARED_PROMPT, UNWEIGHTED
 from atlas.data.tokenize import Labeler
 from atlas.errors import UserError
-from atlas.models.base import load_tokenizer
+from atlas.models.tokenizer import load_tokenizer
 from atlas.train import sft
 from rows import chat, config, label, write_rows
 from runs import loaded

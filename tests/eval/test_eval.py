@@ -26,8 +26,8 @@ def adapter(lab: base.PocketPaths, tmp_path_factory: pytest.TempPathFactory) -> 
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from atlas.models.base import load_tokenizer
     from atlas.models.load import load_model
+    from atlas.models.tokenizer import load_tokenizer
 
     folder = tmp_path_factory.mktemp("adapter") / "tuned"
     torch.manual_seed(0)

@@ -15,7 +15,8 @@ from atlas.config import EvalTask
 from atlas.errors import UserError
 from atlas.eval import harness
 from atlas.eval.tasks import load_task
-from atlas.models.load import find_adapter, load_model
+from atlas.models.adapters import find_adapter
+from atlas.models.load import load_model
 from atlas.pocket import base, world
 
 LETTER = "keywords:letter_frequency"

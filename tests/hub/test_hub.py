@@ -307,7 +307,8 @@ import sys, torch
 from pathlib import Path
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from atlas.models.load import find_adapter, load_model
+from atlas.models.adapters import find_adapter
+from atlas.models.load import load_model
 from atlas.models.merge import merge
 base, text, out, plain, *pinned = sys.argv[1:]
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), plain).eval()

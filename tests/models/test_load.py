@@ -17,6 +17,7 @@ import atlas
 from atlas.eval import generate, harness
 from atlas.eval import run as evaluation
 from atlas.models import load, merge
+from atlas.models.tokenizer import stop_ids
 from atlas.pocket.base import PocketPaths
 from rows import ROOT
 from runs import TrainedRun
@@ -311,7 +312,7 @@ def test_every_token_that_ends_a_text_ends_a_reply(chat: str, document: str, lab
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '" + chat + "' }}{% endfor %}"
     tokenizer.eos_token = chat
     ids = tokenizer.convert_tokens_to_ids([chat, document])
-    assert set(ids) <= set(load.stop_ids(tokenizer)) and load.stop_ids(tokenizer)[0] == ids[0]
+    assert set(ids) <= set(stop_ids(tokenizer)) and stop_ids(tokenizer)[0] == ids[0]
 
 
 def test_what_the_base_model_ends_with_ends_a_reply(lab: PocketPaths):
@@ -319,11 +320,11 @@ def test_what_the_base_model_ends_with_ends_a_reply(lab: PocketPaths):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<fin>"]})
     fin = tokenizer.convert_tokens_to_ids("<fin>")
     word = tokenizer("the", add_special_tokens=False)["input_ids"][0]
-    before = load.stop_ids(tokenizer, model)
+    before = stop_ids(tokenizer, model)
     assert before == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     for eos, more in ((fin, [fin]), ([fin, word], [fin]), (None, [])):  # an ordinary word is a mistake in the config
         model.generation_config = GenerationConfig(eos_token_id=eos)
-        assert load.stop_ids(tokenizer, model) == [*before, *more]
+        assert stop_ids(tokenizer, model) == [*before, *more]
     harness.set_generation(model, tokenizer)
     assert model.generation_config.eos_token_id == before
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from atlas.cli import main as atlas_main
-from atlas.models.load import find_adapter
+from atlas.models.adapters import find_adapter
 from runs import TrainedRun
 
 

@@ -13,7 +13,7 @@ from atlas.errors import UserError
 from atlas.eval import generate
 from atlas.eval import run as evaluation
 from atlas.models import merge
-from atlas.models.base import Renderer, patch_chat_template_for_assistant_mask
+from atlas.models.template import Renderer, patch_chat_template_for_assistant_mask
 from atlas.pocket.base import PocketPaths
 from atlas.train import sft
 from rows import CONVERSATIONS, TOOLS, USER, chat, write_rows

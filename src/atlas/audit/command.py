@@ -40,7 +40,7 @@ def dump_audit(loaded: "LoadedConfig") -> Path:
     from atlas.audit.report import write_audit
     from atlas.data.prepare import prepare
     from atlas.files import RESULTS_DIR, can_write
-    from atlas.models.base import load_tokenizer
+    from atlas.models.tokenizer import load_tokenizer
 
     config = loaded.config
     quiet_libraries()

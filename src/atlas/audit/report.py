@@ -14,7 +14,7 @@ from atlas.console import one_line
 from atlas.data.formats import TEXT
 from atlas.data.labeled import Labeled
 from atlas.files import write_text, writing
-from atlas.models.base import PINNED_DATE
+from atlas.models.template import PINNED_DATE
 
 AUDIT_FILE = "sft_template_audit.jsonl"
 AUDIT_PAGE = "sft_template_audit.html"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas.audit.tokens import token_bytes
 from atlas.errors import UserError
-from atlas.models.base import Renderer, stop_token
+from atlas.models.template import Renderer, stop_token
 
 if TYPE_CHECKING:
     import numpy as np

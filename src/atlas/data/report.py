@@ -29,7 +29,7 @@ def _main(config_file: str, overrides: Sequence[str]) -> int:
     from atlas.audit.gate import gate
     from atlas.config import load_config
     from atlas.data.prepare import prepare
-    from atlas.models.base import load_tokenizer
+    from atlas.models.tokenizer import load_tokenizer
 
     quiet_libraries()
     config = load_config(config_file, overrides).config

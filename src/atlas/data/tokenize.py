@@ -35,8 +35,8 @@ from atlas.data.formats import (
     renamed,
 )
 from atlas.data.ledger import EMPTY_MASK, FULLY_TRUNCATED
-from atlas.models import base
-from atlas.models.base import Renderer, TemplateRefusedError
+from atlas.models import template
+from atlas.models.template import Renderer, TemplateRefusedError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -136,7 +136,10 @@ class Labeler:
             str(self.tokenizer.chat_template),
             str(self.tokenizer.special_tokens_map),
             f"{self.max_length} {self.mask} {self.assistant_only} {self.audited}",
-            *(inspect.getsource(module) for module in (formats, sources, spans, tokens, base, sys.modules[__name__])),
+            *(
+                inspect.getsource(module)
+                for module in (formats, sources, spans, tokens, template, sys.modules[__name__])
+            ),
             *(version(package) for package in ("transformers", "tokenizers", "jinja2")),
         ):
             digest.update(hashlib.sha256(part.encode()).digest())

@@ -91,7 +91,7 @@ def reply(
     arguments: argparse.Namespace,
 ) -> str:
     """Print the reply as it comes, and return it without its stop token."""
-    from atlas.models.base import chat_prompt
+    from atlas.models.template import chat_prompt
 
     prompt = tokenizer(chat_prompt(tokenizer, messages), add_special_tokens=False, return_tensors="pt")
     length = prompt["input_ids"].shape[1]
@@ -126,9 +126,9 @@ def _load(adapter: str | None, model: str | None) -> "tuple[PreTrainedModel, Pre
 
     from atlas.eval.harness import set_generation
     from atlas.hub import split_revision
-    from atlas.models import load
+    from atlas.models import adapters, load
 
-    tuned = load.find_adapter(adapter) if adapter is not None else None
+    tuned = adapters.find_adapter(adapter) if adapter is not None else None
     if model is not None:
         base, revision = split_revision(model)
     elif tuned is not None:

@@ -66,7 +66,7 @@ def set_generation(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase
     """Greedy until a stop token; no limit and no penalty of the checkpoint's own."""
     from transformers import GenerationConfig
 
-    from atlas.models.load import stop_ids
+    from atlas.models.tokenizer import stop_ids
 
     model.generation_config = GenerationConfig(
         eos_token_id=stop_ids(tokenizer, model), pad_token_id=tokenizer.pad_token_id, do_sample=False
@@ -160,7 +160,7 @@ def _recording_lm(
     """lm-eval's HFLM that also keeps, per prompt, how many tokens it generated and whether a stop token was among them."""
     from lm_eval.models.huggingface import HFLM
 
-    from atlas.models.base import refuse_empty, template_errors
+    from atlas.models.template import refuse_empty, template_errors
 
     class RecordingLM(HFLM):
         def __init__(self) -> None:

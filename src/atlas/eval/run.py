@@ -17,10 +17,10 @@ from atlas.config import Config, EvalTask, QuantizationConfig
 from atlas.console import quiet_libraries
 from atlas.errors import DONE, UserError, first_line, run_main
 from atlas.eval.store import METRICS, claimed, name_problem, read_metrics, records_file, store, unlike
-from atlas.files import sha256_of
+from atlas.files import sha256
 from atlas.hub import split_revision
 from atlas.launch import command_line
-from atlas.models.load import WEIGHTS, Adapter, find_adapter, is_no_folder
+from atlas.models.adapters import WEIGHTS, Adapter, find_adapter, is_no_folder
 
 if TYPE_CHECKING:
     from atlas.eval.tasks import LoadedTask
@@ -145,7 +145,7 @@ def _evaluate(config: Config, target: Target, ready: Sequence["LoadedTask"], rep
     left = []
     for task in ready:
         name, records = task.settings.name, records_file(results, target.name, task.settings.name)
-        if not replace and name in done and sha256_of(records) == done[name]["records_sha256"]:
+        if not replace and name in done and records.is_file() and sha256(records) == done[name]["records_sha256"]:
             print(f"{target.name}: {name} is done already ({done[name]['n']} prompts)")
         else:
             left.append(task)
@@ -153,7 +153,7 @@ def _evaluate(config: Config, target: Target, ready: Sequence["LoadedTask"], rep
     if not left:
         return row
     run = _runner(config, target, dtype, plan.device, tokenizer)
-    if target.adapter is not None and sha256_of(target.adapter.folder / WEIGHTS) != row["adapter_sha256"]:
+    if target.adapter is not None and sha256(target.adapter.folder / WEIGHTS) != row["adapter_sha256"]:
         raise UserError(f"{target.adapter.name} was written to while it was loaded: run the same command again")
     for task in left:
         name = task.settings.name
@@ -168,11 +168,10 @@ def _evaluate(config: Config, target: Target, ready: Sequence["LoadedTask"], rep
 def _tokenizer(config: Config, target: Target) -> Any:
     """The tokenizer that training uses, so that the base model is asked in the same words; an adapter brings its own, and so does
     a model that is asked in plain text, where it may have no chat template at all."""
-    from atlas.models.base import load_tokenizer
-    from atlas.models.load import tokenizer_of
+    from atlas.models.tokenizer import load_tokenizer, read_tokenizer
 
     if target.adapter is not None and (target.adapter.folder / "tokenizer_config.json").is_file():
-        tokenizer = tokenizer_of(str(target.adapter.folder))
+        tokenizer = read_tokenizer(str(target.adapter.folder))
         if config.eval.chat_template and not tokenizer.chat_template:
             raise UserError(f"{target.adapter.name}: its tokenizer has no chat template to ask in")
         return tokenizer
@@ -183,8 +182,8 @@ def _tokenizer(config: Config, target: Target) -> Any:
     if config.eval.chat_template:
         return load_tokenizer(config.model_copy(update={"model": model}))
     if model.tokenizer_name is not None:
-        return tokenizer_of(model.tokenizer_name, model.tokenizer_revision)
-    return tokenizer_of(model.name, model.revision)
+        return read_tokenizer(model.tokenizer_name, model.tokenizer_revision)
+    return read_tokenizer(model.name, model.revision)
 
 
 def _quantization(config: Config, target: Target) -> QuantizationConfig | None:
@@ -224,7 +223,7 @@ def _row(
         "model_revision": revision,
         "adapter": adapter.name if adapter else None,
         "adapter_revision": adapter.revision if adapter else None,
-        "adapter_sha256": sha256_of(adapter.folder / WEIGHTS) if adapter else None,
+        "adapter_sha256": sha256(adapter.folder / WEIGHTS) if adapter else None,
         "template_sha256": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
         if config.eval.chat_template
         else None,
@@ -256,7 +255,7 @@ def _revision(target: Target) -> str | None:
         raise UserError(f"{key}: {model!r} holds no model: config.json is missing")
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        digest.update(str(sha256_of(path)).encode())
+        digest.update(str(sha256(path)).encode())
     return f"sha256:{digest.hexdigest()[:16]}"
 
 

@@ -1,20 +1,185 @@
-"""The LoRA adapter: its configuration, its precision, whether it has learned anything, and whether its numbers are numbers."""
+"""Adapters: found and read, checked, put on a base model, and made trainable. Nothing here runs code that comes with one."""
 
-import hashlib
+import json
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.config import LoraSettings
-from atlas.errors import UserError
+from atlas.config import LoraSettings, QuantizationConfig, is_path
+from atlas.errors import UserError, first_line
+from atlas.files import sha256
+from atlas.lock import refuse_if_held
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
-    from atlas.models.load import Adapter
-
+CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 # How PEFT calls the two matrices of a module in its file; those of an embedding have no `.weight`.
 _LORA = re.compile(r"(base_model\.model\..+\.lora_(?:embedding_)?)([AB])(?:\.weight)?")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter whose files are on this machine and can be read."""
+
+    name: str
+    """As it was asked for: a folder, or `namespace/name[@revision]`."""
+    folder: Path
+    revision: str | None
+    """Its commit on the Hub; None for a folder."""
+    base: str
+    base_revision: str | None
+    """Both from the manifest, or else from PEFT's adapter_config.json."""
+    quantization: QuantizationConfig | None
+    """Of its base in training, where a manifest says so."""
+    manifest: dict[str, Any]
+    """Empty for an adapter that atlas has not made."""
+
+
+def find_adapter(name: str, revision: str | None = None) -> Adapter:
+    """The adapter in a folder, or on the Hub. Raises `UserError` where there is none, or where its files are damaged, and
+    `RunError` where the Hub does not answer."""
+    from safetensors import SafetensorError
+
+    from atlas.hub import download
+
+    folder, commit = Path(name).expanduser(), None
+    if folder.is_dir():
+        refuse_if_held(folder)
+    elif is_no_folder(name):
+        raise UserError(f"there is no folder {name} with an adapter")
+    else:
+        folder, commit = download(f"{name}@{revision}" if revision else name)
+    if missing := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
+        pickle = ". Its adapter_model.bin is a pickle, which could run code: save it again as safetensors"
+        hint = pickle if (folder / "adapter_model.bin").exists() else ""
+        raise UserError(f"{name} holds no adapter: {' and '.join(missing)} missing{hint}")
+    try:
+        refuse_non_finite(folder)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(folder / WEIGHTS, error) from None
+    noted = read_json(folder / CONFIG)
+    if not isinstance(noted.get("peft_type"), str):
+        raise _damaged(folder / CONFIG, ValueError("it names no peft_type"))
+    base, base_revision, quantization = noted.get("base_model_name_or_path"), noted.get("revision"), None
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    if "config_hash" not in manifest:  # another tool's
+        manifest = {}
+    try:
+        if manifest:
+            model = manifest["config"]["model"]
+            base, base_revision = model["name"], manifest.get("base", {}).get("commit") or model["revision"]
+            quantization = QuantizationConfig(**manifest["config"]["quantization"])
+            if base in manifest["local"] and not is_path(base):
+                base = f"./{base}"  # a path on the machine that trained it, not a name on the Hub
+        if not isinstance(base, str) or not isinstance(base_revision, str | None):
+            raise ValueError("it names no base model")
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise _damaged(folder / (MANIFEST if manifest else CONFIG), error) from None
+    return Adapter(name, folder, commit, base, base_revision, quantization, manifest)
+
+
+def is_no_folder(name: str) -> bool:
+    """Is `name` a path, by how it is written or because the folder above it exists here, without a folder at its end? Else it may
+    be a name on the Hub."""
+    folder = Path(name).expanduser()
+    return not folder.is_dir() and (is_path(name) or ("/" in name and folder.parent.is_dir()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in an adapter's file. Raises `UserError` where there is none, or where a number of it is not finite."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found: dict[str, Any] = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):  # NaN, Infinity, 1e999
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({type(error).__name__}: {first_line(error)}): get the adapter's files again")
+
+
+def refuse_non_finite(folder: Path) -> None:
+    """Raises `UserError` where the adapter saved in `folder` holds a number that is not finite: its run has diverged, and all its
+    replies would be noise."""
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+            tensor = tensors.get_tensor(name)
+            if tensor.is_floating_point() and tensor.element_size() == 1:
+                tensor = tensor.float()  # torch 2.13 has no isfinite for 8 bits
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{folder}: the adapter is broken: {name} holds numbers that are not finite (nan or inf), so the run "
+                    "that made it has diverged. Take an earlier checkpoint of it, or train again with a lower train.learning_rate"
+                )
+
+
+def refuse_unloadable(adapter: Adapter) -> None:
+    """Raises `UserError` where the adapter's weights are not those of its manifest, or do not fit its adapter_config.json, as far
+    as this can be seen without the base model."""
+    from safetensors import safe_open
+
+    path, noted = adapter.folder / WEIGHTS, read_json(adapter.folder / CONFIG)
+    if adapter.manifest.get("adapter_sha256") not in (None, sha256(path)):
+        raise UserError(
+            f"{path} is not the file that its manifest.json names (adapter_sha256): get the run's files again. If you changed the "
+            "weights on purpose, take manifest.json out of the folder, since it describes other ones"
+        )
+    if noted["peft_type"] != "LORA":
+        return
+    # These two give a module another rank than r.
+    rank = None if noted.get("rank_pattern") or noted.get("target_parameters") else noted.get("r")
+    ranks: dict[str, dict[str, int]] = {}
+    with safe_open(path, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+            if found := _LORA.fullmatch(name):
+                ranks.setdefault(found[1], {})[found[2]] = tensors.get_slice(name).get_shape()[found[2] == "B"]
+    problem = "" if ranks else "it holds no LoRA matrix under PEFT's names (base_model.model. ... .lora_A.weight)"
+    for name, pair in ranks.items():
+        if len(pair) < 2:
+            problem = f"{name}{'A' if 'B' in pair else 'B'} is missing"
+        elif len({*pair.values(), rank or pair["A"]}) > 1:
+            problem = f"{name}A and B have rank {pair['A']} and {pair['B']}" + (f", not r={rank}" if rank else "")
+    if problem:
+        raise UserError(
+            f"{path} cannot be loaded with its adapter_config.json: {problem}. Get the adapter's files again"
+        )
+
+
+def put_adapter(model: "PreTrainedModel", adapter: Adapter) -> "PeftModel":
+    """`model` with the adapter on it. Raises `UserError` where it does not fit: PEFT alone leaves out the weights that do not fit,
+    so that the bare base would pass for the tuned model."""
+    from peft import PeftConfig, get_peft_model
+    from safetensors import SafetensorError
+
+    unfit = f"{adapter.name} does not fit on {model.name_or_path!r}: "
+    try:
+        config = PeftConfig.from_pretrained(str(adapter.folder))
+        config.inference_mode, config.base_model_name_or_path = True, model.name_or_path
+        tuned: PeftModel = get_peft_model(model, config)
+        found = tuned.load_adapter(str(adapter.folder), "default")
+    # names of modules that are not there or a config without meaning, other shapes, a damaged file
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+        text = f"unknown name {error}" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{unfit}{text}") from None
+    for kind, keys in (("lacks", found.missing_keys), ("has unknown", found.unexpected_keys)):
+        if keys:
+            raise UserError(f"{unfit}{WEIGHTS} {kind} {len(keys)} weights ({min(keys)}, ...)")
+    return tuned.eval()
 
 
 def lora_config(settings: LoraSettings) -> "LoraConfig":
@@ -24,11 +189,8 @@ def lora_config(settings: LoraSettings) -> "LoraConfig":
     modules = settings.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
+        **settings.model_dump(exclude={"target_modules"}),
         target_modules=modules if isinstance(modules, str) else list(modules),
-        use_rslora=settings.use_rslora,
     )
 
 
@@ -56,56 +218,3 @@ def lora_b_norm(model: Any) -> float:
         if "lora_B" in name or "lora_embedding_B" in name:
             total += float(parameter.detach().double().pow(2).sum())
     return total**0.5
-
-
-def refuse_non_finite(folder: Path) -> None:
-    """Raises `UserError` where the adapter saved in `folder` holds a number that is not finite: its run has diverged, and every
-    reply of it would be noise."""
-    from safetensors import safe_open
-
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (it is no dict)
-            tensor = tensors.get_tensor(name)
-            if tensor.is_floating_point() and tensor.element_size() == 1:
-                tensor = tensor.float()  # torch 2.13 has no isfinite for 8 bits
-            if not tensor.isfinite().all():
-                raise UserError(
-                    f"{folder}: the adapter is broken: {name} holds numbers that are not finite (nan or inf), so the run "
-                    "that made it has diverged. Take an earlier checkpoint of it, or train again with a lower train.learning_rate"
-                )
-
-
-def refuse_unloadable(adapter: "Adapter", noted: dict[str, Any]) -> None:
-    """Raises `UserError` where the adapter's weights are not those of its manifest, or cannot be those of `noted`, its
-    adapter_config.json, as far as that can be told without the base model."""
-    from safetensors import safe_open
-
-    path = adapter.folder / "adapter_model.safetensors"
-    if expected := adapter.manifest.get("adapter_sha256"):
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise UserError(
-                    f"{path} is not the file that its manifest.json names (adapter_sha256): get the run's files again. If you "
-                    "changed the weights on purpose, take manifest.json out of the folder, since it tells of other ones"
-                )
-    if noted["peft_type"] != "LORA":
-        return
-    # These two give a module another rank than r.
-    r = None if noted.get("rank_pattern") or noted.get("target_parameters") else noted.get("r")
-    shapes: dict[str, dict[str, list[int]]] = {}
-    with safe_open(path, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (it is no dict)
-            if found := _LORA.fullmatch(name):
-                shapes.setdefault(found[1], {})[found[2]] = tensors.get_slice(name).get_shape()
-    problem = "" if shapes else "it holds no LoRA matrix under PEFT's names (base_model.model. ... .lora_A.weight)"
-    for name, pair in sorted(shapes.items()):
-        if len(pair) < 2:
-            problem = f"{name}{'A' if 'B' in pair else 'B'} is missing"
-        elif len({pair["A"][0], pair["B"][1], r or pair["A"][0]}) > 1:
-            problem = f"{name}A and B have rank {pair['A'][0]} and {pair['B'][1]}" + (f", not r={r}" if r else "")
-        if problem:
-            break
-    if problem:
-        raise UserError(
-            f"{path} cannot be loaded with its adapter_config.json: {problem}. Get the adapter's files again"
-        )

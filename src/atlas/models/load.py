@@ -1,127 +1,158 @@
-"""Models for use: the one place where weights are read, of a base model and of an adapter on top of it.
+"""The one place where weights are read: of a base model, for training or for use with an adapter on top of it.
 
 Nothing here runs code that comes with a model: weights are safetensors, and `trust_remote_code` is off, so that transformers
 does not ask on standard input either.
 """
 
+import hashlib
 import json
-import math
+import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas.compat import check_libraries
-from atlas.config import QuantizationConfig, is_path
+from atlas.config import Config, QuantizationConfig, is_path
 from atlas.console import say
+from atlas.device import DevicePlan, Machine, choose_device
 from atlas.errors import UserError, first_line
+from atlas.files import digest, sha256
+from atlas.models.adapters import MANIFEST, Adapter, put_adapter
+from atlas.models.tokenizer import load_tokenizer, read_tokenizer, stop_ids
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# What ends a reply or a document: of Qwen, Llama 3, Gemma, Llama 2 and Mistral. A chat reply ends with the chat's token, a base
-# model's document with another: with that one alone, batches larger than one keep what a row generates after its reply (strict
-# 0.50 at batch 1, 0.30 at batch 20 on the same 20 prompts).
-STOP_TOKENS = frozenset(
-    ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<eos>", "</s>")
-)
-CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter whose files are on this machine and can be read."""
+class BaseFiles(NamedTuple):
+    """What is known of a base model's files before they are loaded."""
 
-    name: str
-    """As it was asked for: a folder, or `namespace/name[@revision]`."""
-    folder: Path
-    revision: str | None
-    """Its commit on the Hub; None for a folder."""
-    base: str
-    base_revision: str | None
-    """Of the manifest, else as PEFT has noted them."""
-    quantization: QuantizationConfig | None
-    """Of its base in training, where a manifest says so."""
-    manifest: dict[str, Any]
-    """Empty for an adapter that atlas has not made."""
+    download: int
+    """Bytes of weights that are not on this machine yet."""
+    content: str
+    """SHA-256 over the digests of config and weights: the same for a folder, the Hub and its cache."""
+    commit: str | None
+    """Of the Hub's repository."""
 
 
-def find_adapter(name: str, revision: str | None = None) -> Adapter:
-    """The adapter in a folder, or on the Hub. Raises `UserError` where there is none, or where its files are damaged, and
-    `RunError` where the Hub does not answer."""
-    from safetensors import SafetensorError
+def check_weights(config: Config) -> BaseFiles:
+    """Make sure that the base model has its weights, as safetensors. Raises `UserError` naming what is missing."""
+    from huggingface_hub import constants
+    from safetensors import SafetensorError, safe_open
 
-    from atlas.hub import download
-    from atlas.lock import refuse_if_held
-    from atlas.models.adapters import refuse_non_finite
+    name, revision = config.model.name, config.model.revision
+    cannot = f"model.name: the weights of {name!r} cannot be loaded: "
+    is_local = Path(name).is_dir()
+    if not is_local and not constants.HF_HUB_OFFLINE:
+        return _weights_on_hub(name, revision, cannot)
+    folder = _folder_of(name, revision)
+    files = {path.name for path in folder.iterdir()} if folder else set()
+    if folder is None or not files & {_SINGLE, _INDEX}:
+        where = repr(name) if is_local else "the cache (HF_HUB_OFFLINE is set)"
+        raise UserError(f"{cannot}{where} holds no {_SINGLE}")
+    shards = {_SINGLE}
+    if _SINGLE not in files:
+        shards = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    for shard in sorted(shards):
+        try:
+            with safe_open(folder / shard, framework="pt"):  # compares the header with the file's size
+                pass
+        except (OSError, SafetensorError) as error:
+            problem = f"is damaged ({error})" if shard in files else "is missing"
+            raise UserError(f"{cannot}{folder / shard} {problem}") from None
+    return BaseFiles(0, content_of(folder), None if is_local else folder.name)
 
-    folder, commit = Path(name).expanduser(), None
-    if not folder.is_dir():
-        if is_no_folder(name):
-            raise UserError(f"there is no folder {name} with an adapter")
-        folder, commit = download(f"{name}@{revision}" if revision else name)
-    else:
-        refuse_if_held(folder)
-    if missing := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
-        pickle = ". Its adapter_model.bin is a pickle, which could run code: save it anew as safetensors"
-        hint = pickle if (folder / "adapter_model.bin").exists() else ""
-        raise UserError(f"{name} holds no adapter: {' and '.join(missing)} missing{hint}")
+
+def _weights_on_hub(name: str, revision: str | None, cannot: str) -> BaseFiles:
+    """One request tells commit, sizes and digests, which `snapshot_download(dry_run=True)` does not."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
     try:
-        refuse_non_finite(folder)
-    except (OSError, SafetensorError) as error:
-        raise _damaged(folder / WEIGHTS, error) from None
-    noted, manifest = read_json(folder / CONFIG), {}
-    if not isinstance(noted.get("peft_type"), str):
-        raise _damaged(folder / CONFIG, ValueError("it names no peft_type"))
-    base, base_revision, quantization = noted.get("base_model_name_or_path"), noted.get("revision"), None
-    if (folder / MANIFEST).is_file():
-        manifest = read_json(folder / MANIFEST)
-        if "config_hash" in manifest:
-            try:
-                model, trained = manifest["config"]["model"], manifest.get("base", {})
-                base, base_revision = model["name"], trained.get("commit") or model["revision"]
-                quantization = QuantizationConfig(**manifest["config"]["quantization"])
-                if base in manifest["local"] and not is_path(base):
-                    base = f"./{base}"  # of the machine that trained it: no name on the Hub
-            except (LookupError, TypeError, AttributeError, ValidationError) as error:
-                raise _damaged(folder / MANIFEST, error) from None
-        else:  # another tool's
-            manifest = {}
-    if not isinstance(base, str) or not isinstance(base_revision, str | None):
-        raise _damaged(folder / (MANIFEST if manifest else CONFIG), ValueError("it names no base model"))
-    return Adapter(name, folder, commit, base, base_revision, quantization, manifest)
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
+    except Exception as error:
+        raise UserError(f"model.name: {name!r} cannot be loaded: {first_line(error)}") from None
+    files = {file.rfilename: file for file in info.siblings or []}
+    if not files.keys() & {_SINGLE, _INDEX}:
+        raise UserError(f"{cannot}{name!r} holds no {_SINGLE}")
+    wanted = [file for path, file in files.items() if _WEIGHTS.fullmatch(path)]
+    missing = [f for f in wanted if not isinstance(try_to_load_from_cache(name, f.rfilename, revision=revision), str)]
+    known = wanted + [file for path, file in files.items() if path == "config.json"]
+    digests = {file.rfilename: file.lfs.sha256 if file.lfs else str(file.blob_id) for file in known}
+    return BaseFiles(sum(file.size or 0 for file in missing), _content(digests), info.sha)
 
 
-def is_no_folder(name: str) -> bool:
-    """A path, written as one or beside what is here, where there is no folder; else it may be a name on the Hub."""
-    folder = Path(name).expanduser()
-    return not folder.is_dir() and (is_path(name) or ("/" in name and folder.parent.is_dir()))
+def _folder_of(name: str, revision: str | None) -> Path | None:
+    """Where a model's files are on this machine: a folder, or a snapshot in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return Path(name)
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in an adapter's file. Raises `UserError` where there is none, or where a number of it is not finite."""
+def content_of(folder: Path) -> str:
+    """`BaseFiles.content` of a model in a folder, or in a snapshot of the Hub's cache.
+
+    The Hub and its cache name a small file by git's SHA-1 and a large one by its SHA-256. Elsewhere they are hashed.
+    """
+    digests = {}
+    for path in folder.iterdir():
+        if path.name != "config.json" and not _WEIGHTS.fullmatch(path.name):
+            continue
+        if path.resolve().parent.name == "blobs":
+            digests[path.name] = path.resolve().name
+        elif path.name == "config.json":
+            data = path.read_bytes()
+            digests[path.name] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        else:
+            digests[path.name] = sha256(path)
+    return _content(digests)
+
+
+def _content(digests: Mapping[str, str]) -> str:
+    return digest("\n".join(f"{name} {digests[name]}" for name in sorted(digests)))
+
+
+def empty_model(config: Config, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "PreTrainedModel":
+    """The base model without its weights, on torch's meta device: shapes and names. Raises `UserError` where it is no causal
+    language model, or not one for `tokenizer`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = config.model.name
+    _refuse_missing(name, "model.name: ")
     try:
-        text = path.read_text(encoding="utf-8")
-        found: dict[str, Any] = json.loads(text, parse_constant=_finite, parse_float=_finite)
-        if not isinstance(found, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, error) from None
-    return found
+        described = AutoConfig.from_pretrained(name, revision=config.model.revision, trust_remote_code=False)
+        vocabulary = described.get_text_config().vocab_size
+    except Exception as error:
+        raise UserError(f"model.name: {name!r} cannot be loaded: {first_line(error)}") from None
+    if tokenizer is not None:
+        _refuse_other_family(tokenizer, vocabulary, name, "model.tokenizer_name: ")
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"model.name: {name!r} cannot be trained: {first_line(error)}") from None
+    return model
 
 
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):  # NaN, Infinity, 1e999
-        raise ValueError(f"{text} is not a finite number")
-    return number
+def _refuse_missing(name: str, key: str = "", remedy: str = "") -> None:
+    if is_path(name) and not Path(name).is_dir():
+        raise UserError(f"{key}there is no folder {name}{remedy}")
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged ({type(error).__name__}: {first_line(error)}): get the adapter's files again")
+def _refuse_other_family(tokenizer: "PreTrainedTokenizerBase", vocabulary: int, name: str, key: str = "") -> None:
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"{key}the tokenizer of {tokenizer.name_or_path!r} does not fit on {name!r}: it has {len(tokenizer)} tokens, the model "
+            f"only {vocabulary} embeddings, so they are not of one family"
+        )
 
 
 def load_base(
@@ -135,14 +166,12 @@ def load_base(
     key: str = "",
     remedy: str = "",
 ) -> "PreTrainedModel":
-    """A causal language model with all of its weights; `key` and `remedy` stand before and after what is said of it. Raises
-    `UserError`."""
+    """A causal language model with all of its weights. Raises `UserError`, which begins with `key` and ends with `remedy`."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     name = str(name)
-    if is_path(name) and not Path(name).is_dir():
-        raise UserError(f"{key}there is no folder {name}{remedy}")
+    _refuse_missing(name, key, remedy)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
@@ -165,136 +194,6 @@ def load_base(
     return model
 
 
-def put_adapter(model: "PreTrainedModel", adapter: Adapter) -> "PeftModel":
-    """`model` with the adapter on it. Raises `UserError` where it is not for this model: PEFT leaves out what does not fit, so
-    that the bare base would pass for the tuned model."""
-    from peft import PeftConfig, get_peft_model
-    from safetensors import SafetensorError
-
-    try:
-        config = PeftConfig.from_pretrained(str(adapter.folder))
-        config.inference_mode, config.base_model_name_or_path = True, model.name_or_path
-        tuned: PeftModel = get_peft_model(model, config)
-        found = tuned.load_adapter(str(adapter.folder), "default")
-    # names of modules that are not there or a config without meaning, other shapes, a damaged file
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
-        text = f"unknown name {error}" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"{adapter.name} does not fit on {model.name_or_path!r}: {text}") from None
-    for kind, keys in (("lacks", found.missing_keys), ("has unknown", found.unexpected_keys)):
-        if keys:
-            raise UserError(
-                f"{adapter.name} does not fit on {model.name_or_path!r}: {WEIGHTS} {kind} {len(keys)} weights "
-                f"({sorted(keys)[0]}, ...)"
-            )
-    return tuned.eval()
-
-
-def tokenizer_of(name: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model or an adapter, as its files say. Raises `UserError`."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise of every kind for what stands in their files
-        raise UserError(f"the tokenizer of {name!r} cannot be loaded: {first_line(error)}") from None
-
-
-def load_model(
-    base: "str | Path",
-    adapter: Adapter | None = None,
-    *,
-    revision: str | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    dtype: "torch.dtype | str" = "auto",
-    device: "torch.device | str" = "cpu",
-    quantization: "BitsAndBytesConfig | None" = None,
-    remedy: str = "",
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A base model, the adapter on it, and the tokenizer that goes with them.
-
-    lm-eval ignores `peft=` when it is given a model object, and uses one `revision` for base and adapter alike.
-
-    Args:
-        base: Hub id or folder of the base (or merged) model.
-        adapter: its folder's tokenizer, if it has one, is used instead of the base's.
-        revision: of the base model, and of its tokenizer where that is used.
-        tokenizer: instead of the one that would be loaded, where the adapter has none of its own.
-        dtype: of the weights; "auto" is the checkpoint's.
-        device: where to put the model.
-        quantization: of the base, as `four_bit` makes it.
-        remedy: stands at the end where the base cannot be loaded.
-    """
-    if adapter is not None:
-        check_libraries()
-    if adapter is not None and (adapter.folder / "tokenizer_config.json").is_file():
-        tokenizer = tokenizer_of(str(adapter.folder))
-    elif tokenizer is None:
-        tokenizer = tokenizer_of(str(base), revision)
-    model = load_base(base, revision, dtype=dtype, device=device, quantization=quantization, remedy=remedy)
-    room = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > room:
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and does not fit on "
-            f"{str(base)!r}, which has {room}"
-        )
-    if adapter is None:
-        model.eval()
-        if not _gives_numbers(model, tokenizer):
-            raise UserError(_NO_NUMBERS.format(repr(str(base)), model.dtype))
-        return model, tokenizer
-    _refuse_another_base(adapter, str(base), revision)
-    tuned = put_adapter(model, adapter)
-    if not _gives_numbers(tuned, tokenizer):
-        with tuned.disable_adapter():
-            culprit = adapter.name if _gives_numbers(tuned, tokenizer) else repr(str(base))
-        raise UserError(_NO_NUMBERS.format(culprit, model.dtype))
-    return tuned, tokenizer
-
-
-_NO_NUMBERS = (
-    "{} is broken: its logits are not finite (nan or inf), so every reply would be noise. A weight or a scale of it is not finite, "
-    "or too large for {}: get its files again"
-)
-
-
-def _gives_numbers(model: Any, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Are the logits of a short prompt finite? One forward pass meets every weight but the embeddings of other tokens."""
-    import torch
-
-    ids = tokenizer("A short text.", add_special_tokens=False, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        return bool(model(input_ids=ids.to(model.device)).logits.isfinite().all())
-
-
-def _refuse_another_base(adapter: Adapter, name: str, revision: str | None) -> None:
-    """Raises `UserError` where the files of the base model, which have been loaded, are not those that the adapter was trained on:
-    of the same shape, it would take the adapter without a word."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from atlas.models.base import content_of
-
-    trained = adapter.manifest.get("base", {})
-    if revision is not None and (name, revision) == (adapter.base, trained.get("commit")):
-        return
-    unchecked = f"note: whether {name!r} is the base model that {adapter.name} was trained on cannot be checked: "
-    if not trained.get("content"):
-        say(f"{unchecked}it has no {MANIFEST} that says what that one holds", file=sys.stderr)
-        return
-    folder = Path(name)
-    if not folder.is_dir():
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-        if not isinstance(found, str):
-            say(f"{unchecked}no file of it is kept on this machine", file=sys.stderr)
-            return
-        folder = Path(found).parent
-    if content_of(folder) != trained["content"]:
-        at = f" at {trained['commit']}" if trained.get("commit") else ""
-        raise UserError(
-            f"{adapter.name} was trained on another base model than {name!r} holds now (the files differ from those of its "
-            f"{MANIFEST}): name the one it was trained on, {adapter.base}{at}"
-        )
-
-
 def four_bit(settings: QuantizationConfig, dtype: str) -> "BitsAndBytesConfig":
     """transformers' form of `settings`; `dtype` is what computes where they leave it open."""
     import torch
@@ -309,15 +208,120 @@ def four_bit(settings: QuantizationConfig, dtype: str) -> "BitsAndBytesConfig":
     )
 
 
-def stop_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel | None" = None) -> list[int]:
-    """The ids that end a reply, the chat's own first; the others end a document of the base model. Raises `UserError` where the
-    chat template ends no turn."""
-    from atlas.models.base import stop_token
+def load_base_model_and_tokenizer(
+    config: Config, plan: DevicePlan | None = None, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """For training: the quantised base model and its repaired tokenizer, with one eos and one pad on tokenizer, config and
+    generation config.
 
-    added = tokenizer.get_added_vocab()
-    known = [added[token] for token in sorted(STOP_TOKENS & added.keys())]
-    of_model: Any = [] if model is None else model.generation_config.eos_token_id
-    named = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
-    known += [token for token in named if token in added.values()]
-    own = stop_token(tokenizer) if tokenizer.chat_template else tokenizer.eos_token
-    return list(dict.fromkeys([int(tokenizer.convert_tokens_to_ids(own)), *known]))
+    `plan` and `tokenizer` are made from the config where they are not given. Raises `UserError` where the model cannot be
+    loaded or the tokenizer has more tokens than the model has embeddings.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    plan = plan or choose_device(config, Machine.from_torch())
+    tokenizer = tokenizer or load_tokenizer(config)
+    model = load_base(
+        config.model.name,
+        config.model.revision,
+        dtype=getattr(torch, plan.dtype),
+        device=torch.cuda.current_device() if plan.device == "cuda" else "cpu",
+        quantization=four_bit(config.quantization, plan.compute_dtype) if config.quantization.load_in_4bit else None,
+        attention=plan.attn_implementation,
+        key="model.name: ",
+    )
+    text_config = model.config.get_text_config()
+    _refuse_other_family(tokenizer, text_config.vocab_size, config.model.name, "model.tokenizer_name: ")
+    for module in model.modules():
+        # On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights at the first evaluation, and trains on with a
+        # kernel that has no backward: no gradient passes through the layer any more.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    text_config.eos_token_id, text_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    # Every token that ends a text ends generation too: with <|endoftext|> alone, batches go on after <|im_end|>. Nothing else
+    # is kept: a base model's max_new_tokens or repetition_penalty would silently override an evaluation's settings.
+    model.generation_config = GenerationConfig(
+        eos_token_id=stop_ids(tokenizer, model),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=model.generation_config.bos_token_id,
+    )
+    return model, tokenizer
+
+
+def load_model(
+    base: "str | Path",
+    adapter: Adapter | None = None,
+    *,
+    revision: str | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    dtype: "torch.dtype | str" = "auto",
+    device: "torch.device | str" = "cpu",
+    quantization: "BitsAndBytesConfig | None" = None,
+    remedy: str = "",
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """For use: a base model, the adapter on it, and the tokenizer that goes with them. Raises `UserError`.
+
+    Args:
+        base: Hub id or folder of the base (or merged) model.
+        adapter: its folder's tokenizer, if it has one, is used instead of the base's.
+        revision: of the base model, and of its tokenizer where that is used.
+        tokenizer: instead of the one that would be loaded, where the adapter has none of its own.
+        dtype: of the weights; "auto" is the checkpoint's.
+        device: where to put the model.
+        quantization: of the base, as `four_bit` makes it.
+        remedy: stands at the end of the message where the base cannot be loaded.
+    """
+    if adapter is not None:
+        check_libraries()
+        if (adapter.folder / "tokenizer_config.json").is_file():
+            tokenizer = read_tokenizer(str(adapter.folder))
+    tokenizer = tokenizer or read_tokenizer(str(base), revision)
+    model = load_base(base, revision, dtype=dtype, device=device, quantization=quantization, remedy=remedy)
+    _refuse_other_family(tokenizer, model.get_input_embeddings().weight.shape[0], str(base))
+    broken = repr(str(base))
+    if adapter is None:
+        is_broken = not _gives_numbers(model.eval(), tokenizer)
+    else:
+        _refuse_another_base(adapter, str(base), revision)
+        tuned = put_adapter(model, adapter)
+        if is_broken := not _gives_numbers(tuned, tokenizer):
+            with tuned.disable_adapter():
+                broken = adapter.name if _gives_numbers(tuned, tokenizer) else broken
+        model = tuned
+    if is_broken:
+        raise UserError(
+            f"{broken} is broken: its logits are not finite (nan or inf), so every reply would be noise. A weight or a scale of it "
+            f"is not finite, or too large for {model.dtype}: get its files again"
+        )
+    return model, tokenizer
+
+
+def _gives_numbers(model: Any, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Are the logits of a short prompt finite? One forward pass uses every weight but the embeddings of other tokens."""
+    import torch
+
+    ids = tokenizer("A short text.", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return bool(model(input_ids=ids.to(model.device)).logits.isfinite().all())
+
+
+def _refuse_another_base(adapter: Adapter, name: str, revision: str | None) -> None:
+    """Raises `UserError` where the base model's files are not those that the adapter was trained on. A base of the same shape takes
+    the adapter without an error."""
+    trained = adapter.manifest.get("base", {})
+    if revision is not None and (name, revision) == (adapter.base, trained.get("commit")):
+        return
+    folder = _folder_of(name, revision)
+    if folder is None or not trained.get("content"):
+        why = "no file of it is kept on this machine"
+        if not trained.get("content"):
+            why = f"the adapter has no {MANIFEST} that says what its base model holds"
+        unchecked = f"whether {name!r} is the base model that {adapter.name} was trained on cannot be checked"
+        say(f"note: {unchecked}: {why}", file=sys.stderr)
+    elif content_of(folder) != trained["content"]:
+        at = f" at {trained['commit']}" if trained.get("commit") else ""
+        raise UserError(
+            f"{adapter.name} was trained on another base model than {name!r} holds now (the files differ from those of its "
+            f"{MANIFEST}): name the one it was trained on, {adapter.base}{at}"
+        )

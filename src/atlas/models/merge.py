@@ -46,7 +46,8 @@ def merge(adapter: str, to: Path, dtype: str = "auto", base: str | None = None) 
     from transformers.utils.logging import disable_progress_bar
 
     from atlas.hub import split_revision
-    from atlas.models.load import find_adapter, load_base, load_model
+    from atlas.models.adapters import find_adapter
+    from atlas.models.load import load_base, load_model
 
     if not sys.stderr.isatty():
         disable_progress_bar()
@@ -116,7 +117,7 @@ def merge(adapter: str, to: Path, dtype: str = "auto", base: str | None = None) 
 
 
 def _prompt(tokenizer: Any, text: str) -> "torch.Tensor":
-    from atlas.models.base import chat_prompt
+    from atlas.models.template import chat_prompt
 
     if tokenizer.chat_template:
         text = chat_prompt(tokenizer, [{"role": "user", "content": text}])

@@ -65,7 +65,7 @@ def _main(arguments: argparse.Namespace) -> int:
     from atlas.audit.command import dump_audit
     from atlas.eval.compare import comparison, show
     from atlas.eval.run import Target, evaluate
-    from atlas.models.load import find_adapter
+    from atlas.models.adapters import find_adapter
     from atlas.pocket.base import build
     from atlas.train import sft
 

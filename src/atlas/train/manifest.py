@@ -15,7 +15,7 @@ from atlas.device import DevicePlan
 from atlas.launch import command_line, processes
 
 if TYPE_CHECKING:
-    from atlas.models.base import BaseFiles
+    from atlas.models.load import BaseFiles
 
 
 def build_manifest(

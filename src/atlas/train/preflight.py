@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
-    from atlas.models.base import BaseFiles
+    from atlas.models.load import BaseFiles
 
 GIB = 2**30
 ADAM_BYTES = 4 + 4 + 8  # fp32 adapter, its gradient, AdamW's two moments
@@ -315,7 +315,7 @@ def _network(ready: Ready, of_hub: list[str]) -> Line | str:
 
 
 def _tokenizer(ready: Ready, loaded: LoadedConfig) -> str:
-    from atlas.models.base import load_tokenizer
+    from atlas.models.tokenizer import load_tokenizer
 
     tokenizer = ready.tokenizer = load_tokenizer(loaded.config)
     return f"{tokenizer.name_or_path}: {len(tokenizer):,} tokens, stops with {tokenizer.eos_token}"
@@ -325,7 +325,7 @@ def _base_model(ready: Ready, loaded: LoadedConfig, resume: str) -> str:
     import torch
 
     from atlas.models.adapters import lora_config
-    from atlas.models.base import check_weights, empty_model
+    from atlas.models.load import check_weights, empty_model
     from atlas.train.checkpoints import Identity, refuse_other_runs
 
     config = loaded.config

@@ -148,7 +148,7 @@ def _train(loaded: LoadedConfig, ready: "Ready", resume: str, started: float) ->
     from atlas.data.pack import arrange
     from atlas.data.prepare import prepare
     from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm
-    from atlas.models.base import load_base_model_and_tokenizer
+    from atlas.models.load import load_base_model_and_tokenizer
     from atlas.train.callbacks import LogLine, SaveInTime, duration, memory_gib
     from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest, newest
     from atlas.train.manifest import build_manifest
