@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from atlas.audit.spans import KINDS, REMEDIES, AuditRow, Oracle, tokenizer_findings
+from atlas.audit.spans import AuditRow, Oracle, tokenizer_findings
 from atlas.audit.tokens import token_bytes
 from atlas.data.tokenize import Labeler
 from atlas.models.template import patch_chat_template_for_assistant_mask, stop_token
@@ -485,7 +485,3 @@ def test_stop_token_prefers_eos_and_needs_one(base_folder: Path):
     assert stop_token(tokenizer) == "<|im_end|>"
     tokenizer.eos_token = "<|im_start|>"
     assert stop_token(tokenizer) == "<|im_start|>"
-
-
-def test_every_kind_has_a_remedy():
-    assert set(KINDS) == set(REMEDIES)

@@ -72,7 +72,7 @@ def test_record_and_summary(audit_args: list[str], tmp_path: Path, capfd):
         "<|endoftext|>",
     )
     out = capfd.readouterr().out
-    assert "audit warning: 1 of 3 rows lost a part of what is trained" in out and "1 rows cut at 160" in out
+    assert "audit warning: 1 of 3 rows lost a part of what is trained" in out and "1 row cut at 160" in out
 
 
 def test_a_full_disk_is_one_message_and_older_reports_stay(audit_args: list[str], tmp_path: Path, capsys):
@@ -114,10 +114,10 @@ def test_a_bad_row_far_from_the_start_is_shown_first(sft_args: list[str], leaky:
     )
     assert summary["verdict"] == "defect" and "lost in 1 row" in capfd.readouterr().out
     page = (tmp_path / "results" / "sft_template_audit.html").read_text()
-    assert "<p class='verdict bad'>defect: lost in 1 row" in page
+    assert '<p class="verdict bad">defect: lost in 1 row' in page
     heads = re.findall(r"<h2>(.*?)</h2>", page)
-    assert "rows.jsonl line 221" in heads[0] and "tag bad'>lost" in heads[0]
-    assert all("tag good'>clean" in head for head in heads[1:])
+    assert "rows.jsonl line 221" in heads[0] and 'tag bad">lost' in heads[0]
+    assert all('tag good">clean' in head for head in heads[1:])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -142,7 +142,7 @@ def test_a_row_with_a_note_is_named_and_shown(streaming: bool, sft_args: list[st
         {f["kind"] for f in row["findings"]} == ({"rewritten"} if n < 3 else set()) for n, row in enumerate(found)
     )
     page = (tmp_path / "results" / "sft_template_audit.html").read_text()
-    assert "rows.jsonl line 207 <span class='tag note'>rewritten" in page
+    assert 'rows.jsonl line 207 <span class="tag note">rewritten' in page
 
 
 def test_a_failing_row_that_is_held_out_is_shown_too(sft_args: list[str], leaky: str, tmp_path: Path):
@@ -181,8 +181,8 @@ def test_many_cut_answers_are_no_clean_data(sft_args: list[str], tmp_path: Path,
     _, summary = read(tmp_path / "results")
     assert summary["verdict"] == "warning" and "75 of 300 rows lost a part of what is trained" in out
     page = (tmp_path / "results" / "sft_template_audit.html").read_text()
-    assert "<p class='verdict warn'>warning: 75 of 300" in page and page.count(
-        "tag warn'>cut: 50 of"
+    assert '<p class="verdict warn">warning: 75 of 300' in page and page.count(
+        'tag warn">cut: 50 of'
     ) == 4 == page.count(" tokens cut off")
     named = int(re.search(r"; train.max_length=(\d+) would keep 99 % of the rows whole", out)[1])
     assert command.main([*arguments, f"train.max_length={named}"]) == 0
@@ -279,10 +279,9 @@ def test_page_escapes_everything_and_shows_the_trained_text(audit_args: list[str
     check_page(page)
     assert "http" not in page and "src=" not in page  # nothing is fetched
     assert (
-        re.search(r"tabindex=0 title='id \d+ &middot; [0-9a-f ]+'", page)
-        and "content:attr(title);position:fixed" in page
+        re.search(r'tabindex="0" title="id \d+ · [0-9a-f ]+"', page) and "content: attr(title); position: fixed" in page
     )
-    assert "prefers-color-scheme:dark" in page
+    assert "prefers-color-scheme: dark" in page
 
 
 def test_browser_shows_the_trained_text(audit_args: list[str], tmp_path: Path):
@@ -309,7 +308,7 @@ def test_audit_of_a_leaky_template_is_written_before_it_stops(audit_args: list[s
     rows, summary = read(tmp_path / "results")
     assert summary["findings"]["leak"] == 3 and summary["findings"]["missing"] == 0
     assert [f["kind"] for f in rows[1]["findings"]] == ["leak"] * 4
-    assert "class='t s f" in (tmp_path / "results" / "sft_template_audit.html").read_text()
+    assert 'class="t s f' in (tmp_path / "results" / "sft_template_audit.html").read_text()
 
 
 def test_diff_reads_rows_with_line_breaks_of_unicode(audit_args: list[str], tmp_path: Path, capfd):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atlas.console import quiet_libraries, say
-from atlas.errors import DONE, FAILED, UserError, run_main
+from atlas.errors import DONE, FAILED, run_main
 
 if TYPE_CHECKING:
     from atlas.config import LoadedConfig
@@ -56,10 +56,7 @@ def dump_audit(loaded: "LoadedConfig") -> Path:
 def _diff(first: Path, second: Path) -> int:
     from atlas.audit.report import diff
 
-    try:
-        same, message = diff(first, second)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    same, message = diff(first, second)
     say(message)
     return DONE if same else FAILED
 

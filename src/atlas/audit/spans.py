@@ -24,36 +24,68 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that torch's cross entropy skips
 
+
+class Kind(NamedTuple):
+    """What the audit can find."""
+
+    meaning: str
+    remedy: str
+    is_note: bool = False
+    """The audit says it, but stops no run: the templates of many model families do so on purpose, at inference as well."""
+
+
+_MOVE_MARKERS = (
+    "move the template's {% generation %} markers to exactly content and stop token, or set data.mask=rendered"
+)
 KINDS = {
-    "empty": "no token of the row is supervised",
-    "leak": "supervised, but never generated: a role header, a user's text, the newline after the stop token",
-    "missing": "generated, but not supervised: a part of the answer, the stop token",
-    "straddle": "a token lies across the boundary of prompt and answer, so training and inference tokenize differently",
-    "history": "the template renders earlier turns differently once later ones follow, or the answer after another prompt",
-    "stop": "the stop token is missing, is not the eos of tokenizer or generation config, or is pad",
-    "injected": "a message holds the text of a special token, so that data can forge a turn or a stop",
-    "text": "the tokens do not spell the rendered text, or a label is another token than its input",
-    "lost": "a message's content or thinking, or a tool call's name or arguments, is not in the rendering",
-    "foreign": "what has to be generated in an answer holds another message's text",
-    "trimmed": "white space at the ends of a message's content is not in the rendering (Llama's templates mean to trim)",
-    "rewritten": "a content or a call's arguments are in the rendering, but as other text: JSON with other spacing or order, XML",
+    "empty": Kind(
+        "no token of the row is trained",
+        "put {% generation %} markers into the template around content and stop token, or set data.mask=rendered",
+    ),
+    "leak": Kind(
+        "trained, but never generated: a role header, a user's text, the newline after the stop token", _MOVE_MARKERS
+    ),
+    "missing": Kind("generated, but not trained: a part of the answer, or the stop token", _MOVE_MARKERS),
+    "straddle": Kind(
+        "one token holds text of the prompt and of the answer, so training and inference tokenize differently",
+        "move the template's {% generation %} markers to where the generation prompt ends, or set data.mask=rendered",
+    ),
+    "history": Kind(
+        "the template changes earlier turns when later turns follow, or puts another prompt before the answer than at inference",
+        "use a template that keeps earlier turns as they were (prefix-preserving), or train on single-turn rows",
+    ),
+    "stop": Kind(
+        "the stop token is missing, is not the eos of tokenizer or generation config, or is pad",
+        "let the template end every assistant turn with the tokenizer's eos, and choose another token as pad (model.pad_token)",
+    ),
+    "injected": Kind(
+        "a message holds the text of a special token, so the data can forge a turn or a stop",
+        "remove the special token's text from the row",
+    ),
+    "text": Kind(
+        "the tokens do not spell the rendered text, or a label is another token than its input",
+        "choose a tokenizer whose tokens keep the text",
+    ),
+    "lost": Kind(
+        "the rendered row lacks a message's content or thinking, or a tool call's name or arguments",
+        "use a template that renders what the rows hold (tool calls, thinking), or rows that hold only what it renders",
+    ),
+    "foreign": Kind(
+        "what the model must generate holds the text of another message",
+        "let the template render in an assistant turn only that message",
+    ),
+    "trimmed": Kind(
+        "the rendered row lacks white space from the start or end of a message, which Llama's templates remove on purpose",
+        "nothing, unless the white space matters",
+        is_note=True,
+    ),
+    "rewritten": Kind(
+        "the rendered row writes a content or a call's arguments in another way: JSON with other spaces or order, or XML",
+        "nothing, unless the model will be asked in another format",
+        is_note=True,
+    ),
 }
-NOTES = ("trimmed", "rewritten")
-"""Kinds that are said, but stop no run: many families' templates do so on purpose, and at inference as well."""
-REMEDIES = {
-    "empty": "put {% generation %} markers into the template around content and stop token, or set data.mask=rendered",
-    "leak": "move the template's {% generation %} markers to exactly content and stop token, or set data.mask=rendered",
-    "missing": "move the template's {% generation %} markers to exactly content and stop token, or set data.mask=rendered",
-    "straddle": "move the template's {% generation %} markers to where the generation prompt ends, or set data.mask=rendered",
-    "history": "use a template that keeps earlier turns as they were (prefix-preserving), or train on single-turn rows",
-    "stop": "let the template end every assistant turn with the tokenizer's eos, and choose another token as pad (model.pad_token)",
-    "injected": "remove the special token's text from the row",
-    "text": "choose a tokenizer whose tokens keep the text",
-    "lost": "use a template that renders what the rows hold (tool calls, thinking), or rows that hold only what it renders",
-    "foreign": "let the template render in an assistant turn only that message",
-    "trimmed": "none is needed, unless the white space matters",
-    "rewritten": "none is needed, unless the model is to be asked in another format",
-}
+NOTES = tuple(name for name, kind in KINDS.items() if kind.is_note)
 # Where an assistant message keeps its thinking (transformers knows the same three).
 _THINKING = ("reasoning_content", "thinking", "reasoning")
 # A shorter text may stand in what a template adds to an answer by chance.
