@@ -78,6 +78,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def exists(path: str | Path) -> bool:
+    """Whether there is such a file or folder. `Path.exists` raises for a name that is too long."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_path(name: str) -> bool:
+    """A path that exists, or one that is written as a path; else it is a Hub id."""
+    return exists(name) or name.startswith((".", "/", "~"))
+
+
 def flush(path: Path) -> None:
     """Wait until the content of a file, or of a folder's list, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

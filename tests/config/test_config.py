@@ -62,7 +62,7 @@ def test_overrides_win_and_are_typed():
         ("trian.seed=1", ["'trian'", "'train'"]),
         ("model.nam=x", ["'model.nam'", "'model.name'"]),
         ("lora.rank=8", ["'lora.rank'", "did you mean"]),
-        ("data.train=[{name: a, spilt: b}]", ["data.train[0].spilt", "'split'"]),
+        ("data.train=[{name: a, spilt: b}]", ["data.train[0].spilt", "'data.train[0].split'"]),
         ("train.lr=2e-4", ["'train.lr'", "train.learning_rate"]),
         ("train.warmup_ratio=0.03", ["train.warmup_steps"]),
         ("train.learning_rate=fast", ["train.learning_rate", "float", "'fast'"]),
@@ -70,7 +70,7 @@ def test_overrides_win_and_are_typed():
         ("train.seed=true", ["train.seed", "int", "True"]),
         ("train.lr_scheduler_type=[1]", ["train.lr_scheduler_type", "got list"]),
         ("train.learning_rate=-1", ["train.learning_rate must be above 0, got -1"]),
-        ("train.learning_rate=.nan", ["train.learning_rate: nan is no finite number"]),
+        ("train.learning_rate=.nan", ["train.learning_rate: nan is not a finite number"]),
         ("train.max_steps=0", ["train.max_steps must be at least 1, or -1 for whole epochs"]),
         ("train.num_train_epochs=0", ["train.num_train_epochs must be above 0"]),
         ("train.per_device_train_batch_size=-1", ["must be at least 1"]),
@@ -81,10 +81,10 @@ def test_overrides_win_and_are_typed():
         ("train.adam_epsilon=0", ["must be above 0"]),
         ("train.dataloader_num_workers=-1", ["must be from 0 to 256"]),
         ("train.neftune_noise_alpha=-5", ["must be above 0"]),
-        ("data.train=[{name: a, weight: .inf}]", ["data.train[0].weight: inf is no finite number"]),
+        ("data.train=[{name: a, weight: .inf}]", ["data.train[0].weight: inf is not a finite number"]),
         ("train.auto_find_batch_size=true", ["another batch size is another run"]),
-        ("train.accelerator_config=a.json", ["train.accelerator_config must be written out here"]),
-        ("data.train=[{path: a}]", ["data.train[0].path", "did you mean 'name'"]),
+        ("train.accelerator_config=a.json", ["train.accelerator_config must be a mapping"]),
+        ("data.train=[{path: a}]", ["data.train[0].path", "did you mean 'data.train[0].name'"]),
         ("model.path=a", ["did you mean 'model.name'"]),
         ("lora.target_modules=[]", ["lora.target_modules"]),
         ("lora.target_modules=all", ["lora.target_modules: input should be 'all-linear'"]),
@@ -126,40 +126,28 @@ def test_a_missing_section_names_the_key(tmp_path: Path):
         load_config(tmp_path / "own.yaml")
 
 
-def of_aliases(first: str, form: str) -> str:
-    """Nine levels, of which each holds the one below nine times."""
-    levels = (f"a{n}: &a{n} " + form % ", ".join([f"*a{n - 1}"] * 9) for n in range(1, 10))
-    return "\n".join([f"a0: &a0 {first}", *levels])
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            of_aliases("[1]", "[%s]"),
-            r"phase.yaml: .*aliases \(\*name\) written out it is \d{3},\d+,\d+ values, more than",
-        ),
-        (of_aliases("{x: 1}", "{<<: [%s]}"), r"phase.yaml: .*aliases \(\*name\) written out it is"),
+        ("a: &a [1]\nb: [*a, *a]", r"phase.yaml .*line 1: an anchor \(&name\) or alias"),
+        ("model: {name: *m}", r"line 1: an anchor \(&name\) or alias \(\*name\): write the value out"),
         ("model: [1", "not valid YAML"),
         ("model: {name: a}\nmodel: {name: b}\n", "not valid YAML"),
         ("- 1\n", "mapping"),
         ("model: 3\n", "model must be a mapping"),
         ("model:\n  revision: x\n", "model.name is missing"),
         ("model: {name: a}\nmodel.name: b", "unknown key 'model.name'"),
-        ("5: x", "the key 5 is not a name"),
-        ("null: x", "the key None is not a name"),
-        ("[a, b]: x", "the key .* is not a name"),
-        ("model: {name: a, 5: x}", "model: the key 5 is not a name"),
-        ("train: {fsdp_config: {x: {null: x}}}", r"train\.fsdp_config\.x: the key None is not a name"),
-        ("model: &m {name: *m}", "not valid YAML|nested too deeply"),
-        ("train: &t\n  lr_scheduler_kwargs: *t\n", "does an anchor .* hold itself"),
+        ("5: x", "a key was read as int"),
+        ("[a, b]: x", "a key was read as"),
+        ("model: {name: a, 5: x}", "model: a key was read as int: put it in quotes"),
+        ("train: {fsdp_config: {x: {null: x}}}", r"train\.fsdp_config\.x: a key was read as NoneType"),
         ("model: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
-        ("train:\n  seed: " + "9" * 5000, "a value cannot be read"),
+        ("train:\n  seed: " + "9" * 5000, "not valid YAML: Exceeds the limit"),
         ("train:\n  seed: " + "9" * 4000, "is too large"),
         ("train:\n  run_name: 2026-11-21\n", "put it in quotes"),
-        ("train:\n  run_name: 2026-13-45\n", "cannot be read|put it in quotes"),
-        ("train:\n  run_name: !!bool x\n", "not valid YAML: the tag"),
-        ('train:\n  run_name: "a\\e[2Jb"\n', "holds the character"),
+        ("train:\n  run_name: 2026-13-45\n", "month must be in"),
+        ("train:\n  run_name: !!bool x\n", "not valid YAML: line 2: the tag"),
+        ('train:\n  run_name: "a\\e[2Jb"\n', "holds a line break or a control character"),
         ("model: {name: " + "{a: " * 25 + "1" + "}" * 25 + "}", "nested too deeply"),
     ],
 )
@@ -276,7 +264,7 @@ def test_the_recipe_holds_without_its_file(tmp_path: Path):
     assert load_config(tmp_path / "all.yaml").config.train_value("assistant_only_loss") is False
 
 
-def test_mappings_are_merged_on_every_level(tmp_path: Path):
+def test_mappings_are_merged_on_every_level():
     asked = ["eval.data.gsm8k=g", "eval.data.mmlu=m", "train.lr_scheduler_kwargs.num_cycles=2"]
     loaded = load_config(ROOT / "configs" / "sft_pocket.yaml", asked)
     assert loaded.config.eval.data == {"ifeval": "outputs/pocket/lab/eval.jsonl", "gsm8k": "g", "mmlu": "m"}
@@ -285,13 +273,6 @@ def test_mappings_are_merged_on_every_level(tmp_path: Path):
         loaded.sources["eval.data.ifeval"] == "sft_pocket.yaml" and loaded.sources["eval.data.mmlu"] == "command line"
     )
     assert "mmlu: m}  # sft_pocket.yaml, command line" in render_config(loaded)
-    # An anchor's mapping is not changed where another key holds it too.
-    (tmp_path / "a.yaml").write_text(
-        "model: {name: a}\ndata: {train: b}\noutput: {dir: c}\n"
-        "train: {lr_scheduler_kwargs: &one {x: 1}, gradient_checkpointing_kwargs: *one}\n"
-    )
-    shared = load_config(tmp_path / "a.yaml", ["train.lr_scheduler_kwargs.y=2"]).config.train
-    assert shared["lr_scheduler_kwargs"] == {"x": 1, "y": 2} and shared["gradient_checkpointing_kwargs"] == {"x": 1}
 
 
 def test_a_dot_does_not_make_a_path(tmp_path: Path, monkeypatch):
@@ -453,5 +434,7 @@ def test_each_phase_has_fields_of_its_own(tmp_path: Path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             load_config(path, [more])
-    with pytest.raises(UserError, match=r"own\.yaml: phase: reward .*run `atlas reward --config .*own\.yaml`"):
+    with pytest.raises(
+        UserError, match=r"own\.yaml: `atlas sft` does not train phase reward: run `atlas reward --config .*own\.yaml`"
+    ):
         load_config(path, phase="sft")

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from atlas.config import _all_keys, load_config
-from atlas.config.fields import SCHEMAS
+from atlas.config import SCHEMAS, load_config
+from atlas.config.load import all_keys
 from atlas.train import preflight, sft
 
 SFT = SCHEMAS["sft"]
-KEYS = [key for key in _all_keys(SFT) if "." in key] + [f"train.{key}" for key in SFT.owned]
+KEYS = [key for key in all_keys(SFT) if "." in key] + [f"train.{key}" for key in SFT.owned]
 ODD_KEYS = [
     "",
     ".",

@@ -24,51 +24,32 @@ _SCALARS: dict[str, tuple[type, ...]] = {
     "None": (type(None),),
     "Literal": (bool,),  # of `Literal[False]`
 }
-_Rule = tuple[str, Callable[[Any], bool], tuple[str, ...]]
-_RANGES: tuple[_Rule, ...] = (  # what no run can have, and the libraries say late, or not at all
-    (
-        "above 0",
-        lambda value: value > 0,
-        (
-            *("learning_rate", "adam_epsilon", "neftune_noise_alpha"),
-            *("logging_steps", "eval_steps", "save_steps"),
-        ),
-    ),
-    (
-        "at least 0",
-        lambda value: value >= 0,
-        ("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "router_aux_loss_coef"),
-    ),
-    ("at least 0 and below 1", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2", "label_smoothing_factor")),
-    (
-        "at least 1",
-        lambda value: value >= 1,
-        (
-            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-            *("save_total_limit", "eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"),
-            *("ddp_bucket_cap_mb", "ddp_timeout"),
-        ),
-    ),
-    ("at least 1, or -1 for whole epochs", lambda value: value >= 1 or value == -1, ("max_steps",)),
-    ("above 0 and at most 10000", lambda value: 0 < value <= 10_000, ("num_train_epochs",)),
+_SAMPLINGS = ("random", "sequential", "group_by_length", "batch_rebalance")
+# What no run can have, and the libraries say late, or not at all: the text of the message, the rule, the fields.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("above 0", lambda x: x > 0, "learning_rate adam_epsilon neftune_noise_alpha logging_steps eval_steps save_steps"),
+    ("at least 0", lambda x: x >= 0, "weight_decay max_grad_norm warmup_steps eval_delay router_aux_loss_coef"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "adam_beta1 adam_beta2 label_smoothing_factor"),
+    ("at least 1", lambda x: x >= 1, "per_device_train_batch_size per_device_eval_batch_size ddp_timeout"),
+    ("at least 1", lambda x: x >= 1, "gradient_accumulation_steps eval_accumulation_steps torch_empty_cache_steps"),
+    ("at least 1", lambda x: x >= 1, "save_total_limit dataloader_prefetch_factor ddp_bucket_cap_mb"),
+    ("at least 1, or -1 for whole epochs", lambda x: x >= 1 or x == -1, "max_steps"),
+    ("above 0 and at most 10000", lambda x: 0 < x <= 10_000, "num_train_epochs"),
     # Qwen2.5's default system turn and the two role headers alone take 27 tokens, so that nothing would be trained.
-    ("at least 32 and at most 16777216 (usual: 1024-2048)", lambda value: 32 <= value <= 2**24, ("max_length",)),
-    ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),
-    ("from 0 to 256", lambda value: 0 <= value <= 256, ("dataloader_num_workers",)),
+    ("at least 32 and at most 16777216 (usual: 1024-2048)", lambda x: 32 <= x <= 2**24, "max_length"),
+    ("from 0 to 4294967295", lambda x: 0 <= x < 2**32, "seed data_seed"),
+    ("from 0 to 256", lambda x: 0 <= x <= 256, "dataloader_num_workers"),
     (
         "from 1 to 65536, or auto",
-        lambda value: value == "auto" if isinstance(value, str) else 1 <= value <= 65536,
-        ("pad_to_multiple_of",),
+        lambda x: x == "auto" or (isinstance(x, int) and 1 <= x <= 65536),
+        "pad_to_multiple_of",
     ),
+    # transformers takes any other for random
+    (f"one of {', '.join(_SAMPLINGS)}", lambda x: x in _SAMPLINGS, "train_sampling_strategy"),
     (
-        "random, sequential, group_by_length or batch_rebalance",  # the library takes any other for random
-        lambda value: value in ("random", "sequential", "group_by_length", "batch_rebalance"),
-        ("train_sampling_strategy",),
-    ),
-    (
-        "written out here, since a file's content would not count as part of the run",
-        lambda value: not isinstance(value, str),
-        ("accelerator_config",),
+        "a mapping: a file's content would not count as part of the run",
+        lambda x: isinstance(x, dict),
+        "accelerator_config",
     ),
 )
 
@@ -81,20 +62,6 @@ class TrainField:
     annotation: str
     default: Any
     has_default: bool
-
-    def problem_with(self, value: object) -> str | None:
-        """What is wrong with `value`'s type or size, or None. An enum is text here; its members are known to the library alone."""
-        alternatives = [part.strip().split("[")[0] for part in self.annotation.split("|")]
-        allowed = tuple(kind for name in alternatives for kind in _SCALARS.get(name, (str,)))
-        # bool is a subclass of int: `seed: true` is a mistake
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            shown = repr(value)
-            shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
-            return f"must be {self.annotation.replace('None', 'null')}, got {type(value).__name__} {shown}"
-        for text, fits, names in _RANGES:
-            if self.name in names and value is not None and not fits(value):
-                return f"must be {text}, got {value!r}"
-        return None
 
 
 @dataclass(frozen=True)
@@ -114,13 +81,25 @@ class TrainSchema:
         """Every init field of the installed config class, by name, in source order."""
         return _read_fields(self.sources)
 
-    def problem_with(self, name: str, value: object) -> str | None:
-        """What is wrong with the type or size of `value` for the field `name`, or None."""
-        if problem := self.fields()[name].problem_with(value):
-            return problem
-        if name != "metric_for_best_model" or value is None or str(value).removeprefix("eval_") in self.metrics:
+    def problem(self, name: str, value: object) -> str | None:
+        """What is wrong with `value` for the field `name`, or None (also for a field that does not exist). An enum is text here;
+        only its library knows the members."""
+        if name in self.owned:
+            return f"is not set here: {self.owned[name]}"
+        if name not in self.fields():
             return None
-        return f"must be one of {', '.join(self.metrics)} (eval_ may stand before it), got {value!r}"
+        annotation = self.fields()[name].annotation
+        alternatives = [part.strip().split("[")[0] for part in annotation.split("|")]
+        allowed = tuple(kind for part in alternatives for kind in _SCALARS.get(part, (str,)))
+        # bool is a subclass of int: `seed: true` is a mistake
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            return f"must be {annotation.replace('None', 'null')}, got {type(value).__name__} {repr(value)[:200]}"
+        for text, fits, names in _RANGES:
+            if name in names.split() and value is not None and not fits(value):
+                return f"must be {text}, got {value!r}"
+        if name == "metric_for_best_model" and value and str(value).removeprefix("eval_") not in self.metrics:
+            return f"must be one of {', '.join(self.metrics)} (eval_ may stand before it), got {value!r}"
+        return None
 
 
 @cache

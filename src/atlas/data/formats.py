@@ -139,7 +139,7 @@ COLUMNS = sorted({column for known in FORMATS.values() for column in known.known
 
 
 def refuse_columns(columns: Mapping[str, str], format_name: str | None) -> None:
-    """Raise `ValueError` where a name in `columns` is none that a format reads, or none of the format that is asked for."""
+    """Raise `UserError` where a name in `columns` is none that a format reads, or none of the format that is asked for."""
     known = sorted(FORMATS[format_name].known) if format_name in FORMATS else COLUMNS
     for name, column in columns.items():
         if name not in known:
@@ -147,7 +147,7 @@ def refuse_columns(columns: Mapping[str, str], format_name: str | None) -> None:
             meant = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             if column in known and not near:
                 meant = f"write it the other way round, {{{column}: {name}}}"
-            raise ValueError(f"columns: {name!r} is no name that {format_name or 'a format'} reads; {meant}")
+            raise UserError(f"data.train: columns: {name!r} is no name that {format_name or 'a format'} reads; {meant}")
 
 
 def renamed(row: str | Mapping[str, Any], columns: Mapping[str, str]) -> str | Mapping[str, Any]:
@@ -184,6 +184,7 @@ def detect(
     columns that `columns` names.
     """
     columns = columns or {}
+    refuse_columns(columns, format_name)
     readable = []
     for row in rows:
         try:

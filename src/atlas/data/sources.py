@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from atlas.config import DATA_ENDINGS, Source
 from atlas.data.cache import cached, refuse_unwritable
-from atlas.data.formats import refused
+from atlas.data.formats import refuse_columns, refused
 from atlas.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def load_source(source: Source) -> "Dataset":
 
 def reach(source: Source) -> str:
     """Make sure that a source can be read, without reading it; what is known of its size. Raises `UserError` otherwise."""
+    refuse_columns(source.columns, source.format)
     if source.is_local:
         files = data_files(Path(source.name).expanduser())
         for path in files:
