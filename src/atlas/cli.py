@@ -13,8 +13,8 @@ COMMANDS = {
     "compare": ("atlas.eval.compare", "is one run better than another on the same prompts, or is it luck?"),
     "generate": ("atlas.eval.generate", "one reply of a tuned model"),
     "chat": ("atlas.eval.generate:main_chat", "talk with a tuned model"),
-    "push": ("atlas.hub", "push a finished run to the Hub"),
-    "pull": ("atlas.hub:main_pull", "get an adapter from the Hub, at a pinned revision"),
+    "push": ("atlas.hub.push", "push a finished run to the Hub"),
+    "pull": ("atlas.hub.pull", "get an adapter from the Hub, at a pinned revision"),
     "merge": ("atlas.models.merge", "an adapter and its base as one model"),
     "pocket": ("atlas.pocket.lab", "the whole way on a machine with neither GPU nor Hub"),
 }

@@ -219,7 +219,7 @@ def test_plain_text_and_streams_have_a_record_too(streaming: bool, sft_args: lis
 
 
 def test_a_run_shows_its_audit(sft_args: list[str], tmp_path: Path, capfd):
-    from atlas import hub
+    from atlas.hub_client import ADAPTER_FILES
 
     assert sft.main([*sft_args, "train.max_length=100"]) == 0
     out, folder = capfd.readouterr().out, tmp_path / "out"
@@ -231,7 +231,7 @@ def test_a_run_shows_its_audit(sft_args: list[str], tmp_path: Path, capfd):
     assert summary["verdict"] == "warning" and not {"sources", "digests"} & summary.keys()
     page = (folder / "sft_template_audit.html").read_text()
     assert "verdict warn" in page and page.count("<h2>") > 4
-    assert not {"sft_template_audit.html", "data_report.html"} & set(hub.ALLOWED)  # rows stay on this machine
+    assert not {"sft_template_audit.html", "data_report.html"} & set(ADAPTER_FILES)  # rows stay on this machine
 
 
 class Page(html.parser.HTMLParser):

@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from atlas.audit.command import dump_audit
-from atlas.card import write_card
 from atlas.config import load_config
 from atlas.data import report
-from atlas.hub import files_to_push
+from atlas.hub.card import write_card
+from atlas.hub.push import files_to_push
 from atlas.train.sft import train
 from browser import dom
 from rows import ROOT, chat, label, write_rows

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from atlas.card import write_card
-from atlas.train import sft
+from atlas.hub.card import write_card
 from runs import TrainedRun
 
 REPO = "ann/tuned"
@@ -87,7 +86,7 @@ def test_scores_of_this_adapter_and_no_other(run: Path):
     tasks = {"ifeval": IFEVAL | {"stop_rate": 0.93, "mean_tokens": None, "data": "/home/ann/eval.jsonl"}}
     mine = {"name": "tuned", "adapter_sha256": adapter_sha256(run), "adapter": "/home/ann/run", "tasks": tasks}
     mine |= {"dtype": "float16", "quantization": "nf4"}
-    other = {"name": "base", "adapter_sha256": None, "tasks": {"ifeval": {"n": 541, "metrics": {}}, "gsm8k": IFEVAL}}
+    other = {"name": "base", "adapter_sha256": None, "tasks": {"ifeval": IFEVAL, "gsm8k": IFEVAL}}
     write_scores(run, other, mine)
     text = card_of(run)
     assert "| ifeval | prompt_strict | 0.1235 | 0.09 to 0.15 | 541 | float16 on nf4 |" in text
@@ -121,30 +120,33 @@ def test_scores_of_this_adapter_and_no_other(run: Path):
 def test_results_that_cannot_be_read_are_no_scores(broken: str, run: Path):
     path = run.parent / "results" / "metrics.json"
     path.write_text(broken.replace("SHA", json.dumps(adapter_sha256(run))))
-    (run.parent / "results" / "sft_template_audit.jsonl").write_text(broken)
     assert "No score of it is recorded" in card_of(run)
 
 
-def test_the_audit_of_these_data_is_summed_up(run: Path, sft_args: list[str]):
-    results = run.parent / "results"
-    assert sft.main([*sft_args, f"output.results_dir={results}", "--dump-template-audit"]) == 0
-    text = card_of(run)
-    assert "The labels of all 120 rows were audited: clean, the loss falls on exactly what" in text
-    assert "sources" not in json.loads((run / "audit_summary.json").read_text())
-    path = results / "sft_template_audit.jsonl"
-    path.write_text(
-        path.read_text().replace(
-            json.loads((run / "manifest.json").read_text())["data"]["fingerprint"], "of other data"
-        )
-    )
-    assert card_of(run) == text  # the folder's own copy still fits
-    defect = {"verdict": "defect", "verdict_text": "stop (2)"}
-    change(run / "audit_summary.json", lambda audit: audit.update(defect))
-    assert "The labels of all 120 rows were audited: defect, stop (2)." in card_of(run).replace("&#40;", "(").replace(
-        "&#41;", ")"
-    )
-    change(run / "audit_summary.json", lambda audit: audit.update(audited=False))
+def test_the_audit_of_these_data_is_summed_up(run: Path):
+    assert "The labels of all 120 rows were audited: clean, the loss falls on exactly what" in card_of(run)
+    summary = run / "audit_summary.json"
+    assert "sources" not in json.loads(summary.read_text())
+    change(summary, lambda audit: audit.update(verdict="defect", verdict_text="stop (2)"))
+    assert "The labels of all 120 rows were audited: defect, stop (2)." in card_of(run)
+    change(summary, lambda audit: audit.update(audited=False))
     assert "The labels of all 120 rows were not audited: defect" in card_of(run)
+    change(summary, lambda audit: audit.update(stream_sha256="of other data"))
+    assert "The labels" not in card_of(run)
+
+
+def test_a_phase_says_what_is_its_own(run: Path):
+    def other_phase(manifest: dict[str, Any]) -> None:
+        manifest |= {"phase": "dpo", "method": "preference tuning", "recipe": ["beta"]}
+        manifest["config"]["train"] |= {"beta": 0.1}
+        del manifest["config"]["train"]["assistant_only_loss"], manifest["result"]["supervised_tokens"]
+
+    before = card_of(run)
+    change(run, other_phase)
+    text = card_of(run)
+    assert "made by supervised fine-tuning with atlas: 3 steps on" in before and "- sft\n" in before
+    assert "made by preference tuning with atlas: 3 steps.\n" in text and "- dpo\n" in text
+    assert "| <code>train.beta</code> | <code>0.1</code> |" in text and "all tokens" not in text
 
 
 def test_names_cannot_write_into_the_card(run: Path):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from atlas import hub
 from atlas.errors import UserError
 from atlas.files import write_json
+from atlas.hub import push
 from atlas.models.adapters import refuse_non_finite
 from runs import TrainedRun
 
@@ -25,7 +25,7 @@ def test_an_adapter_of_a_diverged_run_is_refused(value: float, trained_run: Trai
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"{name} holds numbers that are not finite"):
         refuse_non_finite(folder)
-    assert hub.main([str(folder), "ann/tuned"]) == 2
+    assert push.main([str(folder), "ann/tuned"]) == 2
     assert "holds numbers that are not finite" in capsys.readouterr().err
 
 
@@ -57,7 +57,7 @@ def test_what_could_not_be_loaded_is_not_pushed(
     tensors = change(load_file(folder / "adapter_model.safetensors"))
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    assert hub.main([str(folder), "ann/tuned"]) == 2
+    assert push.main([str(folder), "ann/tuned"]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("error: ") == 1, err
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from atlas import hub
 from atlas.errors import UserError
+from atlas.hub.push import push
 from atlas.lock import HOLDER, LOCK, held, refuse_if_held
 from atlas.train import preflight, sft
 from atlas.train.checkpoints import CONTENTS, checkpoints, sha256
@@ -347,7 +347,7 @@ def test_a_folder_in_use_is_refused(whole: tuple[list[str], sft.SftRun], tmp_pat
                     in message
                 )
         with pytest.raises(UserError, match=f"in use by atlas sft .process {other.pid}"):
-            hub.push(folder, "ann/tuned")
+            push(folder, "ann/tuned")
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
         (folder / LOCK).unlink()  # the folder is held all the same
         for main in (preflight.main, sft.main):

@@ -71,15 +71,15 @@ class Outcome(NamedTuple):
 
 def _run(command: str, arguments: list[str], wait: float, answers: Any) -> None:
     """One command, in a process that has imported all of it before."""
-    from atlas import hub
     from atlas.eval import run
+    from atlas.hub import push
 
     os.environ["HF_TOKEN"] = TOKEN  # which an import of the fixtures may have taken away
     time.sleep(wait)
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            status = {"sft": sft, "eval": run, "push": hub}[command].main(arguments)
+            status = {"sft": sft, "eval": run, "push": push}[command].main(arguments)
         except BaseException as error:
             status = -1
             print(f"Traceback {type(error).__name__}: {error}")
@@ -92,7 +92,14 @@ class Pair:
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")  # not fork: OpenMP's threads do not survive it
         self.context.set_forkserver_preload(
-            ["atlas.train.trainer", "atlas.train.preflight", "atlas.eval.harness", "atlas.hub", "bitsandbytes", "peft"]
+            [
+                "atlas.train.trainer",
+                "atlas.train.preflight",
+                "atlas.eval.harness",
+                "atlas.hub.push",
+                "bitsandbytes",
+                "peft",
+            ]
         )
 
     def __call__(self, *commands: tuple[str, list[str], float]) -> list[Outcome]:

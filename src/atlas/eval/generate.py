@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from atlas.console import quiet_libraries, say, visible
 from atlas.errors import DONE, UserError, run_main
+from atlas.hub_client import split_revision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -125,7 +126,6 @@ def _load(adapter: str | None, model: str | None) -> "tuple[PreTrainedModel, Pre
     import torch
 
     from atlas.eval.harness import set_generation
-    from atlas.hub import split_revision
     from atlas.models import adapters, load
 
     tuned = adapters.find_adapter(adapter) if adapter is not None else None

@@ -18,7 +18,7 @@ from atlas.console import quiet_libraries
 from atlas.errors import DONE, UserError, first_line, run_main
 from atlas.eval.store import METRICS, claimed, name_problem, read_metrics, records_file, store, unlike
 from atlas.files import sha256
-from atlas.hub import split_revision
+from atlas.hub_client import split_revision
 from atlas.launch import command_line
 from atlas.models.adapters import WEIGHTS, Adapter, find_adapter, is_no_folder
 

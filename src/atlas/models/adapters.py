@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from atlas.config import LoraSettings, QuantizationConfig, is_path
 from atlas.errors import UserError, first_line
 from atlas.files import sha256
+from atlas.hub_client import download
 from atlas.lock import refuse_if_held
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter:
     """The adapter in a folder, or on the Hub. Raises `UserError` where there is none, or where its files are damaged, and
     `RunError` where the Hub does not answer."""
     from safetensors import SafetensorError
-
-    from atlas.hub import download
 
     folder, commit = Path(name).expanduser(), None
     if folder.is_dir():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from atlas.errors import DONE, RunError, UserError, first_line, run_main
 from atlas.files import write_json
+from atlas.hub_client import split_revision
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,6 @@ def merge(adapter: str, to: Path, dtype: str = "auto", base: str | None = None) 
     from transformers import GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
-    from atlas.hub import split_revision
     from atlas.models.adapters import find_adapter
     from atlas.models.load import load_base, load_model
 

@@ -16,12 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from atlas.card import MARKS, is_foreign, is_generated
 from atlas.compat import versions
 from atlas.config import LoadedConfig, experiment
 from atlas.console import say
 from atlas.errors import UserError
 from atlas.files import write_json
+from atlas.hub.card import MARKS, is_foreign, is_generated
 from atlas.launch import processes
 
 CONTENTS = "atlas_checkpoint.json"

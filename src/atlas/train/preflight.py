@@ -254,7 +254,7 @@ def _results_folder(loaded: LoadedConfig) -> Line | str:
 def _hub(loaded: LoadedConfig) -> Line | str:
     from huggingface_hub import constants
 
-    from atlas.hub import check_access
+    from atlas.hub.push import check_access
 
     output = loaded.config.output
     if output.hub_repo is None:
@@ -303,7 +303,7 @@ def _tracker(loaded: LoadedConfig) -> Line | str:
 def _network(ready: Ready, of_hub: list[str]) -> Line | str:
     from huggingface_hub import constants
 
-    from atlas.hub import check_network
+    from atlas.hub_client import check_network
 
     if not of_hub or constants.HF_HUB_OFFLINE:
         ready.online = True

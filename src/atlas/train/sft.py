@@ -100,10 +100,11 @@ def _main(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return FAILED
-    if loaded.config.output.hub_repo is not None and is_main_process():
-        from atlas.hub import push
+    output = loaded.config.output
+    if output.hub_repo is not None and is_main_process():
+        from atlas.hub.push import push
 
-        return push(run.folder, loaded.config.output.hub_repo, private=loaded.config.output.hub_private)
+        push(run.folder, output.hub_repo, private=output.hub_private, access_checked=True)
     return DONE
 
 
@@ -274,9 +275,9 @@ def _save_result(
     """Adapter, tokenizer, generation config, data report, audit and card; the manifest, which says that the run is finished, after
     what it speaks of. Raises `RunError` where they cannot be written: the run ends from its last checkpoint, once they can."""
     from atlas.audit.report import public, summarize, write_page
-    from atlas.card import write_card
     from atlas.data.report import write_report
     from atlas.files import write_json
+    from atlas.hub.card import write_card
     from atlas.train.checkpoints import STAGING, flush, newest, own, sha256
 
     folder = Path(str(trainer.args.output_dir))

@@ -1,0 +1,1 @@
+"""A finished run on the Hugging Face Hub: its model card, the push, and the way back."""

@@ -1,0 +1,197 @@
+"""The model card (README.md) of a finished run: `card.md.jinja`, filled from the run's manifest, audit and scores."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from atlas.files import read_object, sha256, write_json, write_text
+from atlas.scores import PublicRun, Stored, rows
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", re.ASCII)
+_DATASETS = {"ifeval": "google/IFEval"}  # where a task's data are on the Hub, if not under the task's name
+_SEAL = "<!-- made by atlas, "
+MARKS = {  # a text that only atlas writes into these files, which stand beside an adapter
+    "audit_summary.json": '"stream_sha256"',
+    "data_report.html": "<title>atlas: the data</title>",
+    "scores.json": '"adapter_sha256"',
+    "sft_template_audit.html": "<title>atlas: what is trained</title>",
+}
+# What of the config stands in the card: nothing that could be a path.
+_RECIPE = {
+    "quantization": ("load_in_4bit",),
+    "lora": ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"),
+    "train": (
+        "learning_rate",
+        "lr_scheduler_type",
+        "num_train_epochs",
+        "max_steps",
+        "max_length",
+        "packing",
+        "seed",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    ),
+}
+
+
+def write_card(folder: Path, repo: str | None, *, new: bool = False) -> None:
+    """Write README.md, and copy the scores of this adapter from the results folder into scores.json.
+
+    A card that somebody has edited stays, unless `new`: then it belonged to another adapter. Without a manifest there is no card.
+    """
+    path = folder / "README.md"
+    if not (folder / "manifest.json").is_file():
+        return
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    runs = _renew_scores(folder, Path(manifest["config"]["output"]["results_dir"]))
+    audit = read_object(folder / "audit_summary.json")
+    if audit.get("stream_sha256") != manifest["data"]["fingerprint"]:  # of other data
+        audit = {}
+    if new or not path.is_file() or is_generated(path.read_text(encoding="utf-8")):
+        write_text(path, _sealed(card(manifest, repo or f"namespace/{folder.name}", runs, audit)))
+
+
+def _sealed(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{text}{_SEAL}{digest}: atlas leaves an edited card alone -->\n"
+
+
+def is_generated(text: str) -> bool:
+    """Whether a README.md is still as atlas wrote it, or is the template that PEFT's `save_pretrained` writes."""
+    return "[More Information Needed]" in text or text == _sealed(text.rpartition(_SEAL)[0])
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file with one of the names in `MARKS` exists that atlas did not write."""
+    try:
+        return MARKS[path.name] not in path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return False
+    except OSError:  # a folder
+        return True
+
+
+class _Scores(Stored):
+    """What a card needs of metrics.json or scores.json: no path, no command line."""
+
+    version: Literal[1] = Field(default=1, alias="schema")
+    runs: list[PublicRun]
+
+
+def _renew_scores(folder: Path, results: Path) -> list[PublicRun]:
+    """The stored runs of this adapter, from the results folder or else from the folder's own copy, which is then renewed, so that
+    the folder is complete in itself. Scores of another adapter are removed; a file that atlas did not write stays."""
+    own, adapter = folder / "scores.json", sha256(folder / "adapter_model.safetensors")
+    runs = _runs_of(results / "metrics.json", adapter) or _runs_of(own, adapter)
+    if not is_foreign(own):
+        if runs:
+            stored = [run.model_dump(mode="json", exclude_unset=True) for run in runs]
+            write_json(own, {"schema": 1, "runs": stored})
+        else:
+            own.unlink(missing_ok=True)
+    return runs
+
+
+def _runs_of(path: Path, adapter: str) -> list[PublicRun]:
+    """The stored runs of one adapter; none if the file cannot be read."""
+    try:
+        stored = _Scores.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return []
+    return [run for run in stored.runs if run.adapter_sha256 == adapter]
+
+
+def card(manifest: dict[str, Any], repo: str, runs: list[PublicRun], audit: dict[str, Any]) -> str:
+    """The card's text. `runs`: stored runs of this adapter; `audit`: the summary of its data's audit, or empty.
+
+    `phase` and `method` of the manifest, and `recipe`, further keys of `train:`, are what a phase says of itself.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    config, name = manifest["config"], repo.rpartition("/")[2]
+    local = set(manifest.get("local", ()))
+    base, revision = config["model"]["name"], config["model"]["revision"]
+    sources = [{"rows": 0, "used": 0, "supervised_tokens": 0, "cut": 0} | s for s in manifest["data"]["sources"]]
+    scores = list(rows(runs))
+    evaluations = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_DATASETS.get(row.task, row.task),
+            dataset_name=row.task,
+            metric_type=row.metric,
+            metric_value=round(row.score, 4),
+        )
+        for row in scores
+        if row.interval
+    ]
+
+    def on_hub(name: str) -> bool:
+        return name not in local and _HUB_ID.fullmatch(name) is not None
+
+    def code(value: Any) -> str:
+        return Markup(f"<code>{_text(', '.join(map(str, value)) if isinstance(value, list) else value)}</code>")
+
+    def place(name: str) -> str:
+        return name if on_hub(name) else code(_last_part(name))
+
+    data = ModelCardData(
+        base_model=base if on_hub(base) else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["atlas", "lora", manifest.get("phase", "sft"), "trl"],
+        datasets=sorted({s["name"] for s in config["data"]["train"] if on_hub(s["name"])}) or None,
+        model_name=name if evaluations else None,
+        eval_results=evaluations or None,
+    )
+    shown = _RECIPE | {"train": (*_RECIPE["train"], *manifest.get("recipe", ()))}
+    unpinned = "at a revision that was not pinned" if on_hub(base) else "local"
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        # Every value becomes plain text, unless it is marked as Markdown here.
+        finalize=lambda value: value if isinstance(value, Markup) else _text(value),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    template.filters |= {
+        "code": code,
+        "number": lambda count: f"{count:,}",
+        "place": place,
+        "python": lambda value: Markup(json.dumps(value)),
+        "rounded": lambda loss: f"{loss:.4f}" if isinstance(loss, float) else loss,
+    }
+    return template.get_template("card.md.jinja").render(
+        metadata=Markup(data.to_yaml()),
+        name=name,
+        repo=repo,
+        base_name=base if on_hub(base) else f"path/to/{_last_part(base)}",
+        base_link=Markup(f"[{_text(base)}](https://huggingface.co/{base})") if on_hub(base) else place(base),
+        pinned=Markup(f"at revision {code(revision)}") if revision else unpinned,
+        revision=revision,
+        method=manifest.get("method", "supervised fine-tuning"),
+        manifest=manifest,
+        config=config,
+        result=manifest["result"],
+        sources=sources,
+        cut=sum(source["cut"] for source in sources),
+        audit=audit,
+        scores=scores,
+        recipe=[(f"{part}.{k}", config[part][k]) for part, keys in shown.items() for k in keys if k in config[part]],
+    )
+
+
+def _last_part(name: str) -> str:
+    """A local path says nothing to others, and a good deal about its owner."""
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def _text(value: Any) -> str:
+    """One line of plain text: each character that Markdown or HTML would take as its own becomes an entity."""
+    return re.sub(r"[^\w\s.,:;/%+=()@-]|(?<!\w)_|_(?!\w)", lambda m: f"&#{ord(m[0])};", " ".join(str(value).split()))
