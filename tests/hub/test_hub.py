@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from atlas.errors import UserError
+from atlas.hub import push
 from atlas.pocket.base import PocketPaths
 from hub_commands import BOB, READ, WANDB, WRITE, WRONG, Done, atlas, serving, start
 from hub_server import FOREVER, HubServer
@@ -222,12 +224,10 @@ def test_a_push_that_is_told_to_stop_says_how_to_finish_it(hub: HubServer, run: 
 
 @pytest.mark.parametrize("seconds", ["nan", "-1", "inf", "soon", ""])
 def test_seconds_that_are_none(seconds: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    from atlas.hub import push as module
-
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", WRITE)
     monkeypatch.setenv("ATLAS_RETRY_SECONDS", seconds)
-    assert module.main([str(run), REPO]) == 2
+    assert push.main([str(run), REPO]) == 2
     assert f"ATLAS_RETRY_SECONDS={seconds!r} is not a number of seconds" in capsys.readouterr().err
 
 
@@ -245,6 +245,8 @@ def test_a_damaged_adapter_is_not_pushed(hub: HubServer, run: Path):
     path.write_bytes(path.read_bytes()[:4000])
     done = atlas(hub, "push", str(run), REPO)
     assert done.status == 2 and "is damaged" in done.message and hub.log == []
+    with pytest.raises(UserError, match="is damaged"):  # as a run does at its end
+        push.push(run, REPO, access_checked=True)
 
 
 TRAIN = """
