@@ -28,13 +28,13 @@ def config(*overrides: str) -> Config:
 def test_precision_follows_the_compute_capability(gpu: Gpu | None, dtype: str, checkpointing: bool):
     plan = choose_device(config(), Machine(gpus=(gpu,) if gpu else (), arch_list=WHEEL))
     assert (plan.dtype, plan.compute_dtype) == (dtype, dtype)
-    assert (plan.bf16, plan.fp16) == (dtype == "bfloat16", dtype == "float16")
+    assert [plan.decided[f"train.{key}"][0] for key in ("bf16", "fp16")] == [dtype == "bfloat16", dtype == "float16"]
     assert plan.gradient_checkpointing is checkpointing
     assert plan.attn_implementation == "sdpa"
     assert plan.device == ("cuda" if gpu else "cpu")
     table = plan.table()
-    for choice in plan.choices:
-        assert choice.reason and choice.key.split(".")[-1] in table
+    for key, (_, reason) in plan.decided.items():
+        assert reason and key.split(".")[-1] in table
     if gpu:
         assert gpu.name in table and gpu.sm in table
 
@@ -68,7 +68,7 @@ def test_what_cannot_work_well_is_refused_with_the_remedy(overrides: list[str], 
 
 def test_explicit_values_win():
     plan = choose_device(config("model.dtype=float16", "train.gradient_checkpointing=true"), Machine(gpus=(A100,)))
-    assert plan.fp16 and not plan.bf16 and plan.gradient_checkpointing
+    assert plan.dtype == "float16" and plan.gradient_checkpointing
     assert choose_device(config("train.use_cpu=true"), Machine(gpus=(P100, P100), arch_list=WHEEL)).device == "cpu"
     assert choose_device(config("train.bf16=false", "train.fp16=false"), Machine(gpus=(A100,))).dtype == "float32"
     assert choose_device(config(), Machine(gpus=(T4, T4), processes=2)).device == "cuda"

@@ -33,8 +33,8 @@ def build_arguments(config: Config, plan: DevicePlan) -> "SFTConfig":
     given |= _data_arguments(config)
     given |= {
         "output_dir": config.output.dir,
-        "bf16": plan.bf16,
-        "fp16": plan.fp16,
+        "bf16": plan.dtype == "bfloat16",
+        "fp16": plan.dtype == "float16",
         "use_cpu": plan.device == "cpu",
         "activation_checkpointing": plan.gradient_checkpointing,
         "report_to": available_trackers(config.train_value("report_to"))[0],

@@ -37,7 +37,7 @@ def build_manifest(
         "local": local_names(loaded.config),
         "base": {"content": base.content, "commit": base.commit},
         "processes": processes(),
-        "device": {"hardware": plan.hardware, **{c.key: c.value for c in plan.choices}},
+        "device": {"hardware": plan.hardware, **{key: value for key, (value, _) in plan.decided.items()}},
         "versions": versions(),
         "git": git_state(),
         "data": {

@@ -82,7 +82,7 @@ def _main(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         from atlas.device import Machine, choose_device
 
-        print(render_config(loaded, choose_device(loaded.config, Machine.without_torch()).decided()), end="")
+        print(render_config(loaded, choose_device(loaded.config, Machine.without_torch()).decided), end="")
         return DONE
     # On a shared machine OpenMP's spinning barriers make small steps 6-13x slower; read once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
