@@ -326,7 +326,7 @@ def test_all_tasks_offline(lab: base.PocketPaths, tmp_path: Path):
     ("override", "said"),
     [
         ("eval.data.ifeval=/nowhere.jsonl", "/nowhere.jsonl does not exist"),
-        ("eval.data.gsm=/x", "'gsm' is no known task"),
+        ("eval.data.gsm=/x", "eval.data.gsm: input should be 'ifeval', 'gsm8k'"),
         ("eval.tasks=[{name: gsm8k}]", "data of gsm8k cannot be loaded"),  # no network
         ("eval.backend=hf", "eval.backend no longer exists: take it out"),
         ("eval.tasks=[hellaswag]", "eval.tasks"),

@@ -58,7 +58,6 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 class TrainField:
     """One field of a config class: `annotation` as written in its source; `default` is meaningless unless `has_default`."""
 
-    name: str
     annotation: str
     default: Any
     has_default: bool
@@ -110,37 +109,18 @@ def _read_fields(sources: tuple[tuple[str, str, str], ...]) -> dict[str, TrainFi
         if spec is None or spec.origin is None:
             raise UserError(f"the package {package!r} is not installed: run `make setup`")
         tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef) and node.name == class_name:
-                for item in node.body:
-                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None:
-                        name = item.target.id
-                        found = _field(name, ast.unparse(item.annotation), item.value)
-                        if found is None:
-                            fields.pop(name, None)
-                        else:
-                            fields[name] = found
+        for item in next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name):
+            if not isinstance(item, ast.AnnAssign) or item.value is None:
+                continue
+            name, options = ast.unparse(item.target), {"default": item.value}
+            if isinstance(item.value, ast.Call):  # field(default=...)
+                options = {keyword.arg or "": keyword.value for keyword in item.value.keywords}
+            try:
+                default, known = ast.literal_eval(options["default"]), True
+            except (KeyError, ValueError):
+                default, known = None, False
+            fields[name] = TrainField(ast.unparse(item.annotation), default, known)
     return fields
-
-
-def _field(name: str, annotation: str, value: ast.expr) -> TrainField | None:
-    default: ast.expr | None = value
-    if isinstance(value, ast.Call):
-        keywords = {keyword.arg: keyword.value for keyword in value.keywords}
-        if _literal(keywords.get("init")) == (False, True):
-            return None
-        default = keywords.get("default")
-    literal, known = _literal(default)
-    return TrainField(name, annotation, literal, known)
-
-
-def _literal(node: ast.expr | None) -> tuple[Any, bool]:
-    if node is None:
-        return None, False
-    try:
-        return ast.literal_eval(node), True
-    except ValueError:
-        return None, False
 
 
 # Fields that have one place of their own in atlas, or that would break a promise: name -> what to do. Of every phase: what

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
@@ -27,6 +28,11 @@ from atlas.redact import find_secret, redact
 _COMMAND_LINE = "command line"
 _DEPTH = 20  # levels of nesting; a config that a person writes has 5
 _PROMPTS = re.compile(r"eval\.tasks.*\.(prompt|until(\[\d+\])?)")  # keys whose text may have several lines
+_CHOICES = (
+    "literal[",
+    "tuple[",
+    "[key]",
+)  # parts of a place that pydantic adds: one type of several, the key of a mapping
 _MEANT = {  # names of older releases and of other tools: the key's name here, in the same section or with its own
     "warmup_ratio": "train.warmup_steps",  # a number below 1 is a share of all steps
     "evaluation_strategy": "train.eval_strategy",
@@ -127,9 +133,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _no_file(path: Path, error: OSError) -> str:
     """Why a config file cannot be read, and which others there are."""
-    if isinstance(error, IsADirectoryError):
-        inside = ", ".join(sorted(found.name for found in path.glob("*.y*ml"))[:8])
-        return f"config file {path} is a folder: name a file" + (f" in it ({inside})" if inside else "")
     if not isinstance(error, FileNotFoundError):
         return f"config file {path} cannot be read: {error.strerror}"
     near = difflib.get_close_matches(path.name, [found.name for found in path.parent.glob("*.y*ml")], n=1)
@@ -248,14 +251,14 @@ def _explain(error: ValidationError, sources: Mapping[str, str], path: Path, sch
     """What is wrong, a line for each value."""
     lines = []
     for problem in error.errors():
-        kind, given = problem["type"], problem["input"]
-        loc = [*problem["loc"], *(problem.get("ctx", {})[name] for name in problem.get("ctx", {}) if name == "field")]
-        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if not _is_choice(part))[1:]
+        kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
+        loc = [*problem["loc"], context["field"]] if "field" in context else problem["loc"]
+        keys = [part for part in loc if not str(part).startswith(_CHOICES)]
+        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in keys)[1:]
         message = problem["msg"].removeprefix("Value error, ")
         where = origin_of(sources, key) or str(path)
         if kind == "missing":
-            section = _sections().get(key)
-            needed = [name for name, field in section.model_fields.items() if field.is_required()] if section else []
+            needed = [name for name, field in _fields(key).items() if field.is_required()]
             key = ".".join([key, *needed])
             lines.append(f"{path}: {key} is missing: give it there or on the command line ({key}=...)")
         elif kind == "extra_forbidden":
@@ -269,22 +272,16 @@ def _explain(error: ValidationError, sources: Mapping[str, str], path: Path, sch
     return "\n       ".join(lines)
 
 
-def _is_choice(part: int | str) -> bool:
-    """Not a key, but the name that pydantic gives to one type of several."""
-    return str(part).startswith(("literal[", "tuple["))
-
-
-def _sections() -> dict[str, type[BaseModel]]:
-    return {
-        name: field.annotation
-        for name, field in Config.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    }
+def _fields(section: str) -> dict[str, FieldInfo]:
+    """The keys of a section; none for `phase`, `train` and what is no section."""
+    field = Config.model_fields.get(section)
+    model = field.annotation if field else None
+    return model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
 
 
 def all_keys(schema: TrainSchema) -> list[str]:
     """Every key that a config of this phase may have, with its section."""
-    keys = [f"{section}.{key}" for section, model in _sections().items() for key in model.model_fields]
+    keys = [f"{section}.{key}" for section in Config.model_fields for key in _fields(section)]
     return [*Config.model_fields, *keys, *(f"train.{key}" for key in schema.fields() if key not in schema.owned)]
 
 
