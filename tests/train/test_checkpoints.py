@@ -17,7 +17,7 @@ import pytest
 
 from atlas.errors import UserError
 from atlas.hub.push import push
-from atlas.lock import HOLDER, LOCK, held, refuse_if_held
+from atlas.lock import HOLDER, held, refuse_if_held
 from atlas.train import preflight, sft
 from atlas.train.checkpoints import CONTENTS, checkpoints, sha256
 from rows import chat, write_rows
@@ -349,16 +349,11 @@ def test_a_folder_in_use_is_refused(whole: tuple[list[str], sft.SftRun], tmp_pat
         with pytest.raises(UserError, match=f"in use by atlas sft .process {other.pid}"):
             push(folder, "ann/tuned")
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-        (folder / LOCK).unlink()  # the folder is held all the same
-        for main in (preflight.main, sft.main):
-            assert main(asked) == 2
-            assert f"in use by atlas sft (process {other.pid}" in capfd.readouterr().err
-        (folder / HOLDER).unlink()
+        (folder / HOLDER).write_text("")  # a full disk: nobody is named
         with pytest.raises(UserError, match="in use by another process"), held(folder, "atlas sft"):
             pass
         with pytest.raises(UserError, match="in use by another process"):
             refuse_if_held(folder)
-        (folder / HOLDER).touch()
         other.kill()
     # Nothing of it is left over but a note, which no process stands behind.
     assert (folder / ".atlas.holder.json").exists()
