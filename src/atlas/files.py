@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +40,23 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(to: Path) -> Iterator[Path]:
+    """The folder in which to write what then becomes `to`; after an error nothing is left. Raises `UserError` where `to` holds
+    something already, and `RunError` where it cannot be written, as on a full disk."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to} exists already, and nothing is overwritten: give another folder with --to")
+    part = to.with_name(to.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        yield part
+        part.replace(to)
+    except OSError as error:
+        raise RunError(f"{to} cannot be written ({error}): make room, or give another folder with --to") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_nothing_behind(trained_run: TrainedRun, tmp_path: Pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     err = capfd.readouterr().err
-    assert status == 1 and "cannot be written to" in err and "make room" in err and "Traceback" not in err
+    assert status == 1 and "merged cannot be written" in err and "make room" in err and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
 

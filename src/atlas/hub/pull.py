@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from atlas.errors import DONE, UserError, run_main
+from atlas.errors import DONE, run_main
+from atlas.files import new_folder
 from atlas.hub_client import download, split_revision
 
 
@@ -27,13 +28,7 @@ def pull(name: str, to: Path) -> None:
 
     Raises `UserError` if `to` holds something already, and as `download` does.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"{to} exists already, and nothing is overwritten: give another folder with --to")
-    cached, revision = download(name)
-    part = to.with_name(to.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(cached, part)  # the cache holds links, the copy holds files
-    if to.exists():
-        to.rmdir()
-    part.replace(to)
+    with new_folder(to) as part:
+        cached, revision = download(name)
+        shutil.copytree(cached, part)  # the cache holds links, the copy holds files
     print(f"{split_revision(name)[0]}, revision {revision}, is in {to}")

@@ -1,14 +1,14 @@
 """`atlas merge`: an adapter multiplied into its unquantised base, proven to give the same logits, as a model of its own."""
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.errors import DONE, RunError, UserError, first_line, run_main
-from atlas.files import write_json
+from atlas.console import quiet_libraries
+from atlas.errors import DONE, RunError, first_line, run_main
+from atlas.files import new_folder, write_json
 from atlas.hub_client import split_revision
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ PROMPTS = (
     "Write a short note to a neighbour, in two sentences and without a comma.",
     "What is 17 + 25?\nAnswer with the number only.",
 )
-DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def merge(adapter: str, to: Path, dtype: str = "auto", base: str | None = None) -> dict[str, Any]:
@@ -40,88 +39,66 @@ def merge(adapter: str, to: Path, dtype: str = "auto", base: str | None = None) 
         UserError: for an adapter or base that cannot be loaded, or a folder that is not empty.
         RunError: the merged model is not the adapter's; nothing is written.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"{to} is there already, and nothing is overwritten: give another folder with --to")
+    with new_folder(to) as part:
+        record = _merge(adapter, part, dtype, base)
+    print(f"the merged model is in {to}")
+    return record
+
+
+def _merge(adapter: str, to: Path, dtype: str, base: str | None) -> dict[str, Any]:
     import torch
     from transformers import GenerationConfig
-    from transformers.utils.logging import disable_progress_bar
 
     from atlas.models.adapters import find_adapter
     from atlas.models.load import load_base, load_model
 
-    if not sys.stderr.isatty():
-        disable_progress_bar()
+    quiet_libraries()
     tuned = find_adapter(adapter)
-    name, base_revision = split_revision(base) if base else (tuned.base, tuned.base_revision)
-    model, tokenizer = load_model(name, tuned, revision=base_revision, remedy=". Name the base model with --base")
+    name, revision = split_revision(base) if base else (tuned.base, tuned.base_revision)
+    model, tokenizer = load_model(name, tuned, revision=revision, remedy=". Name the base model with --base")
     stored = model.config.dtype or torch.float32
     model.float()
 
-    prompts = [_prompt(tokenizer, text) for text in PROMPTS]
     with model.disable_adapter():
-        bare = _logits(model, prompts)
-    expected = _logits(model, prompts)
+        bare = _logits(model, tokenizer)
+    expected = _logits(model, tokenizer)
     merged = model.merge_and_unload()
-    difference, effect = _difference(_logits(merged, prompts), expected), _difference(bare, expected)
-    print(
-        f"merged in float32: logits off the adapter's by {difference:.1e} of the largest; the base's are by {effect:.1e}"
-    )
+    difference, effect = _difference(_logits(merged, tokenizer), expected), _difference(bare, expected)
+    off = f"logits differ from the adapter's by {difference:.1e} of the largest"
+    print(f"merged in float32: {off}, the base's by {effect:.1e}")
     if not difference <= TOLERANCE:  # nor where it is nan
         raise RunError(
-            f"the merged model's logits are off the adapter's by {difference:.1e} of the largest, and float32's rounding explains "
-            f"{TOLERANCE:.0e} at most: nothing was written"
+            f"the merged model's {off}, and float32's rounding explains {TOLERANCE:.0e} at most: nothing was written"
         )
     if (tuned.folder / "generation_config.json").is_file():
         merged.generation_config = GenerationConfig.from_pretrained(tuned.folder)
     text_config = merged.config.get_text_config()
     text_config.eos_token_id, text_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-
+    merged.to(stored if dtype == "auto" else getattr(torch, dtype))
+    precision = str(merged.dtype).removeprefix("torch.")
+    try:
+        merged.save_pretrained(to)
+        tokenizer.save_pretrained(to)
+    except Exception as error:  # of a full disk: safetensors and tokenizers have errors of their own
+        raise OSError(first_line(error)) from None
+    logits = _logits(load_base(to).eval(), tokenizer)  # of what everybody will load
+    if not logits.isfinite().all():
+        raise RunError(f"{precision} cannot hold this model (its logits are not finite): choose another --dtype")
+    saved, same = _difference(logits, expected), (logits.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    print(
+        f"saved as {precision}: they differ by {saved:.1e}; the likeliest token is the same at {same:.1%} of the positions"
+    )
     record: dict[str, Any] = {
         "adapter": adapter if tuned.revision else tuned.folder.resolve().name,
         "adapter_revision": tuned.revision,
         "base": name,
-        "base_revision": base_revision,
+        "base_revision": revision,
+        "dtype": precision,
+        "relative_difference": {"merged": difference, "saved": saved, "without_adapter": effect},
+        "same_token": same,
     }
-    part = to.with_name(to.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        merged.to(stored if dtype == "auto" else getattr(torch, dtype)).save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        saved = load_base(part).eval()  # what everybody will load
-        record["dtype"] = str(saved.dtype).removeprefix("torch.")
-        logits = _logits(saved, prompts)
-        if not torch.isfinite(logits).all():
-            raise RunError(
-                f"{record['dtype']} cannot hold this model (its logits are not finite): choose another --dtype"
-            )
-        cast, same = _difference(logits, expected), (logits.argmax(-1) == expected.argmax(-1)).float().mean().item()
-        print(
-            f"saved as {record['dtype']}: off by {cast:.1e}; the likeliest token is the same at {same:.1%} of the positions"
-        )
-        record["relative_difference"] = {"merged": difference, "saved": cast, "without_adapter": effect}
-        record["same_token"] = same
-        write_json(part / "merge.json", record)
-        if to.exists():
-            to.rmdir()
-        part.replace(to)
-    except RunError:
-        raise
-    except Exception as error:  # a full disk is an OSError, or safetensors' or tokenizers' own
-        raise RunError(
-            f"the merged model cannot be written to {to} ({first_line(error)}): make room, or give another folder with --to"
-        ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    print(f"the merged model is in {to}")
+    write_json(to / "merge.json", record)
     return record
-
-
-def _prompt(tokenizer: Any, text: str) -> "torch.Tensor":
-    from atlas.models.template import chat_prompt
-
-    if tokenizer.chat_template:
-        text = chat_prompt(tokenizer, [{"role": "user", "content": text}])
-    return tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)["input_ids"]
 
 
 def _difference(logits: "torch.Tensor", expected: "torch.Tensor") -> float:
@@ -129,19 +106,32 @@ def _difference(logits: "torch.Tensor", expected: "torch.Tensor") -> float:
     return float((logits - expected).abs().max() / expected.abs().max())
 
 
-def _logits(model: Any, prompts: Sequence["torch.Tensor"]) -> "torch.Tensor":
+def _logits(model: Any, tokenizer: Any) -> "torch.Tensor":
     """float32 logits [positions of all prompts, vocabulary]."""
     import torch
 
-    with torch.no_grad():
-        return torch.cat([model(ids).logits[0].float() for ids in prompts])
+    from atlas.models.template import chat_prompt
+
+    found = []
+    for text in PROMPTS:
+        if tokenizer.chat_template:
+            text = chat_prompt(tokenizer, [{"role": "user", "content": text}])
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        with torch.no_grad():
+            found.append(model(ids).logits[0].float())
+    return torch.cat(found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="atlas merge", description="Merge an adapter into its base model.")
     parser.add_argument("adapter", metavar="FOLDER|namespace/name[@revision]")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the saved weights (default: the base's)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float16", "bfloat16", "float32"),
+        default="auto",
+        help="of the saved weights (default: the base's)",
+    )
     parser.add_argument("--base", metavar="NAME", help="the base model, where it is not where the manifest says")
     arguments = parser.parse_args(argv)
 
