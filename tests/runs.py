@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from atlas.config import load_config
 from atlas.train import sft
+from atlas.train.run import FinishedRun
 from rows import ROOT
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ def loaded(arguments: list[str]):
     return load_config(arguments[1], arguments[2:])
 
 
-def train(arguments: list[str], *more: str) -> sft.SftRun:
+def train(arguments: list[str], *more: str) -> FinishedRun:
     return sft.train(load_config(arguments[1], [*arguments[2:], *more]))
 
 
-def trace(run: sft.SftRun) -> tuple[bytes, list[dict]]:
+def trace(run: FinishedRun) -> tuple[bytes, list[dict]]:
     """The adapter, and every line of the log with losses, learning rates, accuracies and token counts."""
     assert run.trainer is not None
     lines = [

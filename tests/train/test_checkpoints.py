@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 
 from atlas.errors import UserError
+from atlas.files import sha256
 from atlas.hub.push import push
 from atlas.lock import HOLDER, held, refuse_if_held
 from atlas.train import preflight, sft
-from atlas.train.checkpoints import CONTENTS, checkpoints, sha256
+from atlas.train.checkpoints import SEAL, checkpoints, damage
+from atlas.train.run import FinishedRun
 from rows import chat, write_rows
 from runs import BASIC, broken_off, environment, full_disk, run_arguments, trace, train
 
@@ -55,25 +57,27 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty trainer state": (lambda c: (c / "trainer_state.json").write_text(""), "trainer_state.json has 0 bytes"),
     "sentinel": (lambda c: (c / "checkpoint-is-incomplete.txt").touch(), "was never finished"),
     "wrong sha": (
-        lambda c: (c / CONTENTS).write_text((c / CONTENTS).read_text().replace('"sha256": "', '"sha256": "0')),
-        "has changed (its SHA-256 is another)",
+        lambda c: (c / SEAL).write_text((c / SEAL).read_text().replace('"sha256": "', '"sha256": "0')),
+        "has changed (another SHA-256)",
     ),
-    "no contents": (lambda c: (c / CONTENTS).unlink(), "is missing or damaged"),
-    "half of the contents": (lambda c: os.truncate(c / CONTENTS, 300), "is missing or damaged"),
-    "contents that are a list": (lambda c: (c / CONTENTS).write_text("[]"), "is missing or damaged"),
-    "contents without files": (lambda c: rewrite(c / CONTENTS, files={}), "no trainer_state.json"),
+    "no contents": (lambda c: (c / SEAL).unlink(), "is missing or damaged"),
+    "half of the contents": (lambda c: os.truncate(c / SEAL, 300), "is missing or damaged"),
+    "contents that are a list": (lambda c: (c / SEAL).write_text("[]"), "is missing or damaged"),
+    "contents without files": (lambda c: rewrite(c / SEAL, files={}), "no trainer_state.json"),
     "renamed": (lambda c: c.rename(c.with_name("checkpoint-6")), "the folder was renamed, it holds step 4"),
     "an empty folder": (lambda c: (shutil.rmtree(c), c.mkdir()), "is missing or damaged"),
     "of another config": (
-        lambda c: rewrite(c / CONTENTS, config_hash="0", experiment={"train": {"seed": 7}}),
+        lambda c: rewrite(c / SEAL, config_hash="0", experiment={"train": {"seed": 7}}),
         "it belongs to config 0",
     ),
-    "of other data": (lambda c: rewrite(c / CONTENTS, data="0"), "the training data have changed since"),
+    "of other data": (lambda c: rewrite(c / SEAL, data="0"), "the training data have changed since"),
 }
 
 
 @pytest.fixture(scope="module")
-def whole(base_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], sft.SftRun]:
+def whole(
+    base_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], FinishedRun]:
     """A run of 7 steps with a checkpoint of each, and its arguments."""
     arguments = [*run_arguments(base_folder, rows_file, tmp_path_factory.mktemp("whole")), *BASIC]
     return arguments, train(arguments)
@@ -81,12 +85,12 @@ def whole(base_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over(
-    kind: str, whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    kind: str, whole: tuple[list[str], FinishedRun], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     arguments, run = whole
     folder = broken_off(run.folder, tmp_path / "out", 4)
-    damage, said = DAMAGES[kind]
-    damage(folder / "checkpoint-4")
+    break_it, said = DAMAGES[kind]
+    break_it(folder / "checkpoint-4")
     capfd.readouterr()
     resumed = train(arguments, f"output.dir={folder}")
     out = capfd.readouterr().out
@@ -95,21 +99,25 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert trace(resumed) == trace(run)
 
 
-def test_leftovers_of_a_kill_are_no_checkpoints(whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd):
+def test_a_checkpoint_that_was_never_finished_is_written_again(
+    whole: tuple[list[str], FinishedRun], tmp_path: Path, capfd
+):
+    """As a kill in the middle of its writing leaves it. What others have put beside it does not matter."""
     arguments, run = whole
     folder = broken_off(run.folder, tmp_path / "out", 4)
-    for name in (".saving/checkpoint-5", ".old-checkpoint-4", "checkpoint-best"):
-        shutil.copytree(folder / "checkpoint-1", folder / name)
+    (folder / "checkpoint-4" / "trainer_state.json").unlink()
+    rewrite(folder / "checkpoint-4" / SEAL, others=[])
+    shutil.copytree(folder / "checkpoint-1", folder / "checkpoint-best")
     (folder / "checkpoint-9").touch()
     capfd.readouterr()
     assert trace(train(arguments, f"output.dir={folder}")) == trace(run)
     out = capfd.readouterr().out
-    assert f"resume from {folder / 'checkpoint-4'}" in out and "not resumed" not in out
-    assert (not (folder / ".saving").exists() and not (folder / ".old-checkpoint-4").exists()) or True
+    assert f"not resumed from {folder / 'checkpoint-4'}: it was never finished" in out
+    assert f"resume from {folder / 'checkpoint-3'}" in out and damage(folder / "checkpoint-4") is None
 
 
 def test_where_no_checkpoint_is_whole_the_start_from_0_is_said(
-    whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd
+    whole: tuple[list[str], FinishedRun], tmp_path: Path, capfd
 ):
     arguments, run = whole
     folder = broken_off(run.folder, tmp_path / "out", 2)
@@ -117,12 +125,12 @@ def test_where_no_checkpoint_is_whole_the_start_from_0_is_said(
         (folder / f"checkpoint-{step}" / "optimizer.pt").unlink()
     resumed = train(arguments, f"output.dir={folder}")
     out = capfd.readouterr().out
-    assert out.count("optimizer.pt is missing") == 2 and "is usable: training starts from step 0" in out
+    assert out.count("optimizer.pt is missing") == 2 and "can be used: training starts from step 0" in out
     assert trace(resumed) == trace(run) and resumed.manifest["result"]["resumed_from"] is None
 
 
 def test_the_checkpoints_of_another_run_are_not_overwritten(
-    whole: tuple[list[str], sft.SftRun], rows_file: Path, tmp_path: Path, capfd
+    whole: tuple[list[str], FinishedRun], rows_file: Path, tmp_path: Path, capfd
 ):
     arguments, run = whole
     folder = broken_off(run.folder, tmp_path / "out", 2)
@@ -143,7 +151,7 @@ def test_the_checkpoints_of_another_run_are_not_overwritten(
         sft.main([*other, "train.max_steps=1", "train.warmup_steps=0", "train.save_total_limit=1", "--resume", "never"])
         == 0
     )
-    assert json.loads((folder / "checkpoint-1" / CONTENTS).read_text())["experiment"]["lora"]["r"] == 8
+    assert json.loads((folder / "checkpoint-1" / SEAL).read_text())["experiment"]["lora"]["r"] == 8
     assert not (folder / "checkpoint-2").exists()
 
 
@@ -172,19 +180,7 @@ def test_the_best_adapter_is_kept(sft_args: list[str], rows_file: Path, tmp_path
     assert trace(again) == before and again.manifest["result"]["best_step"] == step
 
 
-def test_a_kill_between_two_renames_loses_nothing(whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd):
-    """A step that is trained again: its first checkpoint makes way for the second, which is not in its place yet."""
-    arguments, run = whole
-    folder = broken_off(run.folder, tmp_path / "out", 4)
-    shutil.copytree(folder / "checkpoint-4", folder / ".saving" / "checkpoint-4")
-    (folder / "checkpoint-4").rename(folder / ".old-checkpoint-4")
-    capfd.readouterr()
-    assert trace(train(arguments, f"output.dir={folder}")) == trace(run)
-    assert f"resume from {folder / '.old-checkpoint-4'}" in capfd.readouterr().out
-    assert not (folder / ".saving").exists()
-
-
-def test_the_lowest_steps_are_removed_whatever_the_clock_said(whole: tuple[list[str], sft.SftRun], tmp_path: Path):
+def test_the_lowest_steps_are_removed_whatever_the_clock_said(whole: tuple[list[str], FinishedRun], tmp_path: Path):
     arguments, run = whole
     folder = broken_off(run.folder, tmp_path / "out", 3)
     for path in (folder / "checkpoint-1").iterdir():
@@ -193,7 +189,7 @@ def test_the_lowest_steps_are_removed_whatever_the_clock_said(whole: tuple[list[
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-7", "checkpoint-6"]
 
 
-def test_what_somebody_has_put_into_checkpoints_stays(whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd):
+def test_what_somebody_has_put_into_checkpoints_stays(whole: tuple[list[str], FinishedRun], tmp_path: Path, capfd):
     """Also where one of them is a link: what it leads to stays, and the link makes way."""
     arguments, run = whole
     folder = broken_off(run.folder, tmp_path / "out", 6)
@@ -218,9 +214,9 @@ def test_what_somebody_has_put_into_checkpoints_stays(whole: tuple[list[str], sf
     for note in notes:
         assert note.read_text() == "mine"
         assert out.count(f"{note.parents[1]} is not removed: atlas has not written deep/notes.txt in it") == 1
-    assert not list(folder.glob(".old-*")) and not any(path.is_symlink() for path in folder.iterdir())
+    assert not any(path.is_symlink() for path in folder.iterdir())
     for moved in ("elsewhere", "other"):
-        assert (tmp_path / moved / "kept").exists() and (tmp_path / moved / CONTENTS).exists()
+        assert (tmp_path / moved / "kept").exists() and (tmp_path / moved / SEAL).exists()
 
 
 def of_a_trainer(folder: Path) -> None:
@@ -260,11 +256,11 @@ def test_what_is_not_atlas_is_left_alone(kind: str, resume: str, sft_args: list[
     for main in (preflight.main, sft.main):
         assert main([*sft_args, "--resume", resume]) == 2
         message = capfd.readouterr().err
-        assert said in message and "Set another output.dir, or move these away" in message
+        assert said in message and "Set another output.dir, or move these files away" in message
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_what_somebody_has_changed_since_is_left_alone(whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd):
+def test_what_somebody_has_changed_since_is_left_alone(whole: tuple[list[str], FinishedRun], tmp_path: Path, capfd):
     """Of atlas' own: trained anew over, but not where they were edited; checkpoints of another version never."""
     arguments, run = whole
     folder = Path(shutil.copytree(run.folder, tmp_path / "out"))
@@ -277,16 +273,14 @@ def test_what_somebody_has_changed_since_is_left_alone(whole: tuple[list[str], s
         assert f"{name} was not written by atlas, or was changed since" in capfd.readouterr().err
         assert preflight.main(asked[:-2]) == 0  # finished: nothing will be written
         (folder / name).write_text(text)
-    (folder / ".atlas.files.json").unlink()  # as after a copy without hidden files: the manifest knows the adapter
-    assert preflight.main(asked) == 0
-    rewrite(folder / "checkpoint-4" / CONTENTS, format=1)
+    rewrite(folder / "checkpoint-4" / SEAL, format=1)
     for resume in ("never", "auto", str(folder / "checkpoint-5")):
         assert preflight.main([*asked, "--resume", resume]) == 2
         assert "checkpoint-4 is of another version of atlas (format 1, this one writes" in capfd.readouterr().err
 
 
-def test_a_stopped_run_that_began_anew_is_gone_on_with_by_the_command_it_names(
-    whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd
+def test_a_stopped_run_that_began_anew_resumes_with_the_command_it_names(
+    whole: tuple[list[str], FinishedRun], tmp_path: Path, capfd
 ):
     """Over a finished run of another config, whose steps are higher."""
     arguments, run = whole
@@ -295,18 +289,18 @@ def test_a_stopped_run_that_began_anew_is_gone_on_with_by_the_command_it_names(
     other = [*arguments, *slow, f"output.dir={folder}"]
 
     def stop() -> None:
-        while not (contents := read(folder / "checkpoint-2" / CONTENTS)) or contents["start"] == before["start"]:
+        while not (contents := read(folder / "checkpoint-2" / SEAL)) or contents["start"] == before["start"]:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = read(folder / "checkpoint-2" / CONTENTS)
+    before = read(folder / "checkpoint-2" / SEAL)
     thread = threading.Thread(target=stop)
     thread.start()
     capfd.readouterr()
     assert sft.main([*other, "--resume", "never"]) == 143
     thread.join()
     message = capfd.readouterr().err
-    found = re.search(r"the same command with --resume (\S+) goes on from there", message)
+    found = re.search(r"the same command with --resume (\S+) resumes from it", message)
     assert found, message
     assert sft.main([*other, "--resume", "never", "--resume", found[1]]) == 0  # as `make sft-smoke ARGS=...` gives it
     resumed = read(folder / "manifest.json")["result"]
@@ -321,8 +315,8 @@ def test_a_stopped_run_that_began_anew_is_gone_on_with_by_the_command_it_names(
     shutil.copytree(alone.folder / "checkpoint-4", folder / "checkpoint-4", dirs_exist_ok=True)
     assert preflight.main(other) == 2  # of it nobody has said that it may
     assert "holds a finished run" in capfd.readouterr().err
-    seal = read(folder / "checkpoint-4" / CONTENTS)
-    rewrite(folder / "checkpoint-4" / CONTENTS, over=sha256(folder / "manifest.json"))
+    seal = read(folder / "checkpoint-4" / SEAL)
+    rewrite(folder / "checkpoint-4" / SEAL, over=sha256(folder / "manifest.json"))
     assert seal["over"] is None and preflight.main(other) == 0
 
 
@@ -330,7 +324,7 @@ HOLD = "import sys; from atlas.lock import held; from pathlib import Path\n"
 HOLD += "with held(Path(sys.argv[1]), 'atlas sft'): print('held', flush=True); sys.stdin.read()"
 
 
-def test_a_folder_in_use_is_refused(whole: tuple[list[str], sft.SftRun], tmp_path: Path, capfd):
+def test_a_folder_in_use_is_refused(whole: tuple[list[str], FinishedRun], tmp_path: Path, capfd):
     arguments, run = whole
     folder = Path(shutil.copytree(run.folder, tmp_path / "out"))
     asked = [*arguments, f"output.dir={folder}"]
@@ -379,7 +373,7 @@ def test_another_base_model_of_the_same_name(sft_args: list[str], base_folder: P
         for main in (preflight.main, sft.main):
             assert main([*asked, f"model.name={second}"]) == 2
             message = capfd.readouterr().err
-            assert "the base model is another under the same name" in message and "--resume never" in message
+            assert "the base model of this name has changed" in message and "--resume never" in message
     moved = first.parent.rename(tmp_path / "moved") / "base"
     assert sft.main([*asked, f"model.name={moved}"]) == 0
     assert f"resume from {tmp_path / 'out' / 'checkpoint-3'}" in capfd.readouterr().out
@@ -404,7 +398,7 @@ def launch(
         return subprocess.CompletedProcess(command, process.returncode, out + rest, err)
 
 
-def test_a_full_disk_ends_nothing_that_can_go_on(whole: tuple[list[str], sft.SftRun], tmp_path: Path, capsys):
+def test_a_full_disk_ends_nothing_that_can_go_on(whole: tuple[list[str], FinishedRun], tmp_path: Path, capsys):
     """Where a file system of fixed size can be mounted. Others fill it while the run begins, but for two checkpoints, not three."""
     arguments, run = whole
     size = sum(path.stat().st_size for path in (run.folder / "checkpoint-1").iterdir())
@@ -440,7 +434,7 @@ def test_a_full_disk_ends_nothing_that_can_go_on(whole: tuple[list[str], sft.Sft
 
 @pytest.mark.parametrize("what", ["checkpoints", "the adapter too"])
 def test_a_quota_that_stops_every_file_of_some_size(
-    what: str, whole: tuple[list[str], sft.SftRun], tmp_path: Path, capsys
+    what: str, whole: tuple[list[str], FinishedRun], tmp_path: Path, capsys
 ):
     arguments, run = whole
     adapter = (run.folder / "adapter_model.safetensors").stat().st_size

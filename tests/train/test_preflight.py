@@ -297,7 +297,7 @@ def test_a_finished_run_of_another_config_is_not_overwritten(sft_args: list[str]
     whole = manifest.read_text()
     for strange, said in (
         ('{"data": null}', "manifest.json is not one of atlas"),
-        ('{"config_hash": "0", "data": [], "experiment": []}', "what differs is not recorded"),
+        ('{"config_hash": "0", "data": [], "experiment": []}', "the keys that differ are not recorded"),
     ):
         manifest.write_text(strange)
         assert preflight.main(sft_args) == 2

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from atlas.config import load_config
+from atlas.files import sha256
 from atlas.pocket.base import PocketPaths
 from atlas.train import preflight, sft
-from atlas.train.checkpoints import checkpoints, damage, sha256
+from atlas.train.checkpoints import checkpoints, damage
 from hub_server import HubServer, User
 from rows import chat, write_rows
 from runs import environment, run_arguments, train
@@ -93,7 +94,7 @@ class Pair:
         self.context = multiprocessing.get_context("forkserver")  # not fork: OpenMP's threads do not survive it
         self.context.set_forkserver_preload(
             [
-                "atlas.train.trainer",
+                "atlas.train.sft_trainer",
                 "atlas.train.preflight",
                 "atlas.eval.harness",
                 "atlas.hub.push",

@@ -95,24 +95,24 @@ def stopped(arguments: list[str], line: str, seconds: float, number: signal.Sign
 # Of the two, which go the same way but for their name and status, the one that machines send is always tried.
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stop_signal_saves_and_leaves(number: signal.Signals, sft_args: list[str], rows_file: Path, tmp_path: Path):
-    """In the middle of a step: the micro-batches done of it are undone, and done again by the resumed run."""
+    """In the middle of a step, which is finished first."""
     # A step of 30 micro-batches takes a second or more; no checkpoint is written but by the signal.
     slow = [
         "train.gradient_accumulation_steps=30",
-        "train.max_steps=3",
+        "train.max_steps=4",
         f"data.train={rows_file}:400",
         "lora.lora_dropout=0.1",
     ]
     whole = train([*sft_args, *slow])
     arguments = [*sft_args, *slow, f"output.dir={tmp_path / 'stopped'}"]
-    out, err = stopped(arguments, "step 2/3", 0.2, number)
-    assert "step 3/3" not in out and "Traceback" not in err
+    out, err = stopped(arguments, "step 2/4", 0.2, number)
+    assert "step 3/4" in out and "step 4/4" not in out and "Traceback" not in err
     folder = tmp_path / "stopped"
-    assert f"stopped by {number.name} after step 2/3: {folder / 'checkpoint-2'} is whole" in err
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
+    assert f"stopped by {number.name} after step 3/4: {folder / 'checkpoint-3'} is whole" in err
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-3"]
     assert not (folder / "manifest.json").exists()
     resumed = train(arguments)
-    assert resumed.manifest["result"]["resumed_from"] == "checkpoint-2"
+    assert resumed.manifest["result"]["resumed_from"] == "checkpoint-3"
     assert trace(resumed) == trace(whole)
 
 
@@ -151,7 +151,7 @@ def test_a_run_stops_after_so_many_hours_and_goes_on(sft_args: list[str], capsys
         assert sft.main([*arguments, f"checkpoint.stop_after_hours={seconds / 3600}"]) == 142
         out, err = capsys.readouterr()
         found = re.search(r"stopped by checkpoint.stop_after_hours=\S+ after step (\d+)/1000000: (\S+) is whole", err)
-        assert found and "the same command goes on from there" in err, err
+        assert found and "the same command resumes from it" in err, err
         steps.append(int(found[1]))
         assert found[2] == str(folder / f"checkpoint-{steps[-1]}")
     assert 0 < steps[0] <= steps[1] <= steps[0] + 1 and f"resume from {folder / f'checkpoint-{steps[0]}'}" in out

@@ -269,7 +269,9 @@ def test_a_run_without_a_step_is_refused_before_the_model_is_loaded(sft_args: li
     for steps in ("3", "-1"):
         assert sft.main([*asked, f"train.max_steps={steps}", "train.per_device_train_batch_size=500"]) == 2
         out, err = capfd.readouterr()
-        assert "data.train: 120 rows are no batch of 500" in err and "set train.dataloader_drop_last=false" in err
+        assert (
+            "data.train: 120 rows do not fill one batch of 500" in err and "set train.dataloader_drop_last=false" in err
+        )
         assert "done:" not in out
 
 

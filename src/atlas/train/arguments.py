@@ -1,4 +1,4 @@
-"""TRL's arguments from the config: what `train:` says, what the device plan decides, what follows from `data:`."""
+"""A trainer's arguments from the config: what `train:` says, what the device plan decides, what follows from `data:`."""
 
 import os
 from collections.abc import Callable
@@ -9,28 +9,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from atlas.config import Config, LoadedConfig, config_hash
 from atlas.device import DevicePlan
 from atlas.errors import UserError
+from atlas.launch import processes
 
 if TYPE_CHECKING:
-    from trl import SFTConfig
+    from transformers import TrainingArguments
+
+    from atlas.train.phase import Phase
 
 Result = TypeVar("Result")
 
 
-def sft_arguments(loaded: LoadedConfig, plan: DevicePlan) -> "SFTConfig":
-    """TRL's arguments from `train:`, the device plan and the output folder. Raises `UserError` for what TRL refuses."""
+def phase_arguments(phase: "Phase", loaded: LoadedConfig, plan: DevicePlan) -> "TrainingArguments":
+    """The phase's arguments from `train:`, the device plan and the output folder. Raises `UserError` for what a library refuses."""
     _data_arguments(loaded.config)
-    return accepted(lambda config: build_arguments(config, plan), loaded.config)
+    return accepted(lambda config: build_arguments(phase, config, plan), loaded.config)
 
 
-def build_arguments(config: Config, plan: DevicePlan) -> "SFTConfig":
+def build_arguments(phase: "Phase", config: Config, plan: DevicePlan) -> "TrainingArguments":
     """The same, with the library's own exceptions."""
-    from trl import SFTConfig
-
-    given = dict(config.train)
-    # The labels are made already: what TRL would do to the rows (mask, truncate, filter one by one) is done.
-    given["assistant_only_loss"] = False
-    given["dataset_kwargs"] = {"skip_prepare_dataset": True}
-    given |= _data_arguments(config)
+    given = {**config.train, **phase.fixed, **_data_arguments(config)}
     given |= {
         "output_dir": config.output.dir,
         "bf16": plan.dtype == "bfloat16",
@@ -42,7 +39,9 @@ def build_arguments(config: Config, plan: DevicePlan) -> "SFTConfig":
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it would show a loss that is not finite as one that is
     }
-    return SFTConfig(**given)
+    if processes() > 1:  # all get batches of one size; accelerate would repeat rows to fill the last ones
+        given["dataloader_drop_last"] = True
+    return phase.arguments()(**given)
 
 
 def accepted(attempt: Callable[[Config], Result], config: Config) -> Result:
@@ -101,7 +100,7 @@ def _data_arguments(config: Config) -> dict[str, Any]:
     if held_out(config) and asked is None:
         given["eval_strategy"] = "epoch"
     if data.curriculum != "none":
-        for name in ("packing", "shuffle_dataset"):
+        for name in _known(config, "packing", "shuffle_dataset"):
             if config.train_value(name):
                 raise UserError(
                     f"train.{name}=true would undo the order of data.curriculum={data.curriculum}: keep one"
@@ -110,12 +109,33 @@ def _data_arguments(config: Config) -> dict[str, Any]:
     if data.streaming:
         if config.train_value("max_steps") < 1:
             raise UserError("data.streaming: a stream has no length, so train.max_steps must say when to stop")
-        for name in ("packing", "dataloader_num_workers"):
+        for name in _known(config, "packing", "dataloader_num_workers"):
             if config.train_value(name):
                 raise UserError(
                     f"train.{name} does not go with data.streaming: rows are labelled and counted as the trainer takes them"
                 )
     return given
+
+
+def left_out(rows: int, arguments: "TrainingArguments") -> str:
+    """What happens to rows that do not fill a batch for each process. Raises `UserError` where no batch can be filled."""
+    batch, processes = arguments.per_device_train_batch_size, arguments.world_size
+    left, what = rows % (batch * processes), "packs" if getattr(arguments, "packing", False) else "rows"
+    each, remedy = f" for each of {processes} processes", "start fewer processes"
+    why = f"{processes} processes"
+    if processes == 1:
+        each, remedy, why = "", "set train.dataloader_drop_last=false", "train.dataloader_drop_last"
+    if left == rows:
+        raise UserError(
+            f"data.train: {rows:,} {what} do not fill one batch of {batch}{each}, so there is no step to train ({why}): lower "
+            f"train.per_device_train_batch_size, or {remedy}"
+        )
+    return f"{why}: each epoch leaves out {left:,} of {rows:,} {what}, others each time: no full batch of {batch}{each}"
+
+
+def _known(config: Config, *names: str) -> list[str]:
+    """Those of the fields that this phase has."""
+    return [name for name in names if name in config.train_schema.fields()]
 
 
 def available_trackers(asked: str | list[str] | None) -> tuple[list[str], str | None]:

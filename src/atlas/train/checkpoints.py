@@ -1,17 +1,15 @@
-"""Checkpoints that are whole or not there, and which of them a run goes on from.
+"""Checkpoints that are whole or do not count, and the one from which a run resumes.
 
-transformers writes a checkpoint file by file where it will stay, and resumes from the highest number however damaged it is.
-Here it is written beside its place, listed with sizes and SHA-256, flushed to disk and then renamed; every file of it is checked
-before any is read. What lies in an output folder and is not provably atlas' own is neither written over nor removed.
+transformers writes a checkpoint file by file, and resumes from the highest number however damaged it is. Here each checkpoint
+has a seal: a list of its files with sizes and SHA-256, which is written last. A checkpoint without its seal, or with a file that
+does not match it, is never read.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,121 +18,102 @@ from atlas.compat import versions
 from atlas.config import LoadedConfig, experiment
 from atlas.console import say
 from atlas.errors import UserError
-from atlas.files import write_json
-from atlas.hub.card import MARKS, is_foreign, is_generated
+from atlas.files import flush, read_object, sha256, write_json
 from atlas.launch import processes
 
-CONTENTS = "atlas_checkpoint.json"
+SEAL = "atlas_checkpoint.json"
 PROGRESS = "atlas_progress_{rank}.json"
-STAGING = ".saving"
-OWNED = ".atlas.files.json"
-_FORMAT = 3
-_RESULT = (  # what a run writes into its output folder under names that others use too
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "chat_template.jinja",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
-_OTHER_FOLDER = "Set another output.dir, or the values back, or give --resume never to train anew over it"
+_FORMAT = 4
+_OTHER_FOLDER = "Set another output.dir, or change the values back, or give --resume never to train over it"
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is: only a checkpoint of the same config, base model, data and number of processes is gone on from."""
+    """What a run is. It resumes only from a checkpoint of the same config, base model, data and number of processes."""
 
     config_hash: str
     experiment: Mapping[str, Any]
-    """The values behind `config_hash`, to say what differs."""
+    """The values behind `config_hash`, to name those that differ."""
     data: str | None
-    """Fingerprint of the labelled rows; None: not known yet."""
+    """Fingerprint of the rows; None: not known yet."""
     hardware: str
     base: str | None
-    """`BaseFiles.content` of the base model; None: not known yet."""
+    """Digest of the base model's config and weights; None: not known yet."""
     processes: int
     start: str = ""
-    """Tells this start of the run, with all that goes on from it, from others: its checkpoints are its own to remove."""
+    """An id of this start of the run. A run that resumes keeps the id. Checkpoints of another start are not its own to count."""
     over: str | None = None
-    """SHA-256 of the manifest of a finished run that this one was told to train over."""
+    """SHA-256 of the manifest of a finished run over which `--resume never` trains."""
 
     @staticmethod
     def of(loaded: LoadedConfig, data: str | None, hardware: str, base: str | None) -> "Identity":
         return Identity(loaded.config_hash, experiment(loaded.config), data, hardware, base, processes())
 
-    def begun(self, output_dir: Path, checkpoint: Path | None) -> "Identity":
-        """The same, as a new start in `output_dir`, or as that which `checkpoint` belongs to."""
-        if checkpoint is not None:
-            contents = _read(checkpoint / CONTENTS) or {}
-            return replace(self, start=contents.get("start", ""), over=contents.get("over"))
-        return replace(self, start=uuid.uuid4().hex, over=_digest(output_dir / "manifest.json"))
+    def started(self, output_dir: Path, checkpoint: Path | None) -> "Identity":
+        """The same with the id of a new start in `output_dir`, or with that of `checkpoint`."""
+        if checkpoint is None:
+            manifest = output_dir / "manifest.json"
+            return replace(self, start=uuid.uuid4().hex, over=sha256(manifest) if manifest.is_file() else None)
+        contents = read_object(checkpoint / SEAL)
+        return replace(self, start=contents.get("start", ""), over=contents.get("over"))
+
+
+def begin(folder: Path, run: Identity) -> None:
+    """Make an empty checkpoint folder that says that it is not finished. What somebody else has put into an older checkpoint of
+    this name stays in it."""
+    if folder.is_symlink():
+        folder.unlink()
+    others = _others_files(folder) if folder.is_dir() else []
+    for path in folder.rglob("*"):
+        if path.is_file() and path.relative_to(folder).as_posix() not in others:
+            path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SEAL, {"format": _FORMAT, "start": run.start, "others": others})
 
 
 def seal(folder: Path, run: Identity, step: int) -> None:
-    """List the files of a written checkpoint in it, and bring all of it to the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    contents = {
-        "format": _FORMAT,
-        "step": step,
-        "config_hash": run.config_hash,
-        "experiment": run.experiment,
-        "data": run.data,
-        "hardware": run.hardware,
-        "base": run.base,
-        "processes": run.processes,
-        "start": run.start,
-        "over": run.over,
-        "versions": versions(),
-        "files": {
-            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in files
-        },
-    }
-    for path in files:
-        flush(path)
-    write_json(folder / CONTENTS, contents)
+    """Bring the files of a written checkpoint to the disk, then list them in its seal."""
+    others = {SEAL, *read_object(folder / SEAL)["others"]}
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if (name := path.relative_to(folder).as_posix()) not in others:
+            flush(path)
+            files[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    contents = {"format": _FORMAT, "step": step, **asdict(run), "versions": versions(), "files": files}
+    write_json(folder / SEAL, contents)
     flush(folder)
 
 
-def put_in_place(staged: Path, final: Path) -> None:
-    """Rename; one that is there already (the same step, trained again) is kept until the new one is in its place, and what
-    somebody else has put into it for good."""
-    old = final.with_name(f".old-{final.name}")
-    if os.path.lexists(final):
-        _remove(old)
-        final.rename(old)
-    staged.rename(final)
-    flush(final.parent)
-    if not old.is_symlink():
-        for name in _others_files(old, final):
-            (final / name).parent.mkdir(parents=True, exist_ok=True)
-            (old / name).rename(final / name)
-    _remove(old)
+def discard(folder: Path) -> None:
+    """Remove a checkpoint, of a link only the link. One with a file of somebody else stays, and that is said once."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif names := _others_files(folder):
+        _say_once(f"{folder} is not removed: atlas has not written {', '.join(names[:3])} in it")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_oldest(output_dir: Path, limit: int | None, keep: set[Path], start: str) -> None:
-    """Remove atlas' checkpoints until at most `limit` are left or those to `keep`: first those of earlier starts, whose steps may
-    be higher, then the lowest steps. Times do not count: clocks jump. One that holds a file of somebody else stays."""
+    """Remove checkpoints until `limit` are left: those of earlier starts first, then the lowest steps; never those in `keep`.
+    Steps decide and not times, because clocks jump."""
 
     def age(path: Path) -> tuple[bool, int]:
-        contents = _read(path / CONTENTS) or {}
-        return contents.get("start") == start, int(path.name.rpartition("-")[2])
+        return read_object(path / SEAL).get("start") == start, int(path.name.rpartition("-")[2])
 
-    others = sorted((path for path in checkpoints(output_dir) if path not in keep and not _foreign(path)), key=age)
+    others = sorted((path for path in checkpoints(output_dir) if path not in keep and not foreign(path)), key=age)
     surplus = len(others) + len(keep) - limit if limit else 0
     for path in others[: max(surplus, 0)]:
-        if names := [] if path.is_symlink() else _others_files(path, *keep):
-            _say_once(f"{path} is not removed: atlas has not written {', '.join(names[:3])} in it")
-        else:
-            _remove(path)
+        discard(path)
 
 
-def _others_files(checkpoint: Path, *whole: Path) -> list[str]:
-    """The files in a checkpoint that neither its own list nor that of one of `whole` names."""
-    known = {CONTENTS, "checkpoint-is-incomplete.txt"}
-    for path in (checkpoint, *whole):
-        files = (_read(path / CONTENTS) or {}).get("files")
-        known.update(files if isinstance(files, dict) else ())
-    found = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir())
+def _others_files(checkpoint: Path) -> list[str]:
+    """The files in a checkpoint that atlas has not written, as far as its seal can tell."""
+    contents = read_object(checkpoint / SEAL)
+    found = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir()]
+    if "others" in contents:  # not finished
+        return [name for name in contents["others"] if name in found]
+    known = {SEAL, *(contents["files"] if isinstance(contents.get("files"), dict) else ())}
     return sorted(name for name in found if name not in known)
 
 
@@ -143,132 +122,57 @@ def _say_once(text: str) -> None:
     say(text, flush=True)
 
 
-def _remove(path: Path) -> None:
-    """A folder, or of a link only the link."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's, or a folder's, content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(path: Path) -> str | None:
-    return sha256(path) if path.is_file() else None
-
-
-def own(output_dir: Path, staged: Path) -> None:
-    """Note, before they are moved there, that the files in `staged` will be atlas' own; so are those that they replace."""
-    known = _read(output_dir / OWNED) or {}
-    files = {path.name: [sha256(path)] for path in sorted(staged.iterdir())}
-    for name, digests in files.items():
-        if (old := _digest(output_dir / name)) in known.get(name, ()):
-            digests.append(str(old))
-    write_json(output_dir / OWNED, files)
-
-
-def _foreign(checkpoint: Path) -> str | None:
-    """Why a checkpoint folder may not be removed, or None. A damaged one of atlas may: it has files that no other tool writes."""
-    contents = _read(checkpoint / CONTENTS)
-    if contents and contents.get("format", _FORMAT) != _FORMAT:
+def foreign(checkpoint: Path) -> str | None:
+    """Why atlas may not write over a checkpoint folder, or None. A damaged checkpoint of atlas it may write over."""
+    contents = read_object(checkpoint / SEAL)
+    if contents.get("format", _FORMAT) != _FORMAT:
         return f"is of another version of atlas (format {contents['format']}, this one writes {_FORMAT})"
     if contents or any(checkpoint.glob(PROGRESS.format(rank="*"))) or not any(checkpoint.iterdir()):
         return None
     return "is not a checkpoint of atlas"
 
 
-def refuse_foreign(output_dir: Path, resume: str) -> None:
-    """Raises `UserError` where a run in `output_dir` would write over, or remove, what atlas has not written."""
-    found = [f"{path.name} {why}" for path in checkpoints(output_dir) if (why := _foreign(path))]
-    manifest = _read(output_dir / "manifest.json") or {}
-    if (output_dir / "manifest.json").exists() and "config_hash" not in manifest:
-        found.append("manifest.json is not one of atlas")
-    # Of a finished run, `auto` writes nothing over: it is this one, or refused as another.
-    if resume != "auto" or "config_hash" not in manifest:
-        known = _read(output_dir / OWNED)
-        # An earlier version of atlas, or a copy without hidden files, has no such list.
-        by_manifest = known is None and _digest(output_dir / "adapter_model.safetensors") == manifest.get(
-            "adapter_sha256", ""
-        )
-        for name in () if by_manifest else _RESULT:
-            if (digest := _digest(output_dir / name)) and digest not in (known or {}).get(name, ()):
-                found.append(f"{name} was not written by atlas, or was changed since")
-        found += [f"{name} was not written by atlas" for name in MARKS if is_foreign(output_dir / name)]
-        card = output_dir / "README.md"
-        if card.is_file() and not is_generated(card.read_text(encoding="utf-8", errors="replace")):
-            found.append("README.md was not written by atlas, or was changed since")
-    if found:
-        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-        raise UserError(
-            f"output.dir: {output_dir} holds what this run would write over or remove, and it is not atlas' to do so:\n       "
-            f"{'; '.join(found[:3])}{more}\n       Set another output.dir, or move these away"
-        )
-
-
 def finished_manifest(output_dir: Path, run: Identity) -> dict[str, Any] | None:
-    """The manifest of a run that has come to its end in `output_dir`, if it is this one and its adapter is whole, or None."""
-    manifest = _read(output_dir / "manifest.json") or {}
-    try:
-        whole = (
-            not _difference(_of_manifest(manifest), run)
-            and sha256(output_dir / "adapter_model.safetensors") == manifest["adapter_sha256"]
-        )
-    except (OSError, LookupError, TypeError):
+    """The manifest in `output_dir` if it is of this run and its adapter is whole, else None."""
+    manifest = read_object(output_dir / "manifest.json")
+    adapter = output_dir / "adapter_model.safetensors"
+    if _difference(_of_manifest(manifest), run) or not adapter.is_file():
         return None
-    return manifest if whole else None
+    return manifest if sha256(adapter) == manifest.get("adapter_sha256") else None
 
 
 def _of_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What `_difference` compares, of a finished run."""
-    data, base = manifest.get("data"), manifest.get("base")
-    return {
-        **manifest,
-        "data": data.get("fingerprint") if isinstance(data, dict) else None,
-        "base": base.get("content") if isinstance(base, dict) else None,
-    }
+    """The values of a finished run that `_difference` compares."""
+    parts = {"data": "fingerprint", "base": "content"}
+    known = {key: part.get(name) for key, name in parts.items() if isinstance(part := manifest.get(key), dict)}
+    return {**manifest, "data": None, "base": None, **known}
 
 
 def refuse_other_runs(output_dir: Path, run: Identity) -> None:
-    """Raises `UserError` where a run in `output_dir` would write over a finished one of another config or other data, or bit by bit
-    over the checkpoints of others. One that was told to do so, and was broken off, goes on."""
-    others, own, over = [], [], set()
-    for path in checkpoints(output_dir):
-        contents = _read(path / CONTENTS) or {}
-        problem = _difference(contents, run) if contents else None
-        if problem:
-            others.append(f"{path.name}: {problem}")
-        else:
-            own.append(path)
-            over.add(contents.get("over"))
-    manifest = _read(output_dir / "manifest.json")
-    if manifest and (output_dir / "adapter_model.safetensors").is_file():
-        problem = _difference(_of_manifest(manifest), run)
-        if problem and _digest(output_dir / "manifest.json") not in over:
+    """Raises `UserError` where a run in `output_dir` would train over a finished one of another config or other data, or over
+    checkpoints that are all of other runs. A run that was told to do so, and was interrupted, may resume."""
+    sealed = {path: read_object(path / SEAL) for path in checkpoints(output_dir)}
+    others = {path: problem for path, seal in sealed.items() if "step" in seal and (problem := _difference(seal, run))}
+    own = [path for path in sealed if path not in others]
+    manifest = output_dir / "manifest.json"
+    if (contents := read_object(manifest)) and (output_dir / "adapter_model.safetensors").is_file():
+        problem = _difference(_of_manifest(contents), run)
+        if problem and sha256(manifest) not in (sealed[path].get("over") for path in own):
             raise UserError(f"output.dir: {output_dir} holds a finished run.\n       {problem}\n       {_OTHER_FOLDER}")
     if others and all(damage(path) for path in own):
+        path, problem = next(iter(others.items()))
         raise UserError(
-            f"output.dir: {output_dir} holds checkpoints of another run, and none of this one.\n       {others[0]}\n       "
-            f"{_OTHER_FOLDER}"
+            f"output.dir: {output_dir} holds checkpoints of another run, and none of this one.\n       {path.name}: {problem}\n"
+            f"       {_OTHER_FOLDER}"
         )
 
 
 def checkpoint_to_resume(output_dir: Path, resume: str, run: Identity) -> Path | None:
-    """The checkpoint folder to go on from, or None for a fresh start; each one that is passed over is printed with its reason.
+    """The checkpoint folder from which this run resumes, or None for a fresh start. Each checkpoint that cannot be used is printed
+    with the reason.
 
-    `resume`: "auto" (the newest whole one of this run), "never", or a path. Raises `UserError` for a path that is none of this run,
-    and as `refuse_other_runs` does.
+    `resume`: "auto" (the newest whole one of this run), "never", or a path. Raises `UserError` for a path that cannot be used, and
+    as `refuse_other_runs` does.
     """
     if resume == "never":
         return None
@@ -277,55 +181,62 @@ def checkpoint_to_resume(output_dir: Path, resume: str, run: Identity) -> Path |
         if problem := damage(Path(resume)) or difference(Path(resume), run):
             raise UserError(f"--resume {resume}: {problem}")
         return _chosen(Path(resume), run)
-    passed_over = checkpoints(output_dir)
-    for path in passed_over:
+    found = checkpoints(output_dir)
+    for path in found:
         problem = damage(path) or difference(path, run)
         if problem is None:
             return _chosen(path, run)
         say(f"not resumed from {path}: {problem}")
-    if passed_over:
-        print(f"no checkpoint in {output_dir} is usable: training starts from step 0")
+    if found:
+        print(f"no checkpoint in {output_dir} can be used: training starts from step 0")
     return None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint folders, the newest step first. A kill between the two renames of `put_in_place` leaves one under its name
-    for the time between."""
-    found: dict[str, Path] = {}
-    for begin in (".old-checkpoint-", "checkpoint-"):
-        found |= {path.name.removeprefix(begin): path for path in output_dir.glob(f"{begin}*") if path.is_dir()}
-    return [found[step] for step in sorted(filter(str.isdigit, found), key=int, reverse=True)]
+    """The checkpoint folders, the highest step first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _step(path).isdigit()]
+    return sorted(found, key=lambda path: int(_step(path)), reverse=True)
+
+
+def _step(path: Path) -> str:
+    return path.name.removeprefix("checkpoint-")
 
 
 def newest(output_dir: Path, start: str) -> Path | None:
-    """The checkpoint of the highest step that this start of a run has written; an earlier run's may be higher."""
-    return next(
-        (path for path in checkpoints(output_dir) if (_read(path / CONTENTS) or {}).get("start") == start), None
-    )
+    """The finished checkpoint with the highest step that this start of a run has written."""
+    for path in checkpoints(output_dir):
+        contents = read_object(path / SEAL)
+        if "step" in contents and contents.get("start") == start:
+            return path
+    return None
 
 
 def _chosen(folder: Path, run: Identity) -> Path:
-    contents = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
+    contents = read_object(folder / SEAL)
     print(f"resume from {folder}")
     now = {"hardware": run.hardware, **versions()}
     before = {"hardware": contents["hardware"], **contents["versions"]}
     changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
     if changed:
-        print(f"  not bit for bit as without the break, for since then: {', '.join(changed)}")
+        print(f"  the result may differ in its last digits, because these have changed: {', '.join(changed)}")
     return folder
 
 
 def damage(folder: Path) -> str | None:
-    """What of a checkpoint is not as it was written, or None."""
+    """What is wrong with the files of a checkpoint, or None."""
+    contents = read_object(folder / SEAL)
+    if not contents:
+        return f"not a whole checkpoint of atlas: {SEAL} is missing or damaged"
+    if contents.get("format") != _FORMAT:
+        return f"it is of another version of atlas (format {contents.get('format')}, this one reads {_FORMAT})"
+    if "others" in contents:
+        return "it was never finished: the run ended while this checkpoint was written"
     try:
-        contents = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
         files = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in contents["files"].items()}
-        step, known = contents["step"], contents["format"] == _FORMAT
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return f"not a whole checkpoint of atlas: {CONTENTS}, which is written last, is missing or damaged"
-    if not known:
-        return f"it is of another version of atlas (format {contents['format']}, this one reads {_FORMAT})"
-    if folder.name.removeprefix(".old-") != f"checkpoint-{step}":
+        step = contents["step"]
+    except (LookupError, ValueError, TypeError, AttributeError):
+        return f"damaged: {SEAL} has no list of files"
+    if folder.name != f"checkpoint-{step}":
         return f"damaged: the folder was renamed, it holds step {step}"
     if "trainer_state.json" not in files:
         return "damaged: no trainer_state.json"
@@ -338,53 +249,46 @@ def damage(folder: Path) -> str | None:
         if path.stat().st_size != size:
             return f"damaged: {name} has {path.stat().st_size:,} bytes instead of {size:,}"
         if sha256(path) != digest:
-            return f"damaged: {name} has changed (its SHA-256 is another)"
+            return f"damaged: {name} has changed (another SHA-256)"
     return None
 
 
 def difference(folder: Path, run: Identity) -> str | None:
     """Why a whole checkpoint is of another run, with the keys that differ, or None."""
-    return _difference(_read(folder / CONTENTS) or {}, run)
+    return _difference(read_object(folder / SEAL), run)
 
 
 def _difference(contents: Mapping[str, Any], run: Identity) -> str | None:
     if contents.get("config_hash") != run.config_hash:
         there = contents.get("experiment")
-        keys = differing_keys(there, run.experiment) if isinstance(there, dict) else "what differs is not recorded"
+        keys = (
+            differing_keys(there, run.experiment)
+            if isinstance(there, dict)
+            else "the keys that differ are not recorded"
+        )
         return f"it belongs to config {contents.get('config_hash')}, this is {run.config_hash}: {keys}"
-    if run.base is not None and contents.get("base") != run.base:
-        there = contents.get("base")
+    if run.base is not None and (there := contents.get("base")) != run.base:
         if there is None:
-            return "it is of an earlier version of atlas, which did not note what its base model holds"
-        return f"the base model is another under the same name (its config and weights are {there[:8]} there, {run.base[:8]} here)"
-    if contents.get("processes") != run.processes:
-        number = contents.get("processes")
+            return "it is of an earlier version of atlas, which did not record its base model"
+        return f"the base model of this name has changed (config and weights: {there[:8]} there, {run.base[:8]} here)"
+    if (number := contents.get("processes")) != run.processes:
         return (
-            f"it was trained by {number} processes, this launch has {run.processes}, which would train other rows: start as many "
-            f"(torchrun --nproc_per_node {number})"
+            f"it was trained by {number} processes. This launch has {run.processes}, which would train other rows: start "
+            f"{number} (torchrun --nproc_per_node {number})"
         )
     if run.data is not None and contents.get("data") != run.data:
         return "the training data have changed since"
     return None
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is none that can be read."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return tree if isinstance(tree, dict) else None
-
-
 def differing_keys(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """`train.seed (1 there, 2 here), ...` of two trees of `experiment`."""
     before, now = dict(_flat(there)), dict(_flat(here))
     keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    return ", ".join(f"{key} ({_said(before, key)} there, {_said(now, key)} here)" for key in keys)
+    return ", ".join(f"{key} ({_shown(before, key)} there, {_shown(now, key)} here)" for key in keys)
 
 
-def _said(values: Mapping[str, Any], key: str) -> str:
+def _shown(values: Mapping[str, Any], key: str) -> str:
     return json.dumps(values[key], ensure_ascii=False) if key in values else "default"
 
 

@@ -2,15 +2,12 @@
 
 import hashlib
 import subprocess
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.audit.report import for_manifest
 from atlas.compat import versions
 from atlas.config import Config, LoadedConfig, experiment
-from atlas.data.labeled import Labeled
 from atlas.device import DevicePlan
 from atlas.launch import command_line, processes
 
@@ -22,15 +19,19 @@ def build_manifest(
     loaded: LoadedConfig,
     plan: DevicePlan,
     base: "BaseFiles",
-    labeled: Labeled,
+    method: str,
+    rows: dict[str, Any],
     chat_template: str,
     result: dict[str, Any],
 ) -> dict[str, Any]:
-    """The manifest as plain JSON types. `result` is what the run found out (steps, losses, tokens, times)."""
+    """The manifest as plain JSON types. `rows` is what there is to say of the data, `result` what the run found out (steps, losses,
+    tokens, times)."""
     return {
         "format": 2,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(),
+        "phase": loaded.config.phase,
+        "method": method,
         "config_hash": loaded.config_hash,
         "config": loaded.config.model_dump(mode="json"),
         "experiment": experiment(loaded.config),
@@ -40,13 +41,7 @@ def build_manifest(
         "device": {"hardware": plan.hardware, **{key: value for key, (value, _) in plan.decided.items()}},
         "versions": versions(),
         "git": git_state(),
-        "data": {
-            "fingerprint": labeled.fingerprint,
-            "sources": [ledger.counts() for ledger in labeled.ledgers],
-            "eval_sources": [ledger.counts() for ledger in labeled.eval_ledgers],
-            "held_out": asdict(labeled.held_out) if labeled.held_out else None,
-        },
-        "audit": for_manifest(labeled),
+        **rows,
         "chat_template_sha256": hashlib.sha256(chat_template.encode()).hexdigest(),
         "result": result,
     }

@@ -30,12 +30,12 @@ from atlas.errors import DONE, RunError, UserError, first_line, run_main
 from atlas.files import RESULTS_DIR, can_write, existing
 from atlas.launch import is_main_process
 from atlas.redact import redact
-from atlas.train.arguments import held_out
+from atlas.train.arguments import accepted, build_arguments, held_out, phase_arguments
+from atlas.train.phase import Phase, phase_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedTokenizerBase
-    from trl import SFTConfig
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
     from atlas.models.load import BaseFiles
 
@@ -72,7 +72,7 @@ class Ready:
     libraries: bool = field(init=False)
     online: bool = field(init=False)
     plan: DevicePlan = field(init=False)
-    arguments: "SFTConfig" = field(init=False)
+    arguments: "TrainingArguments" = field(init=False)
     tokenizer: "PreTrainedTokenizerBase" = field(init=False)
     adapter: "LoraConfig" = field(init=False)
     empty: "PeftModel" = field(init=False)
@@ -136,12 +136,14 @@ def _main(loaded: LoadedConfig, resume: str) -> int:
 def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
     """Look at everything. Nothing is loaded, written or created, but for `output.hub_repo` where it does not exist yet."""
     config, ready = loaded.config, Ready()
+    phase = phase_of(config)
     ready.check("config", lambda: f"hash {loaded.config_hash}")
     ready.check("device", lambda: _device(ready, loaded))
     ready.check("quantisation", lambda: _quantisation(ready, loaded))
     ready.check("libraries", lambda: _libraries(ready), "bitsandbytes")
-    ready.check("training", lambda: _training(ready, loaded), "plan", "libraries")
-    ready.check("loss", lambda: _loss(loaded))
+    ready.check("training", lambda: _training(ready, phase, loaded), "plan", "libraries")
+    for name, look in phase.checks.items():
+        ready.check(name, partial(_of_phase, name, look, config))
     ready.check("output folder", lambda: _output_folder(loaded, resume))
     ready.check("results", lambda: _results_folder(loaded))
     ready.check("Hub", lambda: _hub(loaded))
@@ -159,7 +161,7 @@ def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
         ready.check("data", partial(reach, source), *online(source.name))
     ready.check("tokenizer", lambda: _tokenizer(ready, loaded), "libraries", *online(tokenizer))
     ready.check("base model", lambda: _base_model(ready, loaded, resume), "libraries", *online(config.model.name))
-    ready.check("trainer", lambda: _trainer(ready, loaded), "arguments", "tokenizer", "empty")
+    ready.check("trainer", lambda: _trainer(ready, phase, loaded), "arguments", "tokenizer", "empty")
     ready.check("memory", lambda: _memory(ready, loaded), "plan", "sizes")
     ready.check("cache", lambda: _cache(ready, loaded), "base")
     ready.check("disk", lambda: _disk(ready, loaded), "arguments", "tokenizer", "sizes")
@@ -197,15 +199,14 @@ def _libraries(ready: Ready) -> str:
     return found
 
 
-def _training(ready: Ready, loaded: LoadedConfig) -> str:
-    from atlas.train.arguments import sft_arguments
-
-    arguments = ready.arguments = sft_arguments(loaded, ready.plan)
+def _training(ready: Ready, phase: Phase, loaded: LoadedConfig) -> str:
+    arguments = ready.arguments = phase_arguments(phase, loaded, ready.plan)
     rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    size = f"{rows} {'packs' if arguments.packing else 'rows'}"
-    size += f", at most {arguments.max_length:,} tokens each" if arguments.max_length else ""
+    max_length = getattr(arguments, "max_length", None)
+    size = f"{rows} {'packs' if getattr(arguments, 'packing', False) else 'rows'}"
+    size += f", at most {max_length:,} tokens each" if max_length else ""
     if arguments.max_steps > 0:
-        tokens = rows * arguments.max_steps * (arguments.max_length or 0)
+        tokens = rows * arguments.max_steps * (max_length or 0)
         steps = f"{arguments.max_steps:,} steps of {size}" + (f", {tokens:,} tokens at most" if tokens else "")
     else:
         epochs = f"{arguments.num_train_epochs:g} epoch{'s' * (arguments.num_train_epochs != 1)}"
@@ -216,20 +217,15 @@ def _training(ready: Ready, loaded: LoadedConfig) -> str:
     return f"{steps}; held-out loss every {f'{arguments.eval_steps:g} steps' if evaluated == 'steps' else evaluated}"
 
 
-def _loss(loaded: LoadedConfig) -> Line | str:
-    gate = loaded.config.audit.gate
-    if not loaded.config.train_value("assistant_only_loss"):
-        return Line(
-            "warn", "loss", "on ALL tokens, prompts too, and nothing is audited: train.assistant_only_loss is false"
-        )
-    if gate == "off":
-        return Line("warn", "loss", "on the assistant's content and its stop token; not audited: audit.gate is off")
-    return f"on the assistant's content and its stop token, proven by the audit (gate {gate})"
+def _of_phase(name: str, look: Callable[[Config], tuple[str, str]], config: Config) -> Line:
+    status, text = look(config)
+    return Line(status, name, text)
 
 
 def _output_folder(loaded: LoadedConfig, resume: str) -> Line | str:
     from atlas.lock import refuse_if_held
-    from atlas.train.checkpoints import Identity, checkpoints, refuse_foreign, refuse_other_runs
+    from atlas.train.checkpoints import Identity, checkpoints, refuse_other_runs
+    from atlas.train.folder import refuse_foreign
 
     folder = Path(loaded.config.output.dir)
     can_write(folder, "output.dir", "choose another output.dir")
@@ -355,44 +351,38 @@ def _with_adapter(model: Any, adapter: "LoraConfig") -> "PeftModel":
         raise UserError(f"lora.target_modules: {first_line(error)}") from None
 
 
-def _trainer(ready: Ready, loaded: LoadedConfig) -> str:
-    """TRL's trainer, its loader, optimizer and schedule, on the model without weights and two rows: what a library refuses
+def _trainer(ready: Ready, phase: Phase, loaded: LoadedConfig) -> str:
+    """The trainer, its loader, optimizer and schedule, on the model without weights and two rows: what a library refuses
     of `train:`, it refuses now."""
-    from atlas.train.arguments import accepted
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run's own trainer says them too
-        arguments = accepted(lambda config: _try_trainer(ready, config), loaded.config)
+        arguments = accepted(lambda config: _try_trainer(ready, phase, config), loaded.config)
     optimizer, schedule = arguments.optim, arguments.lr_scheduler_type
     return f"{getattr(optimizer, 'value', optimizer)}, {getattr(schedule, 'value', schedule)} schedule"
 
 
-def _try_trainer(ready: Ready, config: Config) -> "SFTConfig":
+def _try_trainer(ready: Ready, phase: Phase, config: Config) -> "TrainingArguments":
     import torch
     from datasets import Dataset
     from torch.utils.checkpoint import checkpoint
-    from trl import SFTTrainer
 
-    from atlas.data.pack import arrange
-    from atlas.train.arguments import build_arguments
+    from atlas.train.checkpoints import Identity
 
-    class Trial(SFTTrainer):
-        def _move_model_to_device(self, model: Any, device: Any) -> None:
-            pass  # there is nothing to move
-
-    arguments = build_arguments(config, ready.plan)
-    token = ready.tokenizer.eos_token_id
-    rows = Dataset.from_list([{"input_ids": [token] * 32, "labels": [token] * 32}] * 2)
+    # There is nothing to move: the model has no weights.
+    trial = type("Trial", (phase.trainer(),), {"_move_model_to_device": lambda self, model, device: None})
+    arguments = build_arguments(phase, config, ready.plan)
+    rows = Dataset.from_list(phase.sample(ready.tokenizer))
     if arguments.use_liger_kernel:
         import_module("liger_kernel")  # when training starts the library needs it
     with tempfile.TemporaryDirectory() as folder:
         arguments.output_dir, arguments.report_to = folder, []
-        trainer = Trial(
+        trainer = trial(
             model=copy.deepcopy(ready.empty),
             args=arguments,
-            train_dataset=arrange(rows, arguments),
+            train_dataset=phase.arrange(rows, arguments),
             eval_dataset=rows if held_out(config) else None,
             processing_class=ready.tokenizer,
+            identity=Identity("", {}, None, "", None, 1),
         )
         loader = trainer.get_train_dataloader()
         if arguments.dataloader_num_workers == 0:
@@ -511,7 +501,7 @@ def _disk(ready: Ready, loaded: LoadedConfig) -> Line | str:
     return f"{said}, of {_size(free)} free"
 
 
-def _checkpoints_kept(arguments: "SFTConfig") -> int | None:
+def _checkpoints_kept(arguments: "TrainingArguments") -> int | None:
     """How many there will be at most, or None where nothing limits them."""
     if arguments.save_total_limit:
         return int(arguments.save_total_limit) + int(arguments.load_best_model_at_end)

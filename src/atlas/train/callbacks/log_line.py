@@ -1,0 +1,71 @@
+"""One line of progress per `train.logging_steps`."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class LogLine(TrainerCallback):
+    """Prints loss, learning rate, gradient norm, tokens per second (supervised ones too, where they are logged), memory and time
+    left. Rates count from the last line; `begin` sets the first one."""
+
+    def begin(self, state: TrainerState, tokens: int, supervised: int) -> None:
+        """Training begins, or goes on from a checkpoint that has been restored, with these counts of tokens."""
+        self._last = (time.perf_counter(), tokens, supervised)
+        self._began = (time.perf_counter(), state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:  # `logging_steps` may not meet the last one, whose loss is the result
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            print(f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}", flush=True)
+        if "loss" not in logs:
+            return
+        now, tokens = time.perf_counter(), int(logs.get("num_tokens", 0))
+        supervised = int(logs.get("supervised_tokens", 0))
+        seconds = max(now - self._last[0], 1e-9)
+        steps = max(state.global_step - self._began[1], 1)
+        left = (now - self._began[0]) / steps * (state.max_steps - state.global_step)
+        rates = {" supervised tok/s": supervised - self._last[2], " tok/s": tokens - self._last[1]}
+        width = len(str(state.max_steps))
+        parts = [
+            f"step {state.global_step:>{width}}/{state.max_steps}",
+            f"loss {logs['loss']:.4f}",
+            f"lr {logs['learning_rate']:.2e}",
+            f"grad {logs['grad_norm']:.3f}" if "grad_norm" in logs else "grad skipped",  # by the loss scaler
+            *(f"{count / seconds:,.0f}{unit}" for unit, count in rates.items() if count > 0),
+            f"{memory_gib():.2f} GiB",
+            f"{duration(left)} left",
+        ]
+        print("  ".join(parts), flush=True)
+        self._last = (now, tokens, supervised)
+
+
+def memory_gib() -> float:
+    """Peak memory so far: allocated on the GPU where there is one, else this process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -1,0 +1,54 @@
+"""The output folder: what in it is atlas' own. A run neither writes over nor removes anything else."""
+
+from pathlib import Path
+from typing import Any
+
+from atlas.errors import UserError
+from atlas.files import read_object, sha256, write_json
+from atlas.hub.card import MARKS, is_foreign, is_generated
+from atlas.train.checkpoints import checkpoints, foreign
+
+STAGING = ".saving"
+OWNED = ".atlas.files.json"
+_RESULT = (  # files of a result whose names other tools use too
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+def own(output_dir: Path, staged: Path) -> None:
+    """Record, before they are moved to `output_dir`, that the files in `staged` are atlas' own. Until then older ones are too."""
+    known = read_object(output_dir / OWNED)
+    files: dict[str, Any] = {path.name: [sha256(path)] for path in sorted(staged.iterdir())}
+    for name, digests in files.items():
+        if (output_dir / name).is_file() and (old := sha256(output_dir / name)) in known.get(name, ()):
+            digests.append(old)
+    write_json(output_dir / OWNED, files)
+
+
+def refuse_foreign(output_dir: Path, resume: str) -> None:
+    """Raises `UserError` where a run in `output_dir` would write over, or remove, what atlas has not written."""
+    found = [f"{path.name} {why}" for path in checkpoints(output_dir) if (why := foreign(path))]
+    manifest = read_object(output_dir / "manifest.json")
+    if (output_dir / "manifest.json").exists() and "config_hash" not in manifest:
+        found.append("manifest.json is not one of atlas")
+    # A finished run is not written over with `auto`: it is this run, or it is refused as another one.
+    if resume != "auto" or "config_hash" not in manifest:
+        known = read_object(output_dir / OWNED)
+        for name in _RESULT:
+            if (path := output_dir / name).is_file() and sha256(path) not in known.get(name, ()):
+                found.append(f"{name} was not written by atlas, or was changed since")
+        found += [f"{name} was not written by atlas" for name in MARKS if is_foreign(output_dir / name)]
+        card = output_dir / "README.md"
+        if card.is_file() and not is_generated(card.read_text(encoding="utf-8", errors="replace")):
+            found.append("README.md was not written by atlas, or was changed since")
+    if found:
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UserError(
+            f"output.dir: {output_dir} holds files that this run would write over or remove, but atlas has not written them:\n"
+            f"       {'; '.join(found[:3])}{more}\n       Set another output.dir, or move these files away"
+        )

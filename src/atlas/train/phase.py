@@ -1,0 +1,72 @@
+"""What is special to one way of training. All else (preflight, checkpoints, stops, saving, push) is the same for each phase."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from atlas.config import Config
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+
+class Rows(Protocol):
+    """The rows of one run, ready for the trainer, and what there is to say of them."""
+
+    fingerprint: str
+    """Changes with every change of what is trained; part of the run's identity."""
+    dataset: "Dataset | IterableDataset"
+    eval_dataset: "Dataset | None"
+
+    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Make the rows, and print what became of the data. Raises `UserError` for rows that must not be trained on."""
+
+    def begin(self) -> None:
+        """Told when training begins: the trainer's constructor has looked at the first rows of a stream, which does not count."""
+
+    def took(self, rows: int) -> None:
+        """Told at the end how many rows the trainer used: a stream has read more of them."""
+
+    def manifest(self) -> dict[str, Any]:
+        """Its part of manifest.json; plain JSON types."""
+        return {}
+
+    def write(self, folder: Path) -> None:
+        """Write the reports on these rows beside the adapter."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One way of training, as a record. `atlas.config.SCHEMAS` holds under the same name what its `train:` may say."""
+
+    name: str
+    """As in `phase:` of a config, and `atlas NAME`."""
+    method: str
+    """In words, for the manifest and the model card."""
+    arguments: Callable[[], type["TrainingArguments"]]
+    """Imports the class of its arguments."""
+    trainer: Callable[[], type["Trainer"]]
+    """Imports its trainer: `Resumable` over a trainer of transformers or TRL, which takes `peft_config` and `identity`."""
+    rows: Callable[[Config, "PreTrainedTokenizerBase"], Rows]
+    sample: Callable[["PreTrainedTokenizerBase"], list[dict[str, Any]]]
+    """A few rows as the trainer takes them, with which preflight tries the trainer."""
+    arrange: Callable[[Any, Any], Any] = lambda rows, arguments: rows
+    """(dataset, arguments) -> the dataset in the order and form in which the trainer takes it."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments that are the same in each run of the phase."""
+    checks: Mapping[str, Callable[[Config], tuple[str, str]]] = field(default_factory=dict)
+    """Its own lines of preflight: name -> (status, text)."""
+
+
+PHASES: dict[str, str] = {"sft": "atlas.train.sft:SFT"}
+"""Where each phase's record is, by name. A record is imported only when it is asked for."""
+
+
+def phase_of(config: Config) -> Phase:
+    """The phase that a config is for."""
+    module, _, name = PHASES[config.phase].partition(":")
+    phase: Phase = getattr(import_module(module), name)
+    return phase

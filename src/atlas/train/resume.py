@@ -1,0 +1,230 @@
+"""What any Trainer needs so that a run can be killed at any moment, resumes to the bit, and never saves a run that has diverged."""
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from atlas.console import say
+from atlas.errors import RunError, first_line
+from atlas.files import write_json
+from atlas.train import checkpoints
+
+
+class EvaluationCutError(Exception):
+    """Raised between two batches of an evaluation when the process was told to stop."""
+
+
+class Resumable(Trainer):
+    """A mixin over any Trainer of transformers or TRL: `class Mine(Resumable, SFTTrainer)`.
+
+    Checkpoints are sealed, hold what transformers and TRL forget (the sums of the log since its last line, counts since the
+    start), and only this run's own are removed. An evaluation changes nothing of the training. A loss or an adapter that is not
+    finite ends the run. Private parts of transformers that it overrides or reads are listed in `atlas.compat.TRAINER`.
+    """
+
+    evaluation_due = False
+    """An evaluation was put off, because the process was told to stop. The resumed run begins with it."""
+    _broken_at: torch.Tensor | int = 0
+    _train_sampler: Any = None
+
+    def __init__(self, *args: Any, identity: checkpoints.Identity, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.identity = identity
+        # transformers would remove checkpoints by their numbers, whoever has written them.
+        self.keep_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def counts(self) -> dict[str, Any]:
+        """What has been counted since the start, for a checkpoint; a trainer adds its own."""
+        metrics = getattr(self, "_metrics", {"train": {}})["train"]  # TRL's, for its next line of the log
+        return {
+            "total_tokens": getattr(self, "_total_train_tokens", None),
+            "metrics": {name: list(values) for name, values in metrics.items()},
+        }
+
+    def restore_counts(self, counts: Mapping[str, Any]) -> None:
+        """The counts of a checkpoint."""
+        if counts["total_tokens"] is not None:
+            self._total_train_tokens = counts["total_tokens"]
+            self._metrics["train"].clear()
+            self._metrics["train"].update({name: list(values) for name, values in counts["metrics"].items()})
+
+    def result(self) -> dict[str, Any]:
+        """What a trainer adds to the result in manifest.json; every process has to call it."""
+        return {}
+
+    # Order of the rows
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        asked, self.args.dataloader_drop_last = (
+            self.args.dataloader_drop_last,
+            False,
+        )  # else held-out rows are left out too
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = asked
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def _get_eval_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_eval_sampler(*args, **kwargs)
+        self._seed(sampler, 0)
+        return sampler
+
+    def _seed(self, sampler: Any, epoch: int) -> None:
+        """A sampler that groups rows by length draws from the global random state, which a resumed run does not have."""
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.generator = torch.Generator()
+            sampler.generator.manual_seed(seed + epoch)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._seed(self._train_sampler, kwargs["epoch"])
+        # transformers 5.23 takes one more step, at learning rate 0, when it resumes from the last one.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    # Divergence
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        # Only noted here, because looking at it would wait for the GPU. The log and the checkpoints look.
+        known = torch.as_tensor(self._broken_at, device=loss.device)
+        self._broken_at = torch.where(loss.isfinite() | (known > 0), known, self.state.global_step + 1)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.accelerator.optimizer_step_was_skipped:
+            logs.pop("grad_norm", None)  # too large for the loss scaler, which takes a smaller scale for the next step
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                if name == "loss":
+                    self.refuse_divergence()  # it knows the step
+                self._diverged(f"{name} is {logs[name]} at step {self.state.global_step}")
+        super().log(logs, start_time)
+
+    def refuse_divergence(self) -> None:
+        """Raises `RunError` where a loss or a trained parameter is not finite."""
+        if step := int(self._broken_at):
+            self._diverged(f"the loss of step {step} is not finite", step)
+        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
+            self._diverged(f"the adapter is not finite after step {self.state.global_step}")
+
+    def _diverged(self, what: str, step: int | None = None) -> NoReturn:
+        """`step`: the first broken one, where it is not the last one."""
+        last = checkpoints.newest(self._folder, self.identity.start)
+        raise RunError(
+            f"the run has diverged: {what} (nan or inf). Nothing of that is saved or pushed; "
+            + (f"{last} is the last checkpoint from before" if last else "there is no checkpoint from before")
+            + ". Lower train.learning_rate, or look at the rows of that step"
+            # Before that step no learning rate has changed anything.
+            + (". So early the weights of model.name may be broken" if (step or self.state.global_step) <= 1 else "")
+        )
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As transformers does it, with a seal. One that cannot be written does not end the run: the disk may have room again when
+        the next one is due."""
+        self.refuse_divergence()
+        folder = self._folder / f"checkpoint-{self.state.global_step}"
+        try:
+            if self.args.should_save:
+                checkpoints.begin(folder, self.identity)
+            self.accelerator.wait_for_everyone()
+            Trainer._save_checkpoint(self, model, trial)  # TRL's trainers add a model card to output_dir
+            write_json(folder / checkpoints.PROGRESS.format(rank=self.args.process_index), self._progress())
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.seal(folder, self.identity, self.state.global_step)
+        except Exception as error:  # a full disk is an OSError, torch's RuntimeError, safetensors' or tokenizers' own
+            if self.args.world_size > 1:
+                raise  # the other processes wait for this one
+            checkpoints.discard(folder)
+            newest = checkpoints.newest(self._folder, self.identity.start)
+            last = f"the last one is {newest}" if newest else "there is none yet"
+            say(f"{folder.name} could not be saved ({first_line(error)}); {last}; training goes on", flush=True)
+        else:
+            if self.args.should_save:
+                keep = {folder, Path(self.state.best_model_checkpoint or folder)}
+                checkpoints.remove_oldest(self._folder, self.keep_checkpoints, keep, self.identity.start)
+
+    def _progress(self) -> dict[str, Any]:
+        """What transformers and TRL do not save."""
+        return {
+            **self.counts(),
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "evaluation_due": self.evaluation_due or self._epoch_is_not_evaluated(),
+        }
+
+    def _epoch_is_not_evaluated(self) -> bool:
+        """Is this the end of an epoch? Its evaluation comes after the last step's checkpoint."""
+        if self.args.eval_strategy != "epoch" or not self.state.epoch or not float(self.state.epoch).is_integer():
+            return False
+        evaluated = (line["step"] for line in self.state.log_history if "eval_loss" in line)
+        return self.state.global_step not in evaluated
+
+    def restore_progress(self, checkpoint: Path) -> None:
+        """Called after transformers has loaded its part of a checkpoint: the rest, and the evaluation that was put off."""
+        file = checkpoint / checkpoints.PROGRESS.format(rank=self.args.process_index)
+        progress = json.loads(file.read_text(encoding="utf-8"))
+        self.restore_counts(progress)
+        self._tr_loss.fill_(progress["loss"])
+        self._total_loss_scalar, self._initial_global_step = progress["total_loss"], 0
+        self._globalstep_last_logged = progress["last_logged"]
+        best = self._folder / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (problem := checkpoints.damage(best)):
+            print(f"the best checkpoint so far cannot be used, so a later one is kept: {best}: {problem}")
+            self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
+        elif self.state.best_global_step:
+            self.state.best_model_checkpoint = str(best)  # the folder may have been moved since
+        if progress["evaluation_due"]:
+            self._determine_best_metric(self._evaluate(None, None), None)
+
+    # Evaluation
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        state = _random_state()
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationCutError:
+            _set_random_state(state)
+            self.evaluation_due = True
+            newest = checkpoints.newest(self._folder, self.identity.start)
+            if newest is None or newest.name != f"checkpoint-{self.state.global_step}":
+                self._save_checkpoint(self.model, None)
+            raise
+        finally:
+            _set_random_state(state)  # its data loader draws a seed, which must not change what is trained next
+
+
+def _random_state() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,352 @@
+"""A run of any phase: opened (preflight, lock, plan), fitted (log line, stop signals), closed (saved with manifest and card).
+
+The entry file of a phase reads in this order; see `atlas.train.sft`.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from atlas.config import LoadedConfig, load_config, render_config
+from atlas.console import quiet_libraries, say
+from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError, run_main
+from atlas.files import flush, sha256, write_json
+from atlas.launch import is_main_process
+from atlas.lock import held
+from atlas.train.arguments import left_out
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from atlas.train.checkpoints import Identity
+    from atlas.train.phase import Phase, Rows
+    from atlas.train.preflight import Ready
+    from atlas.train.resume import Resumable
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run: the folder with adapter, tokenizer and manifest, and the trainer with the model still in memory (None where
+    the run had been finished before)."""
+
+    folder: Path
+    trainer: "Resumable | None"
+    manifest: dict[str, Any]
+
+
+class Train(Protocol):
+    """The job of a phase, as its entry file says it."""
+
+    def __call__(self, loaded: LoadedConfig, resume: str = "auto") -> FinishedRun: ...
+
+
+def command(phase: str, train: Train, description: str | None, argv: Sequence[str] | None) -> int:
+    """The command of a phase. `description`: its module's docstring, of which `--help` shows the first paragraph. Returns the exit
+    status."""
+    parser = argparse.ArgumentParser(prog=f"atlas {phase}", description=(description or "").split("\n\n")[0])
+    parser.add_argument("--config", required=True, help="phase YAML; the base.yaml beside it is merged under it")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimizer steps (train.max_steps)")
+    parser.add_argument("--no-push-to-hub", action="store_true", help="keep the result on this machine")
+    parser.add_argument(
+        "--dump-template-audit",
+        action="store_true",
+        help="write what would be trained, token by token, and stop (no model is loaded)",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved config with the source of each value"
+    )
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH", help="checkpoint to resume from (default: auto)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted path into the config, e.g. train.learning_rate=1e-4"
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    return run_main(lambda: _main(phase, train, arguments))
+
+
+def _main(phase: str, train: Train, arguments: argparse.Namespace) -> int:
+    overrides = list(arguments.overrides)
+    if arguments.max_steps is not None:
+        if arguments.max_steps < 1:  # transformers takes 0 and below for "not set" and would train whole epochs
+            raise UserError(f"--max-steps {arguments.max_steps}: give at least 1")
+        overrides.append(f"train.max_steps={arguments.max_steps}")
+    if arguments.no_push_to_hub:
+        overrides.append("output.hub_repo=null")
+    loaded = load_config(arguments.config, overrides, phase)
+    if arguments.print_config:
+        from atlas.device import Machine, choose_device
+
+        print(render_config(loaded, choose_device(loaded.config, Machine.without_torch()).decided), end="")
+        return DONE
+    # On a shared machine OpenMP's spinning barriers make small steps 6-13x slower; read once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if arguments.dump_template_audit:
+        from atlas.audit.command import dump_audit
+
+        dump_audit(loaded)
+        return DONE
+    with contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(None):
+        run = train(loaded, arguments.resume)
+    if run.manifest["result"]["lora_b_norm"] == 0.0:
+        print(
+            "error: no step changed the adapter (LoRA B is zero), so its scores would be the base model's. "
+            f"{_why_unchanged(loaded, run.manifest['result']['steps'])}",
+            file=sys.stderr,
+        )
+        return FAILED
+    output = loaded.config.output
+    if output.hub_repo is not None and is_main_process():
+        from atlas.hub.push import push
+
+        push(run.folder, output.hub_repo, private=output.hub_private, access_checked=True)
+    return DONE
+
+
+def _why_unchanged(loaded: LoadedConfig, steps: int) -> str:
+    if steps > 1 and loaded.config.train_value("load_best_model_at_end"):
+        return (
+            "By train.metric_for_best_model a step before the first change was the best (see the held-out loss above), and that "
+            "adapter is kept: train longer, or set another metric"
+        )
+    if steps == 1 and loaded.config.train_value("warmup_steps"):
+        return "Train for more than one step: at the first one of a warm-up the learning rate is 0"
+    return (
+        "Look at grad and lr in the log above. A grad of 0 means that the adapter had no effect on the loss (a much too large "
+        "train.neftune_noise_alpha does that); else raise train.learning_rate"
+    )
+
+
+@contextlib.contextmanager
+def open_run(phase: "Phase", loaded: LoadedConfig, resume: str) -> "Iterator[Run]":
+    """Preflight, then the run with its output folder locked. Raises `UserError` for input that cannot end well, before any data or
+    model is loaded."""
+    started = time.perf_counter()
+    quiet_libraries()
+    from atlas.train.preflight import preflight
+
+    ready = preflight(loaded, resume)
+    say(f"preflight\n{ready.table()}", flush=True)
+    ready.refuse_failures()
+    folder = Path(loaded.config.output.dir)
+    with held(folder, f"atlas {phase.name}") if is_main_process() else contextlib.nullcontext():
+        print(ready.plan.table())
+        yield Run(phase, loaded, ready, folder, resume, started)
+
+
+@dataclass
+class Run:
+    """One run while it goes on. Its methods are called in the order in which they stand here."""
+
+    phase: "Phase"
+    loaded: LoadedConfig
+    ready: "Ready"
+    """What preflight has found out: device plan, arguments, tokenizer, adapter, base model."""
+    folder: Path
+    resume: str
+    """auto, never or a checkpoint."""
+    started: float
+    """`time.perf_counter()` at the beginning of the command."""
+    rows: "Rows" = field(init=False)
+    tokenizer: "PreTrainedTokenizerBase" = field(init=False)
+    train_dataset: Any = field(init=False)
+    identity: "Identity" = field(init=False)
+    checkpoint: Path | None = None
+    """From which the run resumes."""
+    finished: FinishedRun | None = None
+    """Set by `prepare` where there is nothing to do."""
+    trainable: int = field(init=False)
+    """Number of trained parameters."""
+    _outcome: Any = field(init=False)
+
+    def prepare(self) -> None:
+        """Make the rows, and find the checkpoint from which to resume. Raises `UserError` for rows that must not be trained on, and
+        where the folder holds another run."""
+        from accelerate import PartialState
+
+        from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest
+
+        config, arguments = self.loaded.config, self.ready.arguments
+        with PartialState().local_main_process_first():  # one process prepares, the others read its cache
+            self.rows = self.phase.rows(config, self.ready.tokenizer)
+            self.train_dataset = self.phase.arrange(self.rows.dataset, arguments)
+        if (arguments.world_size > 1 or arguments.dataloader_drop_last) and not config.data.streaming:
+            print(left_out(len(self.train_dataset), arguments))
+        identity = Identity.of(self.loaded, self.rows.fingerprint, self.ready.plan.hardware, self.ready.base.content)
+        if self.resume == "auto" and (manifest := finished_manifest(self.folder, identity)) is not None:
+            print(f"this run is finished: {self.folder} (--resume never trains it again)")
+            self.finished = FinishedRun(self.folder, None, manifest)
+            return
+        self.checkpoint = checkpoint_to_resume(self.folder, self.resume, identity)
+        self.identity = identity.started(self.folder, self.checkpoint)
+
+    def load_base_model(self) -> "PreTrainedModel":
+        """The quantised base model of the config; the tokenizer is set to match it."""
+        from atlas.models.load import load_base_model_and_tokenizer
+
+        model, self.tokenizer = load_base_model_and_tokenizer(self.loaded.config, self.ready.plan, self.ready.tokenizer)
+        return model
+
+    def trainer(self, model: "PreTrainedModel") -> "Resumable":
+        """The phase's trainer, with the adapter in float32 on `model`."""
+        from transformers import PrinterCallback, ProgressCallback, set_seed
+
+        from atlas.models.adapters import cast_trainable_to_fp32
+
+        set_seed(
+            self.ready.arguments.seed
+        )  # the adapter is initialised in the constructor, before Trainer seeds anything
+        trainer: Resumable = self.phase.trainer()(
+            model=model,
+            args=self.ready.arguments,
+            train_dataset=self.train_dataset,
+            eval_dataset=self.rows.eval_dataset,
+            processing_class=self.tokenizer,
+            peft_config=self.ready.adapter,
+            identity=self.identity,
+        )
+        self.rows.begin()
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        self.trainable = cast_trainable_to_fp32(trainer.model)
+        lora = self.loaded.config.lora
+        print(f"adapter r={lora.r} alpha={lora.lora_alpha}: {self.trainable:,} trainable parameters, float32")
+        return trainer
+
+    def fit(self, trainer: "Resumable") -> None:
+        """Train to the end. Raises `StoppedError` where a signal or the clock stops the run, after a checkpoint is saved, and
+        `RunError` where the run has diverged."""
+        from atlas.train.callbacks.log_line import LogLine
+        from atlas.train.callbacks.save_in_time import SaveInTime
+        from atlas.train.checkpoints import newest
+        from atlas.train.resume import EvaluationCutError
+
+        settings, log = self.loaded.config.checkpoint, LogLine()
+        hours = settings.stop_after_hours
+        stop_in = None if hours is None else self.started + 3600 * hours - time.perf_counter()
+        with SaveInTime(trainer, log, settings.every_minutes, stop_in, self.checkpoint) as saving:
+            trainer.add_callback(log)
+            trainer.add_callback(saving)
+            with contextlib.suppress(EvaluationCutError):
+                resume = str(self.checkpoint) if self.checkpoint else None
+                self._outcome = trainer.train(resume_from_checkpoint=resume)
+        if saving.received:
+            state, saved = trainer.state, newest(self.folder, self.identity.start)
+            name = signal.Signals(saving.received).name
+            name = f"checkpoint.stop_after_hours={hours:g}" if saving.received == signal.SIGALRM else name
+            how = f"{saved} is whole; {self._again(saved)} resumes from it" if saved else "no checkpoint could be saved"
+            raise StoppedError(
+                f"stopped by {name} after step {state.global_step}/{state.max_steps}: {how}", saving.received
+            )
+        trainer.refuse_divergence()
+        arguments = self.ready.arguments
+        rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        self.rows.took(trainer.state.global_step * rows)
+
+    def _again(self, checkpoint: Path) -> str:
+        """The command that resumes from a checkpoint: `--resume never` would begin anew once more."""
+        return "the same command" if self.resume == "auto" else f"the same command with --resume {checkpoint}"
+
+    def close(self, trainer: "Resumable") -> FinishedRun:
+        """Save adapter, tokenizer, reports, manifest and card. Raises `RunError` where they cannot be written; the last checkpoint
+        stays."""
+        from atlas.train.callbacks.log_line import duration
+        from atlas.train.manifest import build_manifest
+
+        result = self._result(trainer)
+        manifest = build_manifest(
+            self.loaded,
+            self.ready.plan,
+            self.ready.base,
+            self.phase.method,
+            self.rows.manifest(),
+            self.tokenizer.get_chat_template(),
+            result,
+        )
+        if is_main_process():
+            self._save(trainer, manifest)
+        trainer.accelerator.wait_for_everyone()
+        first, last = result["loss_first"], result["loss_last"]
+        said = [
+            f"done: {result['steps']} steps",
+            *([f"{result['supervised_tokens']:,} supervised tokens"] if "supervised_tokens" in result else []),
+            *([f"loss {first:.4f} -> {last:.4f}"] if first is not None else []),
+            f"LoRA B norm {result['lora_b_norm']:.4f}",
+            *([f"audit {manifest['audit']['verdict']}"] if "audit" in manifest else []),
+            duration(time.perf_counter() - self.started),
+        ]
+        print(f"{', '.join(said)}, saved in {self.folder}")
+        return FinishedRun(self.folder, trainer, manifest)
+
+    def _result(self, trainer: "Resumable") -> dict[str, Any]:
+        from atlas.models.adapters import lora_b_norm
+        from atlas.train.callbacks.log_line import memory_gib
+
+        history = trainer.state.log_history
+        losses, eval_losses = ([line[key] for line in history if key in line] for key in ("loss", "eval_loss"))
+        best = trainer.state.best_global_step if self.ready.arguments.load_best_model_at_end else None
+        return {
+            "steps": trainer.state.global_step,
+            # The times below count from there, all else from the start.
+            "resumed_from": self.checkpoint.name if self.checkpoint else None,
+            "trainable_parameters": self.trainable,
+            **trainer.result(),
+            "lora_b_norm": lora_b_norm(trainer.model),
+            "loss_first": losses[0] if losses else None,
+            "loss_last": losses[-1] if losses else None,
+            "loss_mean": self._outcome.training_loss,
+            "eval_loss": eval_losses[-1] if eval_losses else None,
+            "best_step": best,
+            "train_seconds": round(self._outcome.metrics["train_runtime"], 2),
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "peak_memory_gib": round(memory_gib(), 3),
+        }
+
+    def _save(self, trainer: "Resumable", manifest: dict[str, Any]) -> None:
+        """The manifest comes after the files that it speaks of: it says that the run is finished."""
+        from atlas.hub.card import write_card
+        from atlas.train.folder import STAGING, own
+
+        staging = self.folder / STAGING
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            trainer.model.save_pretrained(staging, save_embedding_layers=False)
+            self.tokenizer.save_pretrained(staging)
+            trainer.model.generation_config.save_pretrained(staging)
+        except Exception as error:  # a full disk is an OSError, or safetensors' or tokenizers' own
+            shutil.rmtree(staging, ignore_errors=True)
+            raise self._not_saved(error) from None
+        try:
+            manifest["adapter_sha256"] = sha256(staging / "adapter_model.safetensors")
+            (staging / "README.md").unlink(missing_ok=True)  # PEFT's template
+            own(self.folder, staging)
+            (self.folder / "manifest.json").unlink(missing_ok=True)  # an earlier run's
+            for path in staging.iterdir():
+                flush(path)
+                path.replace(self.folder / path.name)
+            staging.rmdir()
+            self.rows.write(self.folder)
+            write_json(self.folder / "manifest.json", manifest)
+            write_card(self.folder, manifest["config"]["output"]["hub_repo"], new=True)
+        except (OSError, RunError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise self._not_saved(error) from None
+
+    def _not_saved(self, error: Exception) -> RunError:
+        from atlas.train.checkpoints import newest
+
+        last = newest(self.folder, self.identity.start)
+        whole = f"{last} is whole" if last else "There is no checkpoint"
+        again = f"{self._again(last)} again, which resumes from it" if last else "the same command again"
+        return RunError(
+            f"the adapter could not be saved in {self.folder} ({error}). {whole}: make room, then run {again}"
+        )

@@ -1,0 +1,77 @@
+"""TRL's SFTTrainer on rows that are labelled already: counts supervised tokens, and weighs the held-out loss by them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from trl import SFTTrainer
+
+from atlas.train.resume import Resumable
+
+
+class LabeledSFTTrainer(Resumable, SFTTrainer):
+    """Adds `supervised_tokens` (since the start, all processes) to what is logged and saved."""
+
+    supervised_tokens = 0
+
+    def counts(self) -> dict[str, Any]:
+        return {**super().counts(), "supervised_tokens": self.supervised_tokens}
+
+    def restore_counts(self, counts: Mapping[str, Any]) -> None:
+        super().restore_counts(counts)
+        self.supervised_tokens = counts["supervised_tokens"]
+
+    def result(self) -> dict[str, Any]:
+        return {"supervised_tokens": self.supervised_tokens_of_all()}
+
+    def supervised_tokens_of_all(self) -> int:
+        """Supervised tokens trained on since the start; every process has to call it."""
+        own = torch.tensor(self.supervised_tokens, device=self.accelerator.device)
+        return int(self.accelerator.reduce(own, reduction="sum"))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs["supervised_tokens"] = self.supervised_tokens_of_all()
+        super().log(logs, start_time)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.model.training:
+            self.supervised_tokens += int(_supervised(inputs))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self._mask_repeated_rows(inputs)
+        count = _supervised(inputs)
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        mean = found[0] if isinstance(found, tuple) else found
+        self._held_out.append(torch.stack([mean.detach().double() * count, count.double()]))
+        return found
+
+    def _mask_repeated_rows(self, inputs: dict[str, Any]) -> None:
+        """With several processes accelerate fills the last batches with rows from the start, which must not count twice."""
+        last, rows = self.accelerator.gradient_state, self.args.per_device_eval_batch_size
+        if self.args.world_size == 1 or not last.end_of_dataloader or last.remainder < 1:
+            return
+        own = min(max(last.remainder - rows * self.args.process_index, 0), rows)
+        if own < rows and self.padding_free:  # all rows are one
+            starts = (inputs["position_ids"][0] == 0).nonzero().flatten()
+            inputs["labels"][:, starts[own] :] = -100
+        else:
+            inputs["labels"][own:] = -100
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers averages the means of the batches, so that the batch size changes the result. Here each supervised token
+        counts once, as in training."""
+        self._held_out: list[torch.Tensor] = []
+        outcome = super().evaluation_loop(*args, **kwargs)
+        sums = self.accelerator.reduce(torch.stack(self._held_out), reduction="sum")
+        total, count = sums.sum(0).tolist()
+        key = next(name for name in outcome.metrics if name.endswith("_loss"))
+        outcome.metrics[key] = total / max(count, 1)
+        weights = sums[:, 1].cpu().numpy() / max(count, 1)
+        for name in ("entropy", "mean_token_accuracy"):
+            self._metrics["eval"][name] = [float(weights @ np.array(self._metrics["eval"][name]))]
+        return outcome
+
+
+def _supervised(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """How many tokens of a batch are learned. Labels are shifted by one, so the first token of a row is never predicted."""
+    return (inputs["labels"][:, 1:] != -100).sum()
