@@ -27,7 +27,7 @@ def config(*overrides: str) -> Config:
 )
 def test_precision_follows_the_compute_capability(gpu: Gpu | None, dtype: str, checkpointing: bool):
     plan = choose_device(config(), Machine(gpus=(gpu,) if gpu else (), arch_list=WHEEL))
-    assert (plan.dtype, plan.compute_dtype) == (dtype, dtype)
+    assert plan.dtype == plan.decided["quantization.bnb_4bit_compute_dtype"][0] == dtype
     assert [plan.decided[f"train.{key}"][0] for key in ("bf16", "fp16")] == [dtype == "bfloat16", dtype == "float16"]
     assert plan.gradient_checkpointing is checkpointing
     assert plan.attn_implementation == "sdpa"

@@ -111,7 +111,6 @@ class DevicePlan:
     hardware: str
     dtype: str
     """Compute precision, and the dtype of weights that are not quantised: bfloat16, float16 or float32."""
-    compute_dtype: str
     attn_implementation: str
     gradient_checkpointing: bool
     decided: dict[str, tuple[Any, str]]
@@ -141,7 +140,6 @@ def choose_device(config: Config, machine: Machine) -> DevicePlan:
             "quantization.load_in_4bit=false (LoRA on the unquantised base model)"
         )
     dtype, why = _precision(config, gpu)
-    compute, why_compute = _compute_dtype(config, gpu, dtype) if quantized else (dtype, "")
     attention, why_attention = _attention(config, machine, gpu, dtype)
     checkpointing, why_checkpointing = _checkpointing(config, gpu)
     follows = f"follows dtype {dtype}"
@@ -149,12 +147,11 @@ def choose_device(config: Config, machine: Machine) -> DevicePlan:
         device="cpu" if gpu is None else "cuda",
         hardware=machine.cpu if gpu is None else f"{gpu.name}, {gpu.sm}, {gpu.memory}",
         dtype=dtype,
-        compute_dtype=compute,
         attn_implementation=attention,
         gradient_checkpointing=checkpointing,
         decided={
             "model.dtype": (dtype, why),
-            **({"quantization.bnb_4bit_compute_dtype": (compute, why_compute)} if quantized else {}),
+            **({"quantization.bnb_4bit_compute_dtype": _compute_dtype(config, gpu, dtype)} if quantized else {}),
             "model.attn_implementation": (attention, why_attention),
             "train.bf16": (dtype == "bfloat16", follows),
             "train.fp16": (dtype == "float16", "loss scaling" if dtype == "float16" else follows),
@@ -192,10 +189,13 @@ def _has_kernels(gpu: Gpu, arch_list: tuple[str, ...]) -> bool:
 def _precision(config: Config, gpu: Gpu | None) -> tuple[str, str]:
     """bf16 by compute capability, not by torch.cuda.is_bf16_supported(), which counts emulation (True on a T4)."""
     bf16, fp16 = config.train.get("bf16"), config.train.get("fp16")
-    wanted = [("model.dtype", config.model.dtype), ("train.bf16", "bfloat16"), ("train.fp16", "float16")]
-    asked = {
-        key: dtype for (key, dtype), on in zip(wanted, (config.model.dtype != "auto", bf16, fp16), strict=True) if on
-    }
+    asked = {}
+    if config.model.dtype != "auto":
+        asked["model.dtype"] = config.model.dtype
+    if bf16:
+        asked["train.bf16"] = "bfloat16"
+    if fp16:
+        asked["train.fp16"] = "float16"
     if len(set(asked.values())) > 1:
         both = " and ".join(f"{key} ({value})" for key, value in asked.items())
         raise UserError(f"{both} contradict each other: keep one")

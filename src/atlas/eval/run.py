@@ -196,9 +196,8 @@ def _quantization(config: Config, target: Target) -> QuantizationConfig | None:
 
 def _runner(config: Config, target: Target, dtype: str, device: str, tokenizer: Any) -> Any:
     from atlas.eval.harness import run_task
-    from atlas.models.load import four_bit, load_model
+    from atlas.models.load import load_model
 
-    quantization = _quantization(config, target)
     model, tokenizer = load_model(
         target.model,
         target.adapter,
@@ -206,7 +205,7 @@ def _runner(config: Config, target: Target, dtype: str, device: str, tokenizer: 
         tokenizer=tokenizer,
         dtype=dtype,
         device=device,
-        quantization=four_bit(quantization, dtype) if quantization is not None else None,
+        quantization=_quantization(config, target),
     )
     return lambda task: run_task(model, tokenizer, task, batch_size=config.eval.batch_size)
 

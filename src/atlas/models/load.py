@@ -22,8 +22,7 @@ from atlas.models.adapters import MANIFEST, Adapter, put_adapter
 from atlas.models.tokenizer import load_tokenizer, read_tokenizer, stop_ids
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -159,19 +158,39 @@ def load_base(
     name: "str | Path",
     revision: str | None = None,
     *,
-    dtype: "torch.dtype | str" = "auto",
-    device: "torch.device | str | int" = "cpu",
-    quantization: "BitsAndBytesConfig | None" = None,
+    dtype: str = "auto",
+    device: str | int = "cpu",
+    quantization: QuantizationConfig | None = None,
     attention: str | None = None,
     key: str = "",
     remedy: str = "",
 ) -> "PreTrainedModel":
-    """A causal language model with all of its weights. Raises `UserError`, which begins with `key` and ends with `remedy`."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    """A causal language model with all of its weights. Raises `UserError`, which begins with `key` and ends with `remedy`.
 
-    name = str(name)
+    Args:
+        name: Hub id or folder.
+        revision: on the Hub.
+        dtype: of the weights; "auto" is the checkpoint's.
+        device: where to put the model.
+        quantization: in 4 bits; what computes is `dtype` where the settings leave it open.
+        attention: transformers' name of the implementation; None: the library's choice.
+        key: what the user chose the model by.
+        remedy: what else the user can do.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    name, four_bit = str(name), None
     _refuse_missing(name, key, remedy)
+    if quantization is not None:
+        compute = quantization.bnb_4bit_compute_dtype
+        four_bit = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, dtype if compute == "auto" else compute),
+        )
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
@@ -179,7 +198,7 @@ def load_base(
             revision=revision or "main",
             dtype=dtype,
             attn_implementation=attention,
-            quantization_config=quantization,
+            quantization_config=four_bit,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
@@ -192,20 +211,6 @@ def load_base(
             f"{key}the files of {name!r} lack {len(missing)} weights that its config.json asks for ({missing[0]}, ...){remedy}"
         )
     return model
-
-
-def four_bit(settings: QuantizationConfig, dtype: str) -> "BitsAndBytesConfig":
-    """transformers' form of `settings`; `dtype` is what computes where they leave it open."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    compute = settings.bnb_4bit_compute_dtype
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, dtype if compute == "auto" else compute),
-    )
 
 
 def load_base_model_and_tokenizer(
@@ -225,9 +230,9 @@ def load_base_model_and_tokenizer(
     model = load_base(
         config.model.name,
         config.model.revision,
-        dtype=getattr(torch, plan.dtype),
+        dtype=plan.dtype,
         device=torch.cuda.current_device() if plan.device == "cuda" else "cpu",
-        quantization=four_bit(config.quantization, plan.compute_dtype) if config.quantization.load_in_4bit else None,
+        quantization=config.quantization if config.quantization.load_in_4bit else None,
         attention=plan.attn_implementation,
         key="model.name: ",
     )
@@ -255,55 +260,40 @@ def load_model(
     *,
     revision: str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    dtype: "torch.dtype | str" = "auto",
-    device: "torch.device | str" = "cpu",
-    quantization: "BitsAndBytesConfig | None" = None,
-    remedy: str = "",
+    **loading: Any,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """For use: a base model, the adapter on it, and the tokenizer that goes with them. Raises `UserError`.
+    """For use: a base (or merged) model, the adapter on it, and the tokenizer that goes with them. Raises `UserError`.
 
-    Args:
-        base: Hub id or folder of the base (or merged) model.
-        adapter: its folder's tokenizer, if it has one, is used instead of the base's.
-        revision: of the base model, and of its tokenizer where that is used.
-        tokenizer: instead of the one that would be loaded, where the adapter has none of its own.
-        dtype: of the weights; "auto" is the checkpoint's.
-        device: where to put the model.
-        quantization: of the base, as `four_bit` makes it.
-        remedy: stands at the end of the message where the base cannot be loaded.
+    An adapter's own tokenizer is used where it has one, else `tokenizer`, else the base's. `loading` goes to `load_base`.
     """
     if adapter is not None:
         check_libraries()
         if (adapter.folder / "tokenizer_config.json").is_file():
             tokenizer = read_tokenizer(str(adapter.folder))
     tokenizer = tokenizer or read_tokenizer(str(base), revision)
-    model = load_base(base, revision, dtype=dtype, device=device, quantization=quantization, remedy=remedy)
+    model = load_base(base, revision, **loading)
     _refuse_other_family(tokenizer, model.get_input_embeddings().weight.shape[0], str(base))
-    broken = repr(str(base))
-    if adapter is None:
-        is_broken = not _gives_numbers(model.eval(), tokenizer)
-    else:
+    _refuse_broken(model, tokenizer, repr(str(base)))
+    if adapter is not None:
         _refuse_another_base(adapter, str(base), revision)
-        tuned = put_adapter(model, adapter)
-        if is_broken := not _gives_numbers(tuned, tokenizer):
-            with tuned.disable_adapter():
-                broken = adapter.name if _gives_numbers(tuned, tokenizer) else broken
-        model = tuned
-    if is_broken:
-        raise UserError(
-            f"{broken} is broken: its logits are not finite (nan or inf), so every reply would be noise. A weight or a scale of it "
-            f"is not finite, or too large for {model.dtype}: get its files again"
-        )
+        model = put_adapter(model, adapter)
+        _refuse_broken(model, tokenizer, adapter.name)
     return model, tokenizer
 
 
-def _gives_numbers(model: Any, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Are the logits of a short prompt finite? One forward pass uses every weight but the embeddings of other tokens."""
+def _refuse_broken(model: Any, tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Raises `UserError` where the logits of a short prompt are not finite. One forward pass uses every weight but the embeddings
+    of other tokens."""
     import torch
 
     ids = tokenizer("A short text.", add_special_tokens=False, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        return bool(model(input_ids=ids.to(model.device)).logits.isfinite().all())
+        if model(input_ids=ids.to(model.device)).logits.isfinite().all():
+            return
+    raise UserError(
+        f"{name} is broken: its logits are not finite (nan or inf), so every reply would be noise. A weight or a scale of it is "
+        f"not finite, or too large for {model.dtype}: get its files again"
+    )
 
 
 def _refuse_another_base(adapter: Adapter, name: str, revision: str | None) -> None:

@@ -81,7 +81,7 @@ def _merge(adapter: str, to: Path, dtype: str, base: str | None) -> dict[str, An
         tokenizer.save_pretrained(to)
     except Exception as error:  # of a full disk: safetensors and tokenizers have errors of their own
         raise OSError(first_line(error)) from None
-    logits = _logits(load_base(to).eval(), tokenizer)  # of what everybody will load
+    logits = _logits(load_base(to), tokenizer)  # of what everybody will load
     if not logits.isfinite().all():
         raise RunError(f"{precision} cannot hold this model (its logits are not finite): choose another --dtype")
     saved, same = _difference(logits, expected), (logits.argmax(-1) == expected.argmax(-1)).float().mean().item()
