@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,35 +42,61 @@ class BadRowError(Exception):
 
 @dataclass(frozen=True)
 class Format:
-    """How a data set writes conversations: the columns that tell it, a row as (unchecked) messages, and the columns that it reads
-    where they are there."""
+    """How a data set writes conversations: the columns that tell the format, and those that it reads where they are there."""
 
     name: str
     columns: tuple[str, ...]
-    messages: Callable[[Mapping[str, Any]], Any]
-    optional: tuple[str, ...] = ("tools",)
+    """A list of messages, or a prompt and its answer."""
+    system: str | None = None
+    """Optional column of the system prompt."""
+    input: str | None = None
+    """Optional column that is added to the prompt after an empty line."""
 
     @property
     def known(self) -> set[str]:
         """All columns that it reads."""
-        return {*self.columns, *self.optional}
+        tools = None if self.name == TEXT else "tools"
+        return {column for column in (*self.columns, self.system, self.input, tools) if column}
+
+    def messages(self, row: Mapping[str, Any]) -> Any:
+        """The messages of a row that has the columns. They are not checked yet: what is no list is given as it is."""
+        first = row[self.columns[0]]
+        system = _said("system", row[self.system]) if self.system and row.get(self.system) else []
+        if self.name == "sharegpt":
+            return system + [_sharegpt_turn(turn) for turn in first] if _is_list_of_objects(first) else first
+        if len(self.columns) == 1:
+            return first
+        prompt, more = _joined(first), _joined(row.get(self.input)) if self.input else None
+        if isinstance(prompt, str) and isinstance(more, str) and more:
+            prompt = f"{prompt}\n\n{more}"
+        return system + _said("user", prompt) + _said("assistant", row[self.columns[1]])
 
 
-def _turns(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
-    return [{"role": role, "content": content} for role, content in turns]
+FORMATS = {
+    known.name: known
+    for known in (
+        Format("messages", ("messages",)),
+        Format("sharegpt", ("conversations",), system="system"),
+        Format("alpaca", ("instruction", "output"), input="input"),
+        Format("dolly", ("instruction", "response"), input="context"),
+        Format("openorca", ("question", "response"), system="system_prompt"),
+        Format("prompt-response", ("prompt", "response"), system="system"),
+        Format("prompt-completion", ("prompt", "completion")),
+        Format("preference", ("prompt", "chosen", "rejected")),
+        Format(TEXT, ("text",)),
+    )
+}
 
 
-def _with(text: Any, more: Any) -> Any:
-    """`text` with the optional `more` after an empty line; both as they are where they cannot be joined."""
-    text, more = _joined(text), _joined(more)
-    return f"{text}\n\n{more}" if isinstance(text, str) and isinstance(more, str) and more else text
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
 
 
-def _sharegpt(row: Mapping[str, Any]) -> Any:
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        return turns
-    return _system(row, "system") + [_sharegpt_turn(turn) for turn in turns]
+def _said(role: str, content: Any) -> list[Any]:
+    """A text as one message; a list of messages as it is."""
+    if content and _is_list_of_objects(content) and "role" in content[0]:
+        return list(content)
+    return [{"role": role, "content": content}]
 
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
@@ -78,61 +104,13 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", 
 
 def _sharegpt_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
     role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if role == "function_call":  # the call as JSON text, as LLaMA-Factory and Glaive write it
-        return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": _call(value)}]}
-    return {"role": _SHAREGPT_ROLES.get(str(role), role), "content": value}
-
-
-def _call(value: Any) -> Any:
-    call = _decode(value) if isinstance(value, str) else value
+    if role != "function_call":
+        return {"role": _SHAREGPT_ROLES.get(str(role), role), "content": value}
+    call = _decode(value) if isinstance(value, str) else value  # JSON text, as LLaMA-Factory and Glaive write it
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
         raise BadRowError("not text", f"a function_call is not an object with a name: {_short(value)}")
-    return {"name": call["name"], "arguments": call.get("arguments", {})}
-
-
-def _either(prompt: Any, answer: Any) -> Any:
-    """A prompt and its answer, each a text or a list of messages."""
-    prompt = prompt if isinstance(prompt, list) else _turns(("user", prompt))
-    return prompt + (answer if isinstance(answer, list) else _turns(("assistant", answer)))
-
-
-def _system(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    return _turns(("system", row[column])) if row.get(column) else []
-
-
-def _openorca(row: Mapping[str, Any]) -> Any:
-    return _system(row, "system_prompt") + _turns(("user", row["question"]), ("assistant", row["response"]))
-
-
-FORMATS = {
-    known.name: known
-    for known in (
-        Format("messages", ("messages",), lambda row: row["messages"]),
-        Format("sharegpt", ("conversations",), _sharegpt, ("system", "tools")),
-        Format(
-            "alpaca",
-            ("instruction", "output"),
-            lambda row: _turns(("user", _with(row["instruction"], row.get("input"))), ("assistant", row["output"])),
-            ("input", "tools"),
-        ),
-        Format(
-            "dolly",
-            ("instruction", "response"),
-            lambda row: _turns(("user", _with(row["instruction"], row.get("context"))), ("assistant", row["response"])),
-            ("context", "tools"),
-        ),
-        Format("openorca", ("question", "response"), _openorca, ("system_prompt", "tools")),
-        Format(
-            "prompt-response",
-            ("prompt", "response"),
-            lambda row: _system(row, "system") + _either(row["prompt"], row["response"]),
-            ("system", "tools"),
-        ),
-        Format("prompt-completion", ("prompt", "completion"), lambda row: _either(row["prompt"], row["completion"])),
-        Format("preference", ("prompt", "chosen", "rejected"), lambda row: _either(row["prompt"], row["chosen"])),
-        Format(TEXT, ("text",), lambda row: row["text"], ()),
-    )
-}
+    function = {"name": call["name"], "arguments": call.get("arguments", {})}
+    return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
 
 
 COLUMNS = sorted({column for known in FORMATS.values() for column in known.known})
@@ -151,18 +129,16 @@ def refuse_columns(columns: Mapping[str, str], format_name: str | None) -> None:
 
 
 def renamed(row: str | Mapping[str, Any], columns: Mapping[str, str]) -> str | Mapping[str, Any]:
-    """`row` with the names that formats read; `columns` says under which name each stands in the source.
+    """`row` (JSON text or columns) with the names that formats read; `columns` says under which name each stands in the source.
 
-    A text that is no JSON object stays as it is, to be counted when it is labelled.
+    A text that is no JSON object stays as it is: it is counted when it is labelled.
     """
-    if not columns:
-        return row
     if isinstance(row, str):
         try:
             row = _decode(row)
         except BadRowError:
             return row
-    return _rename(row, columns)
+    return _rename(row, columns) if columns else row
 
 
 def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -177,57 +153,36 @@ def detect(
     columns: Mapping[str, str] | None = None,
     format_name: str | None = None,
 ) -> str:
-    """The name of the format of which most of these (first) rows, as they stand in the source, have the columns; or
-    `format_name`, where the config says it.
+    """The format whose columns most of these (first) rows of a source have; `format_name`, where the config gives it.
 
-    Raises `UserError` where there is none or more than one, with what was seen and what to write, and where no row has one of the
-    columns that `columns` names.
+    Raises `UserError` where no format fits, or more than one, and where no row has a column that `columns` names.
     """
     columns = columns or {}
     refuse_columns(columns, format_name)
-    readable = []
-    for row in rows:
-        try:
-            readable.append(_decode(row) if isinstance(row, str) else row)
-        except BadRowError:
-            continue  # counted when the rows are labelled
+    readable = [row for row in (renamed(row, {}) for row in rows) if not isinstance(row, str)]
     if not readable:
-        return format_name or "messages"  # no row is readable in any format, which the ledger will say row by row
+        return format_name or "messages"  # the ledger will say of every row that it cannot be read
     seen = {key for row in readable for key in row}
+    columns_seen = f"Columns seen: {one_line(', '.join(map(repr, sorted(seen)))) or 'none'}"
     if absent := [column for column in columns.values() if column not in seen]:
-        raise UserError(
-            f"data: {place} has no column {absent[0]!r}, which `columns` of the source names. Columns seen: "
-            f"{', '.join(map(repr, sorted(seen))) or 'none'}"
-        )
+        raise UserError(f"data: {place} has no column {absent[0]!r}, which its `columns` name. {columns_seen}")
     if format_name is not None:
         return format_name
-    given = [_rename(row, columns) for row in readable]
-    # A column that is null everywhere says nothing: tables that were joined have the other's columns so.
-    filled = {key for row in given for key, value in row.items() if value is not None}
-    fits: Counter[str] = Counter()
-    for row in given:
-        present = filled & row.keys()
-        fits.update(
-            known.name
-            for known in FORMATS.values()
-            if present.issuperset(known.columns) and known.known.issuperset(columns)
-        )
-    found = [name for name, count in fits.items() if 2 * count > len(given)]
+    # A column that is null in most rows says nothing: where tables were joined, each has the other's columns so.
+    filled = Counter(name for row in readable for name, value in _rename(row, columns).items() if value is not None)
+    usual = {name for name, count in filled.items() if 2 * count > len(readable)}
+    found = [f.name for f in FORMATS.values() if usual.issuperset(f.columns) and f.known.issuperset(columns)]
     for name in (TEXT, "prompt-response"):  # many data sets keep the rendered conversation, or prompt, beside its parts
         if len(found) > 1 and name in found:
             found.remove(name)
     if len(found) == 1:
         return found[0]
     formats = "; ".join(f"{known.name} ({', '.join(known.columns)})" for known in FORMATS.values())
-    what = f"fits several formats ({', '.join(sorted(found))})" if found else "fits no known format"
-    raise UserError(
-        f"data.train: {place} {what}. Columns seen: {one_line(', '.join(sorted(seen))) or 'none'}. Known: {formats}. "
-        + (
-            "Name one with `format:` in the source"
-            if found
-            else f"Say in the source what they are:\n{_advice(place, readable[0])}"
-        )
-    )
+    if found:
+        what, remedy = f"fits several formats ({', '.join(sorted(found))})", "Name one with `format:` in the source"
+    else:
+        what, remedy = "fits no known format", f"Say in the source what they are:\n{_advice(place, readable[0])}"
+    raise UserError(f"data.train: {place} {what}. {columns_seen}. Known: {formats}. {remedy}")
 
 
 _ASKED = ("prompt", "question", "query", "instruction", "user", "input", "human", "request")
@@ -264,10 +219,10 @@ def conversation(row: str | Mapping[str, Any], format_name: str = "messages") ->
     if missing:
         seen = ", ".join(map(repr, row)) or "none"
         raise BadRowError("no messages", f"no column {missing[0]!r} (format {wanted.name}) among {seen}")
-    messages = wanted.messages(row)
     if format_name == TEXT:
-        return _document(messages)
-    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        return _document(row["text"])
+    messages = wanted.messages(row)
+    if not _is_list_of_objects(messages):
         raise BadRowError(
             "no messages", f"{wanted.columns[-1]!r} is not a list of objects with role and content: {_short(messages)}"
         )
@@ -303,7 +258,6 @@ def _document(text: Any) -> Conversation:
         raise BadRowError("not text", f"'text' is {_short(text)}, not text")
     if not text.strip():
         raise BadRowError("empty", "'text' holds no character but white space")
-    refuse_surrogates(text, "'text'")
     return Conversation([], text=text)
 
 
@@ -339,15 +293,6 @@ _REFUSED = "\0refused: "
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)  # json.loads makes one for every call
 
 
-def refuse_surrogates(text: str, where: str) -> None:
-    """Raise `BadRowError` for half of a UTF-16 pair, which no tokenizer takes."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise BadRowError("not text", f"{where} holds a lone surrogate, which is no character") from None
-
-
 def _check(message: Mapping[str, Any], index: int) -> None:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
@@ -359,29 +304,21 @@ def _check(message: Mapping[str, Any], index: int) -> None:
         return
     if not isinstance(content, str):
         raise BadRowError("not text", f"messages[{index}].content of the {role} turn is {_short(content)}, not text")
-    refuse_surrogates(content, f"messages[{index}].content")
 
 
 def refuse_special_tokens(parsed: Conversation, special: Sequence[str]) -> None:
     """Raise `BadRowError` where a message or a tool holds the text of a special token: it would be encoded as that token, so
     that data could forge a turn or a stop."""
-    texts = [message["content"] for message in parsed.messages if message.get("content")]
-    texts.append(parsed.text or "")
-    if parsed.tools or any("tool_calls" in message for message in parsed.messages):
-        texts.append(
-            json.dumps(
-                [parsed.tools, [message.get("tool_calls") for message in parsed.messages]],
-                ensure_ascii=False,
-                default=str,
-            )
-        )
+    texts = [parsed.text or "", *(message["content"] for message in parsed.messages if message.get("content"))]
+    calls = [message["tool_calls"] for message in parsed.messages if "tool_calls" in message]
+    if parsed.tools or calls:
+        texts.append(json.dumps([parsed.tools, calls], ensure_ascii=False, default=str))
     whole = "\n".join(texts)
     for token in special:
         if token in whole:
             at = whole.index(token)
-            raise BadRowError(
-                "injected", f"the text of the special token {token!r}: {_short(whole[max(0, at - 30) : at + 50])}"
-            )
+            around = _short(whole[max(0, at - 30) : at + 50])
+            raise BadRowError("injected", f"the text of the special token {token!r}: {around}")
 
 
 def _tools(tools: Any) -> list[Any] | None:

@@ -1,14 +1,21 @@
 """The labelled rows of a config: what a phase trains on, and all that is known of it."""
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from atlas.audit.spans import Finding, tokenizer_findings
-from atlas.data.ledger import HeldOut, SourceLedger
-from atlas.data.tokenize import Labeler
+from atlas.audit.spans import NOTES, Finding, tokenizer_findings
+from atlas.config import Source
+from atlas.data import sources
+from atlas.data.formats import renamed
+from atlas.data.ledger import EXAMPLES, HeldOut, SourceLedger, counted
+from atlas.data.mixture import first_occurrences
+from atlas.data.tokenize import NUMBERS, Labeler
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -22,6 +29,38 @@ class Shown(NamedTuple):
     format: str
     number: int | None
     """Its number in the dataset; None: it is streamed, held out or set aside."""
+
+
+class Part:
+    """One source, labelled. In memory are a few numbers of each row; rows, ids and labels stay on the disk."""
+
+    def __init__(self, source: Source, rows: Sequence[Any], labeled: "Dataset", format_name: str) -> None:
+        self.name, self.columns, self.rows, self.labeled = source.name, source.columns, rows, labeled
+        self.wanted = 0
+        """How many rows it has to give, where that is asked for: more than there are repeat."""
+        known = labeled.select_columns([*NUMBERS, "reason", "detail", "findings"]).with_format("arrow")[:]
+        self.numbers = {name: known[name].to_numpy() for name in NUMBERS}
+        self.ledger = SourceLedger(source.name, format=format_name)
+        self.good, self.kinds = self.ledger.judge(known, self.place)
+        """The rows to train on, and those in which the audit found something, by its kind."""
+
+    def place(self, index: int) -> str:
+        return sources.place(self.rows[index], self.name, index)
+
+    def of(self, column: str) -> np.ndarray:
+        """A column's values of the rows in `good`."""
+        return self.numbers[column][self.good]
+
+    def keep(self, mask: np.ndarray, reason: str) -> None:
+        """Set aside the good rows that are not in `mask`."""
+        self.ledger.set_apart(reason, int((~mask).sum()))
+        self.good = self.good[mask]
+
+    def settle(self, max_length: int | None) -> None:
+        """Count what is used."""
+        used = {name: values[self.good] for name, values in self.numbers.items()}
+        self.ledger.add(counted(used, ~first_occurrences(self.good)).sum(axis=0))
+        self.ledger.count_lengths(used["length"], used["supervised"], max_length)
 
 
 @dataclass(frozen=True)
@@ -44,9 +83,14 @@ class Labeled:
     held_out: HeldOut | None = None
     previews: tuple[SourceLedger, ...] = ()
     """Of the first rows of each streamed source, which are judged before the others are read."""
+    fetched: deque[tuple[int, list[int]]] = field(default_factory=deque)
+    """Of a stream's last rows: number of the source, and what the row has added to its ledger."""
 
     def took(self, rows: int) -> None:
-        """The run has trained on so many rows. A stream then counts only those as used, and none that was only fetched."""
+        """The run has trained on so many rows: what a stream has fetched beyond them is not counted as used."""
+        while self.fetched and sum(ledger.used for ledger in self.ledgers) > rows:
+            source, numbers = self.fetched.pop()
+            self.ledgers[source].add(numbers, -1)
 
     @property
     def mask(self) -> str:
@@ -78,3 +122,35 @@ class Labeled:
         if self.mask == "all tokens":
             lines.append("LOSS ON ALL TOKENS, prompts too, and nothing is audited: train.assistant_only_loss is false")
         return "\n".join([*lines, self.held_out.line()] if self.held_out else lines)
+
+
+def all_good(parts: Sequence[Part]) -> np.ndarray:
+    """The numbers of the rows to train on, in the rows of all parts, one part after the other."""
+    starts = np.cumsum([0, *(len(part.rows) for part in parts)])
+    return np.concatenate([part.good + start for part, start in zip(parts, starts[:-1], strict=True)])
+
+
+def shown(parts: Sequence[Part], eval_parts: Sequence[Part], rows: np.ndarray, count: int) -> Iterator[Shown]:
+    """Rows for the audit's record, each once: `count` that failed, `count` with a note (a few of each kind), half as many that were
+    cut, and the first `count`.
+
+    `rows`: the rows of the dataset in their order, numbered as in `all_good`.
+    """
+    everything = (*parts, *eval_parts)
+    starts = np.cumsum([0, *(len(part.rows) for part in parts)])
+
+    def of_dataset(numbers: np.ndarray) -> list[tuple[Part, int]]:
+        which = np.searchsorted(starts, rows[numbers], side="right") - 1
+        return [(parts[at], int(row - starts[at])) for at, row in zip(which, rows[numbers], strict=True)]
+
+    failing = [(part, row) for part in everything for kind in part.kinds.keys() - NOTES for row in part.kinds[kind]]
+    of_kinds = [[(part, row) for row in part.kinds.get(kind, [])[:EXAMPLES]] for part in everything for kind in NOTES]
+    noted = [one for few in zip_longest(*of_kinds) for one in few if one]
+    cut = np.flatnonzero(np.concatenate([part.numbers["lost"] for part in parts])[rows])[: (count + 1) // 2]
+    first = of_dataset(np.arange(min(count, len(rows))))
+    for part, row in dict.fromkeys(
+        [*list(dict.fromkeys(failing))[:count], *list(dict.fromkeys(noted))[:count], *of_dataset(cut), *first]
+    ):
+        at = np.flatnonzero(rows == starts[parts.index(part)] + row) if part in parts else np.zeros(0, int)
+        given = renamed(sources.content(part.rows[row]), part.columns)
+        yield Shown(part.place(row), given, part.ledger.format, int(at[0]) if len(at) else None)

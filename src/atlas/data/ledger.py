@@ -1,6 +1,7 @@
 """What became of every row: used, cut, dropped by reason, set aside, repeated; per source, for people and for the manifest."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,22 @@ from atlas.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
 EXAMPLES = 3  # rows shown per reason and per kind of finding
 _BINS = 40
-# What a stream's row carries with it, until it is used.
-STREAMED = ("length", "tokens", "all_supervised", "supervised", "cut_stops", "cut_answers")
+# What a used row adds to a ledger.
+COUNTED = (
+    "used",
+    "repeated",
+    "tokens",
+    "supervised_tokens",
+    "cut",
+    "shortened",
+    "lost_supervised_tokens",
+    "cut_stops",
+    "cut_answers",
+)
 EMPTY_MASK = "empty mask"
 FULLY_TRUNCATED = "fully truncated"
 DUPLICATE = "duplicate"
@@ -27,7 +39,7 @@ class SourceLedger:
     """What became of the rows of one source. `dropped` and `examples` are keyed by reason; an example is (place, detail)."""
 
     name: str
-    rows: int
+    rows: int = 0
     format: str = "messages"
     repeated: int = 0
     """Rows that stand there again because more were asked for than there are."""
@@ -66,36 +78,43 @@ class SourceLedger:
         """All of it but the examples, which quote rows: those stay in files that are never pushed."""
         return {name: value for name, value in asdict(self).items() if name not in ("examples", "finding_examples")}
 
-    def drop(self, reason: str, place: str, detail: str, count: int = 1) -> None:
-        """Count rows that cannot be trained on, and keep the first few."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + count
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < EXAMPLES:
-            examples.append((place, detail))
+    def judge(self, labeled: "pa.Table", place: Callable[[int], str]) -> tuple["np.ndarray", dict[str, list[int]]]:
+        """Count labelled rows, those that cannot be trained on, and what the audit found. `place` names the place of a row.
 
-    def take(self, row: Sequence[int], times: int = 1) -> None:
-        """Count a row of a stream, with its `STREAMED` numbers and whether it comes again, as used; `times` -1: as not used."""
-        length, tokens, all_supervised, supervised, stops, answers, again = row
-        cut = times * (length > tokens)
-        self.used += times
-        self.repeated += times * again
-        self.tokens += times * tokens
-        self.supervised_tokens += times * supervised
-        self.cut += cut
-        self.shortened += cut * (all_supervised > supervised)
-        self.lost_supervised_tokens += cut * (all_supervised - supervised)
-        self.cut_stops += cut * stops
-        self.cut_answers += cut * answers
+        Returns:
+            The numbers of the rows that can be trained on, and of those with a finding of each kind.
+        """
+        import numpy as np
+        import pyarrow.compute as pc
 
-    def add_findings(self, findings: Sequence[dict[str, Any]], place: str) -> None:
-        """Count one row's kinds of findings, and keep the first finding of the first few rows of each kind."""
-        firsts: dict[str, dict[str, Any]] = {}
-        for finding in findings:
-            firsts.setdefault(finding["kind"], finding)
-        for kind, finding in firsts.items():
-            self.findings[kind] = self.findings.get(kind, 0) + 1
-            if self.findings[kind] <= EXAMPLES:
-                self.finding_examples.append((place, finding))
+        self.rows += len(labeled)
+        bad = pc.not_equal(labeled["reason"], "").to_numpy()
+        for index in np.flatnonzero(bad).tolist():
+            reason = labeled["reason"][index].as_py()
+            self.dropped[reason] = self.dropped.get(reason, 0) + 1
+            if self.dropped[reason] <= EXAMPLES:
+                self.examples.setdefault(reason, []).append((place(index), labeled["detail"][index].as_py()))
+        kinds: dict[str, list[int]] = {}
+        for index in np.flatnonzero(pc.not_equal(labeled["findings"], "").to_numpy()).tolist():
+            firsts: dict[str, dict[str, Any]] = {}
+            for finding in json.loads(labeled["findings"][index].as_py()):
+                firsts.setdefault(finding["kind"], finding)
+            for kind, finding in firsts.items():
+                kinds.setdefault(kind, []).append(index)
+                self.findings[kind] = self.findings.get(kind, 0) + 1
+                if self.findings[kind] <= EXAMPLES:
+                    self.finding_examples.append((place(index), finding))
+        return np.flatnonzero(~bad), kinds
+
+    def set_apart(self, reason: str, rows: int) -> None:
+        """Count good rows that are not trained on."""
+        if rows:
+            self.set_aside[reason] = self.set_aside.get(reason, 0) + rows
+
+    def add(self, numbers: Iterable[int], times: int = 1) -> None:
+        """Count rows as used: `numbers` are those of `COUNTED`. With `times` -1 they are not used after all."""
+        for name, number in zip(COUNTED, numbers, strict=True):
+            setattr(self, name, getattr(self, name) + times * int(number))
 
     def count_lengths(self, lengths: "np.ndarray", supervised: "np.ndarray", max_length: int | None) -> None:
         """Percentiles and histograms of the used rows."""
@@ -179,6 +198,26 @@ class HeldOut:
             f"data held out ({self.how}): {self.rows:,} rows, {self.prompts:,} prompts, {self.tokens:,} tokens, "
             f"{self.supervised_tokens:,} supervised; {removed}"
         )
+
+
+def counted(rows: Mapping[str, "np.ndarray"], again: "np.ndarray") -> "np.ndarray":
+    """What each of these labelled rows adds to a ledger, if it is used: (rows, `COUNTED`). `again`: is the row a repeated one?"""
+    import numpy as np
+
+    cut = rows["length"] > rows["tokens"]
+    return np.column_stack(
+        [
+            np.ones(len(cut), np.int64),
+            again,
+            rows["tokens"],
+            rows["supervised"],
+            cut,
+            rows["lost"] > 0,
+            rows["lost"],
+            cut * rows["cut_stops"],
+            cut * rows["cut_answers"],
+        ]
+    )
 
 
 def percentiles(values: "np.ndarray") -> dict[str, int]:

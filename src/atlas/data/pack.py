@@ -5,6 +5,7 @@ from collections import Counter
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from atlas.compat import dataset_fingerprint
 from atlas.data.cache import cached
 from atlas.data.stream import endless
 from atlas.errors import UserError
@@ -35,7 +36,7 @@ def arrange(rows: "Dataset | IterableDataset", arguments: "SFTConfig") -> "Datas
     if arguments.shuffle_dataset:
         rows = rows.shuffle(seed=arguments.seed, keep_in_memory=True)
     length, strategy = arguments.max_length, arguments.packing_strategy
-    known = f"{rows._fingerprint} {length} {strategy} {version('trl')}"
+    known = f"{dataset_fingerprint(rows)} {length} {strategy} {version('trl')}"
     packed = cached(
         hashlib.sha256(known.encode()).hexdigest()[:32],
         "packs",

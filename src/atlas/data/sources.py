@@ -6,8 +6,9 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -15,25 +16,68 @@ from atlas.config import DATA_ENDINGS, Source
 from atlas.data.cache import cached, refuse_unwritable
 from atlas.data.formats import refuse_columns, refused
 from atlas.errors import UserError, first_line
+from atlas.files import sha256
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 JSON_COLUMNS = ["json", "line", "file"]
-# Every row of these is kept as the JSON text that it is, and parsed when it is labelled.
-_TEXT_KINDS = (".jsonl", ".json", ".csv")
+
+
+def content(row: Mapping[str, Any]) -> "str | Mapping[str, Any]":
+    """A row as it stands in its source: a JSON text, or its columns."""
+    return row["json"] if list(row) == JSON_COLUMNS else row
+
+
+def place(row: Mapping[str, Any], name: str, index: int) -> str:
+    """Where a row stands: file and line, or its number in the source `name`."""
+    return f"{row['file']} line {row['line']}" if list(row) == JSON_COLUMNS else f"{name} row {index}"
 
 
 def load_source(source: Source) -> "Dataset":
     """All rows of a source.
 
-    Rows of text files are kept as JSON text with file and line and parsed one by one later: a malformed line is one bad row with
-    its place, and rows need not have the same columns. Raises `UserError` where the source cannot be read or holds nothing.
+    Each row of a text file is kept as JSON text with file and line, and parsed when it is labelled: a malformed line is one bad row
+    with its place, and rows need not have the same columns. Raises `UserError` where the source cannot be read or holds nothing.
     """
-    rows = _local(source) if source.is_local else _from_hub(source)
-    if len(rows) == 0:
+    from datasets import concatenate_datasets, load_dataset
+
+    refuse_unwritable()
+    if source.is_local:
+        files = data_files(Path(source.name).expanduser())
+        parts = [_file(path) for path in files]
+        if len({tuple(part.column_names) for part in parts}) > 1:
+            raise UserError(
+                f"data: the files of {source.name} have different columns (e.g. {files[0].name}: "
+                f"{', '.join(parts[0].column_names)}): name them one by one"
+            )
+        return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    try:
+        rows = load_dataset(source.name, source.config, split=source.split, revision=source.revision)
+    except Exception as error:  # the Hub, the network, a missing split: datasets raises about ten kinds
+        raise _unloadable(source, error) from None
+    if not len(rows):
         raise UserError(f"data: {source.name} holds no rows")
     return rows
+
+
+def stream_source(source: Source) -> Iterator[Mapping[str, Any]]:
+    """The rows of a source one after the other, without a copy on the disk."""
+    from datasets import load_dataset
+
+    if source.is_local:
+        for path in data_files(Path(source.name).expanduser()):
+            _refuse_odd_file(path)
+            if path.suffix == ".parquet":
+                yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+            else:
+                yield from _text_rows(str(path))
+        return
+    try:
+        rows = load_dataset(source.name, source.config, split=source.split, revision=source.revision, streaming=True)
+    except Exception as error:  # as in load_source
+        raise _unloadable(source, error) from None
+    yield from rows
 
 
 def reach(source: Source) -> str:
@@ -43,8 +87,7 @@ def reach(source: Source) -> str:
         files = data_files(Path(source.name).expanduser())
         for path in files:
             try:
-                with path.open("rb"):
-                    pass
+                path.open("rb").close()
             except OSError as error:
                 raise UserError(f"data: the file {path} cannot be read: {error.strerror}") from None
         size = sum(path.stat().st_size for path in files)
@@ -56,8 +99,8 @@ def reach(source: Source) -> str:
 
     try:
         splits = load_dataset_builder(source.name, source.config, revision=source.revision).info.splits or {}
-    except Exception as error:  # as in _from_hub
-        raise _unloadable(source.name, source.split, error) from None
+    except Exception as error:  # as in load_source
+        raise _unloadable(source, error) from None
     wanted = [part.strip().partition("[")[0] for part in source.split.split("+")]
     for name in wanted:
         if splits and name != "all" and name not in splits:
@@ -66,47 +109,11 @@ def reach(source: Source) -> str:
     return f"{source.name}, split {source.split}" + (f": {rows:,} rows" if rows else "")
 
 
-def stream_source(source: Source) -> Iterator[tuple[str, "str | dict[str, Any]"]]:
-    """(place, row) of a source one after the other, without a copy on the disk; a row is a JSON text or its columns."""
-    if source.is_local:
-        for path in data_files(Path(source.name).expanduser()):
-            if path.suffix == ".parquet":
-                _refuse_no_rows(path)
-                yield from _columns(f"{path} row", _streamed("parquet", path.name, data_files=str(path)))
-            else:
-                _refuse_odd_text(path)
-                for row in _text_rows(str(path)):
-                    yield f"{path} line {row['line']}", row["json"]
-        return
-    given = {"name": source.config, "split": source.split, "revision": source.revision}
-    yield from _columns(f"{source.name} row", _streamed(source.name, source.name, **given))
-
-
-def _streamed(path: str, shown: str, **given: Any) -> Any:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(path, streaming=True, **({"split": "train"} | given))
-    except Exception as error:  # as in _from_hub
-        raise _unloadable(shown, given.get("split", "train"), error) from None
-
-
-def _columns(place: str, rows: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    for index, row in enumerate(rows):
-        yield f"{place} {index}", row
-
-
-def _local(source: Source) -> "Dataset":
-    from datasets import concatenate_datasets
-
-    files = data_files(Path(source.name).expanduser())
-    parts = [_file(path) for path in files]
-    if len({tuple(part.column_names) for part in parts}) > 1:
-        raise UserError(
-            f"data: the files of {source.name} have different columns (e.g. {files[0].name}: "
-            f"{', '.join(parts[0].column_names)}): name them one by one"
-        )
-    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+def _unloadable(source: Source, error: Exception) -> UserError:
+    return UserError(
+        f"data: {source.name!r} (split {source.split!r}) cannot be loaded from the Hub: {first_line(error)}. A local file is "
+        f"named by its path, with its ending ({', '.join(DATA_ENDINGS)}){_meant(Path(source.name))}"
+    )
 
 
 def data_files(path: Path) -> list[Path]:
@@ -137,46 +144,41 @@ def _meant(path: Path) -> str:
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
-def _refuse_odd_text(path: Path) -> None:
-    """Raise `UserError` for a text file that only looks like one of ours: UTF-16, or a CSV file with another separator."""
-    with path.open("rb") as file:
-        head = next((line for line in iter(lambda: file.readline(_CHUNK), b"") if line.strip()), b"")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(
-            f"data: {path} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path.name} > utf8{path.suffix})"
-        )
-    separator = next((mark for mark in (b";", b"\t", b"|") if mark in head), b",").decode()
-    if path.suffix == ".csv" and b"," not in head and separator != ",":
-        shown = head[:80].decode("utf-8-sig", "replace").strip()
-        raise UserError(
-            f"data: the columns of {path} are separated by {separator!r}, not by commas (its first line: {shown!r}). Save it with "
-            f'commas: python -c "import pandas; pandas.read_csv({path.name!r}, sep={separator!r}, dtype=str, '
-            "keep_default_na=False).to_csv('commas.csv', index=False)\""
-        )
+def _refuse_odd_file(path: Path) -> None:
+    """Raise `UserError` for a file without rows, and for a text file that only looks like one of ours: UTF-16, or a CSV file with
+    another separator."""
+    if path.suffix == ".parquet":
+        from pyarrow import ArrowException, parquet
 
-
-def _refuse_no_rows(path: Path) -> None:
-    """Raise `UserError` for a Parquet file of columns alone, on which datasets 5.0 fails with an error about its batch size."""
-    from pyarrow import ArrowException, parquet
-
-    try:
-        rows = parquet.read_metadata(path).num_rows
-    except (ArrowException, OSError):  # whoever reads it says what is wrong
-        return
-    if not rows:
-        raise UserError(f"data: {path} holds no rows")
+        try:
+            is_empty = parquet.read_metadata(path).num_rows == 0
+        except (ArrowException, OSError) as error:
+            raise UserError(f"data: the file {path} cannot be read: {first_line(error)}") from None
+    else:
+        with path.open("rb") as file:
+            head = next((line for line in iter(lambda: file.readline(_CHUNK), b"") if line.strip()), b"")
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError(
+                f"data: {path} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path.name} > utf8{path.suffix})"
+            )
+        separator = next((mark for mark in (b";", b"\t", b"|") if mark in head), b",").decode()
+        if path.suffix == ".csv" and b"," not in head and separator != ",":
+            shown = head[:80].decode("utf-8-sig", "replace").strip()
+            raise UserError(
+                f"data: the columns of {path} are separated by {separator!r}, not by commas (its first line: {shown!r}). Save it "
+                f'with commas: python -c "import pandas; pandas.read_csv({path.name!r}, sep={separator!r}, dtype=str, '
+                "keep_default_na=False).to_csv('commas.csv', index=False)\""
+            )
+        is_empty = next(_text_rows(str(path)), None) is None
+    if is_empty:
+        raise UserError(f"data: the file {path} holds no rows")
 
 
 def _file(path: Path) -> "Dataset":
     from datasets import Dataset, Features, Value, load_dataset
 
-    if path.suffix in _TEXT_KINDS:
-        _refuse_odd_text(path)
-    else:
-        _refuse_no_rows(path)
-    with path.open("rb") as file:  # the content, not the name or the time, decides whether a cached copy is used
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    known = f"{path} {content} {inspect.getsource(sys.modules[__name__])}"
+    # The content, not the name or the time, decides whether a cached copy is used.
+    known = f"{path} {sha256(path)} {inspect.getsource(sys.modules[__name__])}"
     key = hashlib.sha256(known.encode(errors="surrogateescape")).hexdigest()[:32]
 
     def make(folder: Path) -> "Dataset":
@@ -186,17 +188,10 @@ def _file(path: Path) -> "Dataset":
         given = {"path": str(path)}
         return Dataset.from_generator(_text_rows, columns, gen_kwargs=given, split="train", cache_dir=str(folder))
 
+    _refuse_odd_file(path)
     try:
         rows = cached(key, f"rows of {path}", make)
-    except UserError:
-        raise
     except Exception as error:  # pyarrow and datasets raise about ten kinds, with the true one as the cause
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        if path.read_bytes().strip() == b"":
-            raise UserError(f"data: the file {path} is empty") from None
-        if path.suffix in _TEXT_KINDS and next(_text_rows(str(path)), None) is None:  # a header alone, or `[]`
-            raise UserError(f"data: {path} holds no rows") from None
         raise UserError(f"data: the file {path} cannot be read: {error.__cause__ or error}") from None
     return Dataset(rows.data, rows.info, rows.split, fingerprint=key)
 
@@ -211,85 +206,63 @@ def _text_rows(path: str) -> Iterator[dict[str, Any]]:
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
         if path.endswith(".csv"):
             texts = _csv_rows(file)
-        elif path.endswith(".json") and _first_char(file) == "[":
+        elif path.endswith(".json") and _is_array(file):
             texts = _array_items(file)
         else:
-            texts = ((number, line) for number, line in enumerate(file, 1) if line.strip(" \t\r\n"))
+            texts = ((number, line) for number, line in enumerate(file, 1) if line.strip(_SPACE))
         for number, text in texts:
-            readable = text.isascii() or _is_utf8(text)
-            yield {
-                "json": text.rstrip("\r\n") if readable else refused("not JSON", "not UTF-8"),
-                "line": number,
-                "file": path,
-            }
-
-
-def _first_char(file: TextIO) -> str:
-    first = next((char for char in iter(lambda: file.read(1), "") if not char.isspace()), "")
-    file.seek(0)
-    return first
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                text = refused("not JSON", "not UTF-8")
+            yield {"json": text.rstrip("\r\n"), "line": number, "file": path}
 
 
 _CHUNK = 1 << 20  # characters read at a time
 _SPACE = " \t\r\n"
+_BETWEEN = re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*(\]?)[ \t\r\n]*")  # two items of an array; always matches
+
+
+def _is_array(file: TextIO) -> bool:
+    first = next((char for char in iter(lambda: file.read(1), "") if not char.isspace()), "")
+    file.seek(0)
+    return first == "["
 
 
 def _array_items(file: TextIO) -> Iterator[tuple[int, str]]:
-    """The items of a JSON array as they are written, each with the line on which it starts; the file may be larger than memory."""
+    """The items of a JSON array as they are written, each with the line on which it starts. The file may be larger than memory.
+
+    After a mistake items cannot be told apart: the rest of the file is one bad row.
+    """
     decoder = json.JSONDecoder(parse_int=len)  # only where an item ends is asked here: no number is too long for that
-    text, at, line, ended = "", 0, 1, False
-
-    def more() -> None:
-        nonlocal text, at, ended
-        chunk = file.read(max(_CHUNK, len(text) - at))  # as much again: an item of any size is parsed a few times only
-        text, at, ended = text[at:] + chunk, 0, not chunk
-
-    def skip(chars: str) -> None:
-        nonlocal at, line
-        while not (at == len(text) and ended):
-            if at == len(text):
-                more()
-            elif text[at] in chars:
-                line += text[at] == "\n"
-                at += 1
-            else:
-                return
-
-    skip(_SPACE)
-    at += 1  # the bracket
-    first = True
+    text, at, line, is_first, ended = "", 0, 1, True, False
+    while (char := file.read(1)) != "[":
+        line += char == "\n"
     while True:
-        skip(_SPACE)
-        if not first and at < len(text) and text[at] == ",":
-            at += 1
-            skip(_SPACE)
-            if at < len(text) and text[at] == "]":
-                yield line, refused("not JSON", "a comma with no item after it, at the end of the array")
-        elif not first and at < len(text) and text[at] != "]":
-            yield line, refused("not JSON", f"no comma between two items: {text[at : at + 40]}")
-        if at >= len(text):
-            yield line, refused("not JSON", "the file ends before the array does")
+        between = _BETWEEN.match(text, at)
+        assert between is not None
+        has_comma, has_bracket, start = bool(between[1]), bool(between[2]), between.end()
+        is_last = has_bracket and not has_comma
+        try:
+            if is_last:
+                raise ValueError("something follows the array")
+            if has_comma == is_first:
+                raise ValueError("a comma or the closing bracket is missing")
+            _, end = decoder.raw_decode(text, start)
+            if end == len(text) and not ended:
+                raise ValueError("a number may go on")
+        except (ValueError, RecursionError) as error:
+            if not ended:  # as much again: an item of any size is parsed a few times only
+                chunk = file.read(max(_CHUNK, len(text) - at))
+                text, at, ended = text[at:] + chunk, 0, not chunk
+                continue
+            if not is_last or start < len(text):
+                yield line, refused("not JSON", f"{getattr(error, 'msg', error)}: {text[at : at + 60]}")
             return
-        if text[at] == "]":
-            break
-        first = False
-        while True:
-            try:
-                _, end = decoder.raw_decode(text, at)
-                if end < len(text) or ended:  # else a number might go on
-                    break
-            except (json.JSONDecodeError, RecursionError):
-                if ended:
-                    yield line, text[at:]  # nothing after a broken item can be told apart: it is one bad row
-                    return
-            more()
-        yield line, text[at:end]
-        line += text.count("\n", at, end)
-        at = end
-    at += 1
-    skip(_SPACE)
-    if at < len(text):
-        yield line, refused("not JSON", f"something follows the array: {text[at : at + 40]}")
+        line += text.count("\n", at, start)
+        yield line, text[start:end]
+        line += text.count("\n", start, end)
+        at, is_first = end, False
 
 
 def _csv_rows(file: TextIO) -> Iterator[tuple[int, str]]:
@@ -310,47 +283,14 @@ def _csv_rows(file: TextIO) -> Iterator[tuple[int, str]]:
         line = reader.line_num + 1
         try:
             row = next(reader)
+            if extra := row.pop(None, None):  # DictReader's key for cells beyond the header
+                raise csv.Error(f"more cells than the header: {extra}")
+            if list(row.values()) == header:
+                raise csv.Error("the header again")
+            if any("\0" in cell for cell in row.values() if cell):
+                raise csv.Error("a NUL byte, which no text holds")
+            yield line, json.dumps(row, ensure_ascii=False)
         except StopIteration:
             return
         except csv.Error as error:
             yield line, refused("not CSV", str(error))
-            continue
-        extra = row.pop(None, None)  # DictReader's key for cells beyond the header
-        if extra:
-            yield line, refused("not CSV", f"more cells than the header: {extra}")
-        elif list(row.values()) == header:
-            yield line, refused("not CSV", "the header again")
-        elif any("\0" in cell for cell in row.values() if cell):
-            yield line, refused("not CSV", "a NUL byte, which no text holds")
-        else:
-            yield line, json.dumps(row, ensure_ascii=False)
-
-
-def is_json_lines(rows: "Dataset") -> bool:
-    """Are the rows JSON texts with their places (`_text_rows`), rather than columns?"""
-    return rows.column_names == JSON_COLUMNS
-
-
-def _is_utf8(line: str) -> bool:
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _from_hub(source: Source) -> "Dataset":
-    from datasets import load_dataset
-
-    refuse_unwritable()
-    try:
-        return load_dataset(source.name, source.config, split=source.split, revision=source.revision)
-    except Exception as error:  # the Hub, the network, a missing split: datasets raises about ten kinds
-        raise _unloadable(source.name, source.split, error) from None
-
-
-def _unloadable(name: str, split: str, error: Exception) -> UserError:
-    return UserError(
-        f"data: {name!r} (split {split!r}) cannot be loaded from the Hub: {first_line(error)}. A local file is named "
-        f"by its path, with its ending ({', '.join(DATA_ENDINGS)}){_meant(Path(name))}"
-    )

@@ -15,7 +15,7 @@ import sys
 import threading
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -31,7 +31,6 @@ from atlas.data.formats import (
     Conversation,
     conversation,
     refuse_special_tokens,
-    refuse_surrogates,
     renamed,
 )
 from atlas.data.ledger import EMPTY_MASK, FULLY_TRUNCATED
@@ -72,23 +71,16 @@ class LabeledRow:
     length: int = 0
     """Tokens before truncation."""
     supervised: int = 0
-    """Supervised tokens before truncation."""
+    """Supervised tokens within `max_length`."""
+    lost: int = 0
+    """Supervised tokens beyond `max_length`."""
     reason: str = ""
     detail: str = ""
     audit: RowAudit | None = None
 
-    @cached_property
-    def packed_ids(self) -> bytes:
-        return array("i", self.ids).tobytes()
 
-    @cached_property
-    def packed_labels(self) -> bytes:
-        return array("i", self.labels).tobytes()
-
-    @property
-    def is_document(self) -> bool:
-        """Plain text, of which every token is supervised."""
-        return self.parsed is not None and self.parsed.text is not None
+NUMBERS = ("length", "tokens", "supervised", "lost", "cut_stops", "cut_answers", "digest", "prompt", "unit")
+"""Columns of `Labeler.table` that decide what becomes of a row."""
 
 
 class Labeler:
@@ -147,132 +139,94 @@ class Labeler:
 
     def label(self, given: Iterable["str | Mapping[str, Any]"], format_name: str = "messages") -> list[LabeledRow]:
         """Rows of a source (JSON texts or mappings of columns) with all that is known of them, in order."""
-        rows: list[LabeledRow] = []
-        # The tokenizer's Rust code runs without the interpreter's lock: while it encodes some rows, those before them are
-        # labelled and audited and those after them are rendered.
+        # The tokenizer's Rust code runs without the interpreter's lock: it encodes some rows while others are rendered or audited.
         with ThreadPoolExecutor(1) as pool:
-            waiting, before = iter(given), None
+            waiting, parts = iter(given), []
             while some := [self._rendered(row, format_name) for row in islice(waiting, _ENCODED_AT_ONCE)]:
-                if self.mask == "rendered":
-                    self._find_turns(some)  # which says what is supervised, and so where the text is cut
-                encoded = pool.submit(self._encode, some)
-                if self.mask != "rendered" and self.audited:
-                    self._find_turns(some)
-                if before is not None:
-                    self._finish(*before)
-                before = some, encoded
-                rows += some
-            if before is not None:
-                self._finish(*before)
-        return rows
+                parts.append((some, pool.submit(self._encode, some)))
+            for some, encoded in parts:
+                self._label(some, encoded.result())
+        return [row for some, _ in parts for row in some]
 
-    def _finish(self, rows: list[LabeledRow], encoded: Future[list[list[tuple[list[int], bool]]]]) -> None:
-        self._label(rows, encoded.result())
-        if self.audited and self.oracle is not None:
-            kept = [row for row in rows if not row.reason and not row.is_document]
-            audits = self.oracle.audit([_audit_row(row) for row in kept], [row.turns for row in kept])
-            for row, audit in zip(kept, audits, strict=True):
-                row.audit = audit
+    def __call__(self, batch: Mapping[str, list[Any]], settings: Sequence[Any] = ()) -> "pa.Table":
+        """`table` for a batch of columns; `settings` are its other arguments."""
+        given = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        return self.table(given, *settings)
 
-    def __call__(
+    def table(
         self,
-        batch: Mapping[str, list[Any]],
+        given: Iterable[Mapping[str, Any]],
         format_name: str = "messages",
         group_by: str | None = None,
-        renaming: Mapping[str, str] | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> "pa.Table":
-        """`columns` as a table: Arrow takes over ids and labels as they lie in memory, not number by number."""
+        """What is kept of each row of a source: ids and labels, counts, hashes, why it dropped out, what the audit found.
+
+        `group_by` and `format_name` mean the names after `columns` have been renamed.
+        """
         import pyarrow as pa
 
-        given = [renamed(row, renaming or {}) for row in _rows(batch)]
-        rows, facts = self._facts(given, format_name, group_by)
-        columns: dict[str, Any] = {}
-        for name, packed in (
-            ("input_ids", [row.packed_ids for row in rows]),
-            ("labels", [row.packed_labels for row in rows]),
-        ):
-            ends = pa.array(accumulate((len(numbers) // 4 for numbers in packed), initial=0), pa.int32())
-            values = pa.Array.from_buffers(pa.int32(), ends[-1].as_py(), [None, pa.py_buffer(b"".join(packed))])
-            columns[name] = pa.ListArray.from_arrays(ends, values)
-        return pa.table(columns | facts)
-
-    def columns(
-        self, given: Sequence["str | Mapping[str, Any]"], format_name: str = "messages", group_by: str | None = None
-    ) -> dict[str, list[Any]]:
-        """What is kept of each row: ids and labels, token counts, hashes, and why it dropped out or what the audit found."""
-        rows, facts = self._facts(given, format_name, group_by)
-        return {"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows], **facts}
-
-    def _facts(
-        self, given: Sequence["str | Mapping[str, Any]"], format_name: str, group_by: str | None
-    ) -> tuple[list[LabeledRow], dict[str, list[Any]]]:
+        read = [renamed(sources.content(row), columns or {}) for row in given]
         with _one_at_a_time, _without_collector():
-            rows = self.label(given, format_name)
+            rows = self.label(read, format_name)
+        ids, labels = [_packed(row.ids) for row in rows], [_packed(row.labels) for row in rows]
         prompts = [_digest(row.parsed.prompt.encode()) if row.parsed else 0 for row in rows]
-        return rows, {
-            "length": [row.length for row in rows],
-            "tokens": [len(row.ids) for row in rows],
-            "all_supervised": [row.supervised for row in rows],
-            "supervised": [len(row.labels) - row.labels.count(IGNORED) for row in rows],
-            "digest": [_digest(row.packed_ids + row.packed_labels) for row in rows],
-            "prompt": prompts,
-            "group": [_group(r, group_by) if row.parsed else None for r, row in zip(given, rows, strict=True)],
-            "reason": [row.reason for row in rows],
-            "detail": [one_line(row.detail) for row in rows],
-            "findings": [
-                json.dumps([f.as_json() for f in r.audit.findings]) if r.audit and r.audit.findings else ""
-                for r in rows
-            ],
-            "cut_stops": [row.audit.cut_stops if row.audit else 0 for row in rows],
-            "cut_answers": [row.audit.cut_answers if row.audit else 0 for row in rows],
-        }
-
-    def parse(self, given: "str | Mapping[str, Any]", format_name: str = "messages") -> Conversation:
-        """A source's row as a conversation without forged special tokens; raises `BadRowError`."""
-        parsed = conversation(given, format_name)
-        refuse_special_tokens(parsed, self.special)
-        return parsed
+        audits = [row.audit or RowAudit([], [], 0, 0) for row in rows]
+        return pa.table(
+            {
+                "input_ids": _lists(ids),
+                "labels": _lists(labels),
+                "length": [row.length for row in rows],
+                "tokens": [len(row.ids) for row in rows],
+                "supervised": [row.supervised for row in rows],
+                "lost": [row.lost for row in rows],
+                "cut_stops": [audit.cut_stops for audit in audits],
+                "cut_answers": [audit.cut_answers for audit in audits],
+                "digest": [_digest(both[0] + both[1]) for both in zip(ids, labels, strict=True)],
+                "prompt": prompts,
+                "unit": [_unit(*of, group_by) for of in zip(read, prompts, strict=True)],
+                "reason": [row.reason for row in rows],
+                "detail": [one_line(row.detail) for row in rows],
+                "findings": [json.dumps([f.as_json() for f in a.findings]) if a.findings else "" for a in audits],
+            }
+        )
 
     def _rendered(self, given: "str | Mapping[str, Any]", format_name: str) -> LabeledRow:
+        """A row as text, with what is supervised in it; not encoded yet."""
         try:
-            parsed = self.parse(given, format_name)
-        except BadRowError as error:
-            return LabeledRow(reason=error.reason, detail=error.detail)
-        if parsed.text is not None:
-            text = parsed.text + self.document_end
-            return LabeledRow(parsed, text, [(0, len(text))])
-        if self.oracle is not None and len(parsed.messages) > MOST_MESSAGES:
-            detail = f"{len(parsed.messages):,} messages; at most {MOST_MESSAGES} are audited: split the conversation"
-            return LabeledRow(reason=TOO_MANY_TURNS, detail=detail)
-        try:
-            if self.mask == "markers":
-                row = LabeledRow(parsed, *self.renderer.marked(parsed.messages, parsed.tools))
+            parsed = conversation(given, format_name)
+            refuse_special_tokens(parsed, self.special)
+            if parsed.text is not None:
+                row = LabeledRow(parsed, parsed.text + self.document_end)
+                row.spans = [(0, len(row.text))]
             else:
-                row = LabeledRow(parsed, self.renderer.text(parsed.messages, parsed.tools))
-            refuse_surrogates(row.text, "what the template writes")  # from a call's arguments, or a message's name
+                row = self._rendered_turns(parsed)
+            row.text.encode()
             return row
         except BadRowError as error:
             return LabeledRow(reason=error.reason, detail=error.detail)
         except TemplateRefusedError as error:
             return LabeledRow(reason=REFUSED, detail=error.problem)
+        except UnicodeEncodeError:
+            return LabeledRow(reason="not text", detail="the row holds a lone surrogate, which is no character")
 
-    def _find_turns(self, rows: list[LabeledRow]) -> None:
-        def find(some: list[LabeledRow]) -> None:
-            given = [(row.parsed.messages, row.parsed.tools, row.text) for row in some if row.parsed]
-            for row, turns in zip(some, self.oracle.turns(given) if self.oracle else [], strict=True):
-                row.turns = turns
-                if self.mask == "rendered":
-                    row.spans = [(turn.start, turn.end) for turn in turns]
-
-        good = [row for row in rows if row.parsed and not row.is_document]
-        try:
-            find(good)
-        except TemplateRefusedError:
-            for row in good:  # one of them: find out which
-                try:
-                    find([row])
-                except TemplateRefusedError as error:
-                    row.reason, row.detail = REFUSED, f"the prompt of an answer: {error.problem}"
+    def _rendered_turns(self, parsed: Conversation) -> LabeledRow:
+        messages, tools = parsed.messages, parsed.tools
+        if self.oracle is not None and len(messages) > MOST_MESSAGES:
+            detail = f"{len(messages):,} messages; at most {MOST_MESSAGES} are audited: split the conversation"
+            raise BadRowError(TOO_MANY_TURNS, detail)
+        if self.mask == "markers":
+            row = LabeledRow(parsed, *self.renderer.marked(messages, tools))
+        else:
+            row = LabeledRow(parsed, self.renderer.text(messages, tools))
+        if self.oracle is not None:
+            try:
+                (row.turns,) = self.oracle.turns([(messages, tools, row.text)])
+            except TemplateRefusedError as error:
+                raise BadRowError(REFUSED, f"the prompt of an answer: {error.problem}") from None
+        if self.mask == "rendered":
+            row.spans = [(turn.start, turn.end) for turn in row.turns]
+        return row
 
     def _encode(self, rows: list[LabeledRow]) -> list[list[tuple[list[int], bool]]]:
         """For each row the ids of its pieces, and whether they are supervised."""
@@ -294,15 +248,22 @@ class Labeler:
             for piece, supervised in pieces:
                 row.ids += piece
                 row.labels += piece if supervised or not self.assistant_only else [IGNORED] * len(piece)
-            row.length, row.supervised = len(row.ids), len(row.labels) - row.labels.count(IGNORED)
+            row.length, everything = len(row.ids), len(row.labels) - row.labels.count(IGNORED)
             row.ids, row.labels = row.ids[: self.max_length], row.labels[: self.max_length]
-            if not row.supervised and not self.audited:
+            row.supervised = len(row.labels) - row.labels.count(IGNORED)
+            row.lost = everything - row.supervised
+            if not everything and not self.audited:
                 row.reason, row.detail = EMPTY_MASK, "nothing is marked as the answer"
-            elif row.supervised and row.labels.count(IGNORED) == len(row.labels):
+            elif everything and not row.supervised:
                 row.reason = FULLY_TRUNCATED
                 row.detail = f"{row.length} tokens; the answer starts after max_length {self.max_length}"
             if row.reason:
-                row.ids, row.labels = [], []
+                row.ids, row.labels, row.supervised, row.lost = [], [], 0, 0
+        if self.audited and self.oracle is not None:
+            kept = [(row, row.parsed) for row in rows if not row.reason and row.parsed and row.parsed.text is None]
+            given = [AuditRow(of.messages, of.tools, row.text, row.ids, row.labels) for row, of in kept]
+            for (row, _), audit in zip(kept, self.oracle.audit(given, [row.turns for row, _ in kept]), strict=True):
+                row.audit = audit
 
 
 @contextlib.contextmanager
@@ -322,21 +283,20 @@ def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
-def _group(given: "str | Mapping[str, Any]", column: str | None) -> int | None:
-    if column is None:
-        return None
-    value = (json.loads(given) if isinstance(given, str) else given).get(column)
-    return None if value is None else _digest(json.dumps(value, default=str).encode())
+def _unit(row: str | Mapping[str, Any], prompt: int, column: str | None) -> int:
+    """What stays together when rows are held out: those of one value in `column`, where the row has it, else of one prompt."""
+    value = row.get(column) if column and not isinstance(row, str) else None
+    return prompt if value is None else _digest(json.dumps(value, default=str).encode())
 
 
-def _audit_row(row: LabeledRow) -> AuditRow:
-    assert row.parsed is not None  # kept rows are parsed
-    return AuditRow(row.parsed.messages, row.parsed.tools, row.text, row.ids, row.labels)
+def _packed(numbers: list[int]) -> bytes:
+    return array("i", numbers).tobytes()
 
 
-def _rows(batch: Mapping[str, list[Any]]) -> Iterator["str | Mapping[str, Any]"]:
-    if list(batch) == sources.JSON_COLUMNS:
-        yield from batch["json"]
-        return
-    for index in range(len(next(iter(batch.values())))):
-        yield {name: column[index] for name, column in batch.items()}
+def _lists(packed: list[bytes]) -> "pa.Array":
+    """Arrow takes over the numbers of each row as they lie in memory, not one by one."""
+    import pyarrow as pa
+
+    ends = pa.array(accumulate((len(numbers) // 4 for numbers in packed), initial=0), pa.int32())
+    numbers = pa.Array.from_buffers(pa.int32(), ends[-1].as_py(), [None, pa.py_buffer(b"".join(packed))])
+    return pa.ListArray.from_arrays(ends, numbers)
