@@ -62,4 +62,6 @@ def test_datasets_names_equal_content_equally(rows_file: Path):
         rows = load_dataset("json", data_files=str(rows_file), split="train")
         return compat.dataset_fingerprint(rows.shuffle(seed=seed, keep_in_memory=True).select(range(3)))
 
-    assert name(1) == name(1) != name(2), "datasets no longer gives `_fingerprint`: see dataset_fingerprint in atlas/compat.py"
+    assert name(1) == name(1) != name(2), (
+        "datasets no longer gives `_fingerprint`: see dataset_fingerprint in atlas/compat.py"
+    )

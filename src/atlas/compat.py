@@ -77,6 +77,7 @@ def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     plain: list[dict[str, Any]] = _renderer("_plain_template_data")(messages)
     return list(_renderer("_alias_reasoning_fields")(plain))
 
+
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface_hub")
 
 

@@ -108,7 +108,7 @@ seen: set[str] = set()  # the reasons under which rows were counted; "" for one 
 
 def judged(labeler: Labeler, batch: dict[str, list[Any]], name: str, mapping: dict[str, str]) -> None:
     """Every row is used or counted, and Arrow takes what is known of it."""
-    table = labeler(batch, name, "prompt", mapping).to_pylist()
+    table = labeler(batch, (name, "prompt", mapping)).to_pylist()
     assert len(table) == len(next(iter(batch.values())))
     seen.update(row["reason"] for row in table)
     for row in table:
@@ -123,12 +123,12 @@ def read(labeler: Labeler, path: Path, mapping: dict[str, str], asked: str | Non
         return
     try:
         found = list(stream_source(source))
-        name = detect([row for _, row in found], str(path), mapping, asked)
+        name = detect([row["json"] for row in found], str(path), mapping, asked)
     except UserError as error:
         assert str(error)
         return
     if found:
-        texts = [row for _, row in found]
+        texts = [row["json"] for row in found]
         assert all(isinstance(renamed(row, mapping), str | dict) for row in texts)
         judged(labeler, {"json": texts, "line": [1] * len(texts), "file": [str(path)] * len(texts)}, name, mapping)
 

@@ -87,7 +87,7 @@ def test_a_few_odd_rows_do_not_change_what_is_detected():
     [
         (
             {"body": "x", "title": "y"},
-            ["rows.jsonl fits no known format", "body, title", "alpaca (instruction, output)", 'prompt: "COLUMN"'],
+            ["rows.jsonl fits no known format", "'body', 'title'", "alpaca (instruction, output)", 'prompt: "COLUMN"'],
         ),
         ({"id": 1, "Question": "x", "best answer": "y"}, ['columns: {prompt: "Question", response: "best answer"}']),
         ({"body": "x"}, ['    - name: "rows.jsonl"\n      columns: {text: "body"}']),

@@ -127,7 +127,7 @@ def test_template_that_marks_nothing_stops_the_run(base_folder: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), ("", "is empty"), ("\n \n", "is empty"), ("{}\n{}\n", "fits no known format")],
+    [(None, "does not exist"), ("", "holds no rows"), ("\n \n", "holds no rows"), ("{}\n{}\n", "fits no known format")],
 )
 def test_unusable_files(base_folder: Path, tmp_path: Path, content: str | None, message: str):
     path = tmp_path / "rows.jsonl"

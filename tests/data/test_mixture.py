@@ -66,7 +66,7 @@ def test_a_mixture_is_shuffled_the_same_way_everywhere(base_folder: Path, tmp_pa
     assert sorted(texts(other, tokenizer)) == sorted(found) != texts(other, tokenizer)
     assert other.fingerprint != labeled.fingerprint
     first = [shown.row for shown in labeled.shown]
-    assert [json.loads(row)["messages"][1]["content"] + "<|im_end|>" for row in first] == found[: len(first)]
+    assert [row["messages"][1]["content"] + "<|im_end|>" for row in first] == found[: len(first)]
 
 
 def test_weights_mix_by_proportion_without_repeating(base_folder: Path, tmp_path: Path):
@@ -258,10 +258,10 @@ def test_two_threads_do_not_mix_up_the_spans_of_their_rows(base_folder: Path):
 
     labeler = Labeler(load_tokenizer(config(base_folder, ["any.jsonl"])))
     batches = [[chat(f"{name}{i} " * (i % 7), f"{i}.") for i in range(300)] for name in "ab"]
-    alone = [labeler.columns(batch)["labels"] for batch in batches]
+    alone = [labeler.table(batch)["labels"] for batch in batches]
     with ThreadPoolExecutor(2) as pool:
         for _ in range(5):
-            assert [found["labels"] for found in pool.map(labeler.columns, batches)] == alone
+            assert [found["labels"] for found in pool.map(labeler.table, batches)] == alone
 
 
 def test_held_out_choice_is_stable_when_data_grow():

@@ -74,7 +74,7 @@ def test_a_bad_row_is_named_with_its_own_file_and_line(base_folder: Path, tmp_pa
         ("unclosed_after_comma.json", '[{"instruction": "a", "output": "b"},\n', 1, 1),
         ("garbage_after.json", '[{"instruction": "a", "output": "b"}] and more', 1, 1),
         ("two_arrays.json", '[{"instruction": "a", "output": "b"}]\n[{"instruction": "c", "output": "d"}]', 1, 1),
-        ("no_comma.json", '[{"instruction": "a", "output": "b"}\n {"instruction": "c", "output": "d"}]', 2, 1),
+        ("no_comma.json", '[{"instruction": "a", "output": "b"}\n {"instruction": "c", "output": "d"}]', 1, 1),
         ("big_number.json", '[{"instruction": "a", "output": "b"}, {"n": ' + "9" * 5000 + "}]", 1, 1),
         ("big_number.jsonl", '{"instruction": "a", "output": "b"}\n{"n": ' + "9" * 5000 + "}", 1, 1),
         ("header_again.csv", "instruction,output\na,b\ninstruction,output\nc,d\n", 2, 1),

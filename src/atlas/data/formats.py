@@ -168,9 +168,11 @@ def detect(
         raise UserError(f"data: {place} has no column {absent[0]!r}, which its `columns` name. {columns_seen}")
     if format_name is not None:
         return format_name
-    # A column that is null in most rows says nothing: where tables were joined, each has the other's columns so.
-    filled = Counter(name for row in readable for name, value in _rename(row, columns).items() if value is not None)
-    usual = {name for name, count in filled.items() if 2 * count > len(readable)}
+    given = [_rename(row, columns) for row in readable]
+    present = Counter(name for row in given for name in row)
+    # A column that is null everywhere says nothing: where tables were joined, each has the other's columns so.
+    filled = {name for row in given for name, value in row.items() if value is not None}
+    usual = {name for name in filled if 2 * present[name] > len(given)}
     found = [f.name for f in FORMATS.values() if usual.issuperset(f.columns) and f.known.issuperset(columns)]
     for name in (TEXT, "prompt-response"):  # many data sets keep the rendered conversation, or prompt, beside its parts
         if len(found) > 1 and name in found:

@@ -59,7 +59,8 @@ class Part:
     def settle(self, max_length: int | None) -> None:
         """Count what is used."""
         used = {name: values[self.good] for name, values in self.numbers.items()}
-        self.ledger.add(counted(used, ~first_occurrences(self.good)).sum(axis=0))
+        numbers = counted(used, ~first_occurrences(self.good))
+        self.ledger.add({name: values.sum() for name, values in numbers.items()})
         self.ledger.count_lengths(used["length"], used["supervised"], max_length)
 
 
@@ -83,8 +84,8 @@ class Labeled:
     held_out: HeldOut | None = None
     previews: tuple[SourceLedger, ...] = ()
     """Of the first rows of each streamed source, which are judged before the others are read."""
-    fetched: deque[tuple[int, list[int]]] = field(default_factory=deque)
-    """Of a stream's last rows: number of the source, and what the row has added to its ledger."""
+    fetched: deque[tuple[int, dict[str, int]]] = field(default_factory=deque)
+    """Of a stream's last rows: the number of the source, and what the row has added to its ledger."""
 
     def took(self, rows: int) -> None:
         """The run has trained on so many rows: what a stream has fetched beyond them is not counted as used."""

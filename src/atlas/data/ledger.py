@@ -1,31 +1,20 @@
 """What became of every row: used, cut, dropped by reason, set aside, repeated; per source, for people and for the manifest."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from atlas.audit.spans import NOTES, where
 from atlas.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
 
 EXAMPLES = 3  # rows shown per reason and per kind of finding
 _BINS = 40
-# What a used row adds to a ledger.
-COUNTED = (
-    "used",
-    "repeated",
-    "tokens",
-    "supervised_tokens",
-    "cut",
-    "shortened",
-    "lost_supervised_tokens",
-    "cut_stops",
-    "cut_answers",
-)
 EMPTY_MASK = "empty mask"
 FULLY_TRUNCATED = "fully truncated"
 DUPLICATE = "duplicate"
@@ -78,13 +67,12 @@ class SourceLedger:
         """All of it but the examples, which quote rows: those stay in files that are never pushed."""
         return {name: value for name, value in asdict(self).items() if name not in ("examples", "finding_examples")}
 
-    def judge(self, labeled: "pa.Table", place: Callable[[int], str]) -> tuple["np.ndarray", dict[str, list[int]]]:
+    def judge(self, labeled: "pa.Table", place: Callable[[int], str]) -> tuple[np.ndarray, dict[str, list[int]]]:
         """Count labelled rows, those that cannot be trained on, and what the audit found. `place` names the place of a row.
 
         Returns:
             The numbers of the rows that can be trained on, and of those with a finding of each kind.
         """
-        import numpy as np
         import pyarrow.compute as pc
 
         self.rows += len(labeled)
@@ -111,15 +99,13 @@ class SourceLedger:
         if rows:
             self.set_aside[reason] = self.set_aside.get(reason, 0) + rows
 
-    def add(self, numbers: Iterable[int], times: int = 1) -> None:
-        """Count rows as used: `numbers` are those of `COUNTED`. With `times` -1 they are not used after all."""
-        for name, number in zip(COUNTED, numbers, strict=True):
+    def add(self, numbers: Mapping[str, int], times: int = 1) -> None:
+        """Add these numbers of used rows (see `counted`) to the fields of their names; with `times` -1 take them away again."""
+        for name, number in numbers.items():
             setattr(self, name, getattr(self, name) + times * int(number))
 
-    def count_lengths(self, lengths: "np.ndarray", supervised: "np.ndarray", max_length: int | None) -> None:
+    def count_lengths(self, lengths: np.ndarray, supervised: np.ndarray, max_length: int | None) -> None:
         """Percentiles and histograms of the used rows."""
-        import numpy as np
-
         self.lengths, self.supervised_lengths = percentiles(lengths), percentiles(supervised)
         if len(lengths):
             last = max_length or max(1, int(np.percentile(lengths, 99)))
@@ -200,30 +186,24 @@ class HeldOut:
         )
 
 
-def counted(rows: Mapping[str, "np.ndarray"], again: "np.ndarray") -> "np.ndarray":
-    """What each of these labelled rows adds to a ledger, if it is used: (rows, `COUNTED`). `again`: is the row a repeated one?"""
-    import numpy as np
-
-    cut = rows["length"] > rows["tokens"]
-    return np.column_stack(
-        [
-            np.ones(len(cut), np.int64),
-            again,
-            rows["tokens"],
-            rows["supervised"],
-            cut,
-            rows["lost"] > 0,
-            rows["lost"],
-            cut * rows["cut_stops"],
-            cut * rows["cut_answers"],
-        ]
-    )
+def counted(rows: Mapping[str, np.ndarray], again: np.ndarray) -> dict[str, np.ndarray]:
+    """What each of these labelled rows adds to a ledger, by its field, if it is used. `again`: is it a repetition?"""
+    is_cut = rows["length"] > rows["tokens"]
+    return {
+        "used": np.ones(len(is_cut), np.int64),
+        "repeated": again.astype(np.int64),
+        "tokens": rows["tokens"],
+        "supervised_tokens": rows["supervised"],
+        "cut": is_cut.astype(np.int64),
+        "shortened": (rows["lost"] > 0).astype(np.int64),
+        "lost_supervised_tokens": rows["lost"],
+        "cut_stops": is_cut * rows["cut_stops"],
+        "cut_answers": is_cut * rows["cut_answers"],
+    }
 
 
-def percentiles(values: "np.ndarray") -> dict[str, int]:
+def percentiles(values: np.ndarray) -> dict[str, int]:
     """p50, p90, p99 and max, each a value that occurs: p99 is the least that 99 % do not exceed. Empty for none."""
-    import numpy as np
-
     if not len(values):
         return {}
     found = np.percentile(values, [50, 90, 99, 100], method="inverted_cdf").tolist()

@@ -1,6 +1,6 @@
 """Rows that are labelled and audited while they are trained on, for data that do not fit on the disk."""
 
-import hashlib
+import json
 from collections import deque
 from collections.abc import Iterator
 from itertools import count, islice
@@ -17,7 +17,7 @@ from atlas.data.labeled import Labeled, Part, all_good, shown
 from atlas.data.ledger import SHARED_PROMPT, SourceLedger, counted, percentiles
 from atlas.data.tokenize import NUMBERS, Labeler
 from atlas.errors import UserError
-from atlas.files import sha256
+from atlas.files import digest, sha256
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -50,13 +50,13 @@ def stream(config: Config, labeler: Labeler, held_out: np.ndarray) -> Labeled:
         )
         for head in heads
     )
-    fetched = deque[tuple[int, list[int]]](maxlen=SHUFFLE_ROWS)
+    fetched = deque[tuple[int, dict[str, int]]](maxlen=SHUFFLE_ROWS)
 
     def used(row: dict[str, Any]) -> dict[str, Any]:
         """Count a row as it leaves the shuffle buffer, which holds many more than are trained on."""
-        number, *numbers = row["counted"]
-        ledgers[number].add(numbers)
-        fetched.append((number, numbers))
+        number, counts = json.loads(row["counted"])
+        ledgers[number].add(counts)
+        fetched.append((number, counts))
         return row
 
     parts = [
@@ -66,7 +66,7 @@ def stream(config: Config, labeler: Labeler, held_out: np.ndarray) -> Labeled:
     return Labeled(
         dataset=_mixed(parts, config).map(used, remove_columns=["counted"], features=_features()),
         ledgers=ledgers,
-        fingerprint=hashlib.sha256("\n".join(known).encode()).hexdigest(),
+        fingerprint=digest("\n".join(known)),
         lengths=percentiles(np.concatenate([head.of("length") for head in heads])),
         labeler=labeler,
         shown=tuple(row._replace(number=None) for row in shown(heads, [], all_good(heads), config.audit.rows)),
@@ -112,21 +112,22 @@ def _rows(
             is_held_out = np.isin(table["prompt"].to_numpy()[good], held_out)
             ledger.set_apart(SHARED_PROMPT, int(is_held_out.sum()))
             table = table.take(good[~is_held_out])
-            numbers = counted({name: table[name].to_numpy() for name in NUMBERS}, np.full(len(table), again))
-            for row, of in zip(table.select(["input_ids", "labels"]).to_pylist(), numbers.tolist(), strict=True):
-                yield row | {"counted": [number, *of]}
+            counts = counted({name: table[name].to_numpy() for name in NUMBERS}, np.full(len(table), again))
+            for index, row in enumerate(table.select(["input_ids", "labels"]).to_pylist()):
+                yield row | {"counted": json.dumps([number, {name: int(of[index]) for name, of in counts.items()}])}
             if ledger.rows >= BATCH_ROWS:  # of fewer, one bad row may be a large share
                 ledger.refuse_if_bad(config.data.max_bad_fraction)
             if config.audit.gate == "error" and (complaint := complaints([ledger])):
                 raise UserError(complaint)
 
-    return IterableDataset.from_generator(rows, _features("counted"))
+    return IterableDataset.from_generator(rows, _features(with_counts=True))
 
 
-def _features(*more: str) -> Any:
+def _features(with_counts: bool = False) -> Any:
     from datasets import Features, List, Value
 
-    return Features({name: List(Value("int32")) for name in ("input_ids", "labels", *more)})
+    columns = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
+    return Features(columns | {"counted": Value("string")} if with_counts else columns)
 
 
 def _mixed(parts: list["IterableDataset"], config: Config) -> "IterableDataset":

@@ -6,7 +6,6 @@ answer that starts with a newline Qwen2.5 would merge `\\n` + `\\n` into one tok
 its own `\\n`, can never be generated.
 """
 
-import contextlib
 import gc
 import hashlib
 import inspect
@@ -14,7 +13,7 @@ import json
 import sys
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +33,7 @@ from atlas.data.formats import (
     renamed,
 )
 from atlas.data.ledger import EMPTY_MASK, FULLY_TRUNCATED
+from atlas.files import digest
 from atlas.models import template
 from atlas.models.template import Renderer, TemplateRefusedError
 
@@ -101,7 +101,7 @@ class Labeler:
     ) -> None:
         self.tokenizer = tokenizer
         serialized = tokenizer.backend_tokenizer.to_str()
-        self._backend_sha256 = hashlib.sha256(serialized.encode()).hexdigest()
+        self._backend_sha256 = digest(serialized)
         self.backend = type(tokenizer.backend_tokenizer).from_str(serialized)
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -122,20 +122,16 @@ class Labeler:
     @cached_property
     def fingerprint(self) -> str:
         """Changes with everything that the labels depend on: tokenizer, template, settings and this code."""
-        digest = hashlib.sha256()
-        for part in (
+        modules = (formats, sources, spans, tokens, template, sys.modules[__name__])
+        parts = (
             self._backend_sha256,
             str(self.tokenizer.chat_template),
             str(self.tokenizer.special_tokens_map),
             f"{self.max_length} {self.mask} {self.assistant_only} {self.audited}",
-            *(
-                inspect.getsource(module)
-                for module in (formats, sources, spans, tokens, template, sys.modules[__name__])
-            ),
+            *(inspect.getsource(module) for module in modules),
             *(version(package) for package in ("transformers", "tokenizers", "jinja2")),
-        ):
-            digest.update(hashlib.sha256(part.encode()).digest())
-        return digest.hexdigest()
+        )
+        return digest("\0".join(map(digest, parts)))
 
     def label(self, given: Iterable["str | Mapping[str, Any]"], format_name: str = "messages") -> list[LabeledRow]:
         """Rows of a source (JSON texts or mappings of columns) with all that is known of them, in order."""
@@ -167,10 +163,17 @@ class Labeler:
         import pyarrow as pa
 
         read = [renamed(sources.content(row), columns or {}) for row in given]
-        with _one_at_a_time, _without_collector():
-            rows = self.label(read, format_name)
-        ids, labels = [_packed(row.ids) for row in rows], [_packed(row.labels) for row in rows]
-        prompts = [_digest(row.parsed.prompt.encode()) if row.parsed else 0 for row in rows]
+        with _one_at_a_time:
+            is_collecting = gc.isenabled()
+            gc.disable()  # it would go over every list of tokens again and again (a quarter of the time), and finds no cycles
+            try:
+                rows = self.label(read, format_name)
+            finally:
+                if is_collecting:
+                    gc.enable()
+        ids = [array("i", row.ids).tobytes() for row in rows]
+        labels = [array("i", row.labels).tobytes() for row in rows]
+        prompts = [_hash(row.parsed.prompt.encode()) if row.parsed else 0 for row in rows]
         audits = [row.audit or RowAudit([], [], 0, 0) for row in rows]
         return pa.table(
             {
@@ -182,7 +185,7 @@ class Labeler:
                 "lost": [row.lost for row in rows],
                 "cut_stops": [audit.cut_stops for audit in audits],
                 "cut_answers": [audit.cut_answers for audit in audits],
-                "digest": [_digest(both[0] + both[1]) for both in zip(ids, labels, strict=True)],
+                "digest": [_hash(both[0] + both[1]) for both in zip(ids, labels, strict=True)],
                 "prompt": prompts,
                 "unit": [_unit(*of, group_by) for of in zip(read, prompts, strict=True)],
                 "reason": [row.reason for row in rows],
@@ -266,19 +269,7 @@ class Labeler:
                 row.audit = audit
 
 
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Python's cycle collector goes over every list of tokens again and again (a quarter of the time), and finds no cycles."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _digest(content: bytes) -> int:
+def _hash(content: bytes) -> int:
     """64 bits: among a million rows two that differ have the same with a probability of 3e-8."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
@@ -286,11 +277,7 @@ def _digest(content: bytes) -> int:
 def _unit(row: str | Mapping[str, Any], prompt: int, column: str | None) -> int:
     """What stays together when rows are held out: those of one value in `column`, where the row has it, else of one prompt."""
     value = row.get(column) if column and not isinstance(row, str) else None
-    return prompt if value is None else _digest(json.dumps(value, default=str).encode())
-
-
-def _packed(numbers: list[int]) -> bytes:
-    return array("i", numbers).tobytes()
+    return prompt if value is None else _hash(json.dumps(value, default=str).encode())
 
 
 def _lists(packed: list[bytes]) -> "pa.Array":
