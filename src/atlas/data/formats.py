@@ -222,19 +222,19 @@ def conversation(row: str | Mapping[str, Any], format_name: str = "messages") ->
         seen = ", ".join(map(repr, row)) or "none"
         raise BadRowError("no messages", f"no column {missing[0]!r} (format {wanted.name}) among {seen}")
     if format_name == TEXT:
-        return _document(row["text"])
+        text = row["text"]
+        if not isinstance(text, str):
+            raise BadRowError("not text", f"'text' is {_short(text)}, not text")
+        if not text.strip():
+            raise BadRowError("empty", "'text' holds no character but white space")
+        return Conversation([], text=text)
     messages = wanted.messages(row)
     if not _is_list_of_objects(messages):
-        raise BadRowError(
-            "no messages", f"{wanted.columns[-1]!r} is not a list of objects with role and content: {_short(messages)}"
-        )
+        what = f"{wanted.columns[-1]!r} is not a list of objects with role and content"
+        raise BadRowError("no messages", f"{what}: {_short(messages)}")
     if not messages:
         raise BadRowError("empty", f"{wanted.columns[0]!r} is an empty list")
-    messages = [dict(message) for message in messages]
-    for index, message in enumerate(messages):
-        if isinstance(message.get("content"), list):
-            message["content"] = _joined(message["content"])
-        _check(message, index)
+    messages = [_checked(message, index) for index, message in enumerate(messages)]
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise BadRowError("no assistant turn", f"roles: {', '.join(message['role'] for message in messages)}")
@@ -245,22 +245,11 @@ def conversation(row: str | Mapping[str, Any], format_name: str = "messages") ->
 
 def _joined(content: Any) -> Any:
     """OpenAI's content parts as their text, where all of them are text; anything else as it is."""
-    if not isinstance(content, list) or not content:
+    if not content or not _is_list_of_objects(content):
         return content
-    texts = []
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            return content
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _document(text: Any) -> Conversation:
-    if not isinstance(text, str):
-        raise BadRowError("not text", f"'text' is {_short(text)}, not text")
-    if not text.strip():
-        raise BadRowError("empty", "'text' holds no character but white space")
-    return Conversation([], text=text)
+    if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
+        return content
+    return "".join(part["text"] for part in content)
 
 
 def refused(reason: str, detail: str) -> str:
@@ -285,8 +274,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON; json.loads would keep the last of two equal keys and lose the first without a word."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise BadRowError("not JSON", f"the key {twice!r} occurs twice in one object")
     return found
 
@@ -295,17 +283,16 @@ _REFUSED = "\0refused: "
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)  # json.loads makes one for every call
 
 
-def _check(message: Mapping[str, Any], index: int) -> None:
-    role = message.get("role")
+def _checked(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    role, content = message.get("role"), _joined(message.get("content"))
     if not isinstance(role, str) or role not in ROLES:
         near = difflib.get_close_matches(str(role), ROLES, n=1)
         meant = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(ROLES)}"
         raise BadRowError("unknown role", f"messages[{index}].role is {role!r}; {meant}")
-    content = message.get("content")
-    if content is None and role == "assistant" and message.get("tool_calls"):
-        return
-    if not isinstance(content, str):
+    is_call = content is None and role == "assistant" and message.get("tool_calls")
+    if not isinstance(content, str) and not is_call:
         raise BadRowError("not text", f"messages[{index}].content of the {role} turn is {_short(content)}, not text")
+    return {**message, "content": content} if "content" in message else dict(message)
 
 
 def refuse_special_tokens(parsed: Conversation, special: Sequence[str]) -> None:
