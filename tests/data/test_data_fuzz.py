@@ -143,6 +143,7 @@ def fuzz(labeler: Labeler, folder: Path, examples: int) -> None:
         {},
         "messages",
     )
+    @example(("jsonl", b'{"messages": [{"role": "assistant", "content": 3}]}'), {}, None)
     @example(("json", b"[" + written({"prompt": BIG, "completion": DEEP}, True).encode() + b"]"), {}, None)
     def of_files(file: tuple[str, bytes], mapping: dict[str, str], asked: str | None) -> None:
         path = folder / f"rows.{file[0]}"
