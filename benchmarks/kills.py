@@ -1,7 +1,7 @@
 """A run of the pocket lab, broken off with SIGKILL at random moments and resumed, is the run that was left alone: `make kill`.
 
 Each trial is a run of its own with checkpoints, evaluations, dropout, NF4 and a push to a stand-in of the Hub. It is killed at a
-moment of a given kind (any, while a checkpoint is written, around its rename, in an evaluation, in the push), started again with
+moment of a given kind (any, while a checkpoint is written, around its seal, in an evaluation, in the push), started again with
 the same command until it ends, and its adapter, log and pushed files are compared with those of the run that was left alone. A
 third of the trials streams its rows, or groups them by length, and is killed when it has begun to see them again. The result goes
 into outputs/figures/kills.json.
@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from atlas.files import read_object
+from atlas.train.checkpoints import PROGRESS, SEAL
 from hub_server import HubServer, User
 from measured import record
 
@@ -30,7 +32,7 @@ LAB = Path("outputs/pocket/lab")
 CONFIG = Path(__file__).parent.parent / "configs" / "sft_pocket.yaml"
 TOKEN = "hf_" + "k" * 34
 STEPS, SAVE_STEPS, EVAL_STEPS = 30, 3, 5
-KINDS = ("any moment", "save", "rename", "evaluation", "push")
+KINDS = ("any moment", "save", "seal", "evaluation", "push")
 FEW = 40  # rows: a pass has 10 steps
 DATA = {  # the rows of a trial, and the step after which it is killed
     "": (["data.train={lab}/train.jsonl:600", "data.eval_rows=100"], 1),
@@ -163,13 +165,14 @@ class Trial:
         begun = self._begin(kind, draw, said)
         while not begun() and process.poll() is None:
             time.sleep(0.001)
-        time.sleep(draw.uniform(*{"any moment": (0, 1), "save": (0, 0.02), "rename": (0, 0.004)}.get(kind, (0, 0.3))))
-        saving = sorted(path.name for path in self.out.glob(".saving/**/*") if path.is_file())
+        time.sleep(draw.uniform(*{"any moment": (0, 1), "save": (0, 0.02), "seal": (0, 0.004)}.get(kind, (0, 0.3))))
         process.kill()
         process.wait()
         reader.join()
+        unfinished = (path for path in self.out.glob("checkpoint-*") if "others" in read_object(path / SEAL))
+        saving = [file for path in unfinished for file in path.iterdir() if file.name != SEAL]
         last = next((line[5:].split("/")[0].strip() for line in reversed(said) if line.startswith("step ")), "0")
-        self.moment = f"after step {last}" + (f", {len(saving)} files being saved" if saving else "")
+        self.moment = f"after step {last}" + (f", {len(saving)} files of a checkpoint written" if saving else "")
         self.moment += f", {self.hub.log[-1]} was the Hub's last request" if kind == "push" else ""
 
     def _begin(self, kind: str, draw: random.Random, said: list[str]) -> Callable[[], bool]:
@@ -182,11 +185,11 @@ class Trial:
         def at(number: int) -> bool:
             return any(line.split("/")[0].split() == ["step", str(number)] for line in said)
 
-        staged = self.out / ".saving"
+        folder = self.out / f"checkpoint-{save}"
         return {
             "any moment": lambda: at(step),
-            "save": lambda: at(save) and any(staged.glob("*")),
-            "rename": lambda: at(save) and any(staged.glob("**/atlas_checkpoint.json")),
+            "save": lambda: at(save) and folder.exists(),
+            "seal": lambda: at(save) and (folder / PROGRESS.format(rank=0)).exists(),
             "evaluation": lambda: at(evaluation),
             "push": lambda: (self.out / "manifest.json").exists() and len(self.hub.log) >= request,
         }[kind]

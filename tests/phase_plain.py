@@ -1,7 +1,6 @@
 """A second phase: transformers' plain Trainer on the tokens of `prompt` rows, with no labels of atlas' own and no TRL."""
 
 import hashlib
-import sys
 
 from datasets import load_dataset
 from peft import get_peft_model
@@ -15,10 +14,8 @@ from atlas.train.run import command, open_run
 
 class PlainRows(Rows):
     def __init__(self, config, tokenizer):
-        file = config.data.train[0].name
-        rows = load_dataset("json", data_files=file, split="train")
+        rows = load_dataset("json", data_files=config.data.train[0].name, split="train")
         self.dataset = rows.map(lambda row: tokenizer(row["text"]), remove_columns=rows.column_names)
-        self.eval_dataset = None
         self.fingerprint = hashlib.sha256(str(self.dataset["input_ids"][:]).encode()).hexdigest()
 
     def manifest(self):
@@ -59,4 +56,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from atlas import compat
 from atlas.errors import RunError
+from runs import train
 
 
 def names() -> Iterator[tuple[str, str]]:
@@ -65,3 +66,16 @@ def test_datasets_names_equal_content_equally(rows_file: Path):
     assert name(1) == name(1) != name(2), (
         "datasets no longer gives `_fingerprint`: see dataset_fingerprint in atlas/compat.py"
     )
+
+
+def test_the_sums_of_a_log_are_those_of_the_trainer(sft_args):
+    """Fails with "transformers X.Y has no Trainer...: see _LOG in atlas/compat.py"."""
+    trainer = train(sft_args).trainer
+    sums = compat.log_sums(trainer)
+    assert sums["total_loss"] > 0 and sums["last_logged"] == trainer.state.global_step
+    assert sums["total_tokens"] > 0  # TRL's
+    compat.restore_log_sums(trainer, sums | {"loss": 0.5, "total_tokens": 7, "metrics": {"entropy": [1.0]}})
+    changed = compat.log_sums(trainer)
+    assert (changed["loss"], changed["total_tokens"], changed["metrics"]) == (0.5, 7, {"entropy": [1.0]})
+    with pytest.raises(RunError, match=r"transformers 5\S* has no Trainer._tr_loss: see _LOG"):
+        compat.log_sums(object())

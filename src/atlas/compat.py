@@ -10,6 +10,7 @@ has no ...: see PRIVATE in atlas/compat.py", and so does the run that needs it.
 
 import inspect
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -34,7 +35,18 @@ PRIVATE: dict[str, dict[str, tuple[str, ...]]] = {
         "_plain_template_data": ("value",),
         "_alias_reasoning_fields": ("chat",),
     },
+    "transformers.trainer:Trainer": {  # overridden or called in train/resume.py
+        "_run_epoch": ("epoch",),
+        "_save_checkpoint": ("model", "trial"),
+        "_evaluate": ("trial", "ignore_keys_for_eval"),
+        "_determine_best_metric": ("metrics", "trial"),
+        "_get_train_sampler": (),
+        "_get_eval_sampler": (),
+        "_move_model_to_device": ("model", "device"),
+    },
 }
+# Of a Trainer while it trains: the sums of its log since the last line, and with how many steps its mean loss is taken.
+_LOG = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
 
 
 def private(owner: str, name: str) -> Any:
@@ -76,6 +88,38 @@ def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages as `render_jinja_template` gives them to a template: plain types, and reasoning under each of its names."""
     plain: list[dict[str, Any]] = _renderer("_plain_template_data")(messages)
     return list(_renderer("_alias_reasoning_fields")(plain))
+
+
+def log_sums(trainer: Any) -> dict[str, Any]:
+    """What a Trainer has summed up for its log since the last line, which its checkpoints lack; TRL's part where there is one."""
+    loss, total, last, _ = (_attribute(trainer, name) for name in _LOG)
+    metrics = getattr(trainer, "_metrics", {"train": {}})["train"]
+    return {
+        "loss": loss.item(),
+        "total_loss": total,
+        "last_logged": last,
+        "total_tokens": getattr(trainer, "_total_train_tokens", None),
+        "metrics": {name: list(values) for name, values in metrics.items()},
+    }
+
+
+def restore_log_sums(trainer: Any, sums: Mapping[str, Any]) -> None:
+    """The sums of a checkpoint, after the Trainer has set its own to 0. The mean loss is then that of all steps."""
+    for name in _LOG:
+        _attribute(trainer, name)
+    trainer._tr_loss.fill_(sums["loss"])
+    trainer._total_loss_scalar, trainer._globalstep_last_logged = sums["total_loss"], sums["last_logged"]
+    trainer._initial_global_step = 0
+    if sums["total_tokens"] is not None:
+        trainer._total_train_tokens = sums["total_tokens"]
+        trainer._metrics["train"].clear()
+        trainer._metrics["train"].update({name: list(values) for name, values in sums["metrics"].items()})
+
+
+def _attribute(trainer: Any, name: str) -> Any:
+    if not hasattr(trainer, name):
+        raise RunError(f"transformers {version('transformers')} has no Trainer.{name}: see _LOG in atlas/compat.py")
+    return getattr(trainer, name)
 
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface_hub")

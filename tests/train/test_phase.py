@@ -33,7 +33,7 @@ def plain_args(base_folder: Path, tmp_path: Path) -> list[str]:
 
 
 def test_the_second_phase_is_short():
-    assert len(Path(phase_plain.__file__).read_text().splitlines()) < 70
+    assert len(Path(phase_plain.__file__).read_text().splitlines()) < 60
 
 
 def test_it_has_preflight(plain_args: list[str], tmp_path: Path, capfd):

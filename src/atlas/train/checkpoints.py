@@ -64,11 +64,11 @@ def begin(folder: Path, run: Identity) -> None:
     if folder.is_symlink():
         folder.unlink()
     others = _others_files(folder) if folder.is_dir() else []
-    for path in folder.rglob("*"):
-        if path.is_file() and path.relative_to(folder).as_posix() not in others:
-            path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SEAL, {"format": _FORMAT, "start": run.start, "others": others})
+    for path in folder.rglob("*"):
+        if path.is_file() and path.relative_to(folder).as_posix() not in (SEAL, *others):
+            path.unlink()
 
 
 def seal(folder: Path, run: Identity, step: int) -> None:

@@ -19,7 +19,7 @@ class Rows(Protocol):
     fingerprint: str
     """Changes with every change of what is trained; part of the run's identity."""
     dataset: "Dataset | IterableDataset"
-    eval_dataset: "Dataset | None"
+    eval_dataset: "Dataset | None" = None
 
     def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Make the rows, and print what became of the data. Raises `UserError` for rows that must not be trained on."""

@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from atlas.compat import log_sums, restore_log_sums
 from atlas.console import say
 from atlas.errors import RunError, first_line
 from atlas.files import write_json
@@ -27,7 +28,7 @@ class Resumable(Trainer):
 
     Checkpoints are sealed, hold what transformers and TRL forget (the sums of the log since its last line, counts since the
     start), and only this run's own are removed. An evaluation changes nothing of the training. A loss or an adapter that is not
-    finite ends the run. Private parts of transformers that it overrides or reads are listed in `atlas.compat.TRAINER`.
+    finite ends the run. Private parts of transformers that it overrides or reads are listed in `atlas.compat`.
     """
 
     evaluation_due = False
@@ -46,19 +47,11 @@ class Resumable(Trainer):
         return Path(str(self.args.output_dir))
 
     def counts(self) -> dict[str, Any]:
-        """What has been counted since the start, for a checkpoint; a trainer adds its own."""
-        metrics = getattr(self, "_metrics", {"train": {}})["train"]  # TRL's, for its next line of the log
-        return {
-            "total_tokens": getattr(self, "_total_train_tokens", None),
-            "metrics": {name: list(values) for name, values in metrics.items()},
-        }
+        """What a trainer has counted since the start by itself, for its checkpoints."""
+        return {}
 
     def restore_counts(self, counts: Mapping[str, Any]) -> None:
         """The counts of a checkpoint."""
-        if counts["total_tokens"] is not None:
-            self._total_train_tokens = counts["total_tokens"]
-            self._metrics["train"].clear()
-            self._metrics["train"].update({name: list(values) for name, values in counts["metrics"].items()})
 
     def result(self) -> dict[str, Any]:
         """What a trainer adds to the result in manifest.json; every process has to call it."""
@@ -167,13 +160,8 @@ class Resumable(Trainer):
 
     def _progress(self) -> dict[str, Any]:
         """What transformers and TRL do not save."""
-        return {
-            **self.counts(),
-            "loss": self._tr_loss.item(),
-            "total_loss": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
-            "evaluation_due": self.evaluation_due or self._epoch_is_not_evaluated(),
-        }
+        due = self.evaluation_due or self._epoch_is_not_evaluated()
+        return {**log_sums(self), **self.counts(), "evaluation_due": due}
 
     def _epoch_is_not_evaluated(self) -> bool:
         """Is this the end of an epoch? Its evaluation comes after the last step's checkpoint."""
@@ -186,10 +174,8 @@ class Resumable(Trainer):
         """Called after transformers has loaded its part of a checkpoint: the rest, and the evaluation that was put off."""
         file = checkpoint / checkpoints.PROGRESS.format(rank=self.args.process_index)
         progress = json.loads(file.read_text(encoding="utf-8"))
+        restore_log_sums(self, progress)
         self.restore_counts(progress)
-        self._tr_loss.fill_(progress["loss"])
-        self._total_loss_scalar, self._initial_global_step = progress["total_loss"], 0
-        self._globalstep_last_logged = progress["last_logged"]
         best = self._folder / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (problem := checkpoints.damage(best)):
             print(f"the best checkpoint so far cannot be used, so a later one is kept: {best}: {problem}")

@@ -16,10 +16,9 @@ class LabeledSFTTrainer(Resumable, SFTTrainer):
     supervised_tokens = 0
 
     def counts(self) -> dict[str, Any]:
-        return {**super().counts(), "supervised_tokens": self.supervised_tokens}
+        return {"supervised_tokens": self.supervised_tokens}
 
     def restore_counts(self, counts: Mapping[str, Any]) -> None:
-        super().restore_counts(counts)
         self.supervised_tokens = counts["supervised_tokens"]
 
     def result(self) -> dict[str, Any]:

@@ -13,9 +13,9 @@ class LogLine(TrainerCallback):
     """Prints loss, learning rate, gradient norm, tokens per second (supervised ones too, where they are logged), memory and time
     left. Rates count from the last line; `begin` sets the first one."""
 
-    def begin(self, state: TrainerState, tokens: int, supervised: int) -> None:
-        """Training begins, or goes on from a checkpoint that has been restored, with these counts of tokens."""
-        self._last = (time.perf_counter(), tokens, supervised)
+    def begin(self, state: TrainerState, tokens: int, result: dict[str, Any]) -> None:
+        """Training begins, or goes on from a checkpoint that has been restored, with these tokens and results so far."""
+        self._last = (time.perf_counter(), tokens, result.get("supervised_tokens", 0))
         self._began = (time.perf_counter(), state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from atlas.compat import log_sums
 from atlas.train.callbacks.log_line import LogLine
 from atlas.train.resume import EvaluationCutError, Resumable
 
@@ -60,8 +61,7 @@ class SaveInTime(TrainerCallback):
     ) -> None:
         if self.resumed is not None:
             self.trainer.restore_progress(self.resumed)
-        counts = {**self.trainer.counts(), **self.trainer.result()}
-        self.log.begin(self.trainer.state, counts["total_tokens"] or 0, counts.get("supervised_tokens", 0))
+        self.log.begin(state, log_sums(self.trainer)["total_tokens"] or 0, self.trainer.result())
         self._saved = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
