@@ -9,7 +9,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 from atlas.config.fields import COMMON_OWNED, COMMON_RECIPE, SCHEMAS, TRL_SOURCES, TrainSchema
 from atlas.train.phase import PHASES, Phase, Rows
 from atlas.train.resume import Resumable
-from atlas.train.run import command, open_run
+from atlas.train.run import open_run, phase_command
 
 
 class PlainRows(Rows):
@@ -51,8 +51,7 @@ SCHEMAS["plain"] = TrainSchema(TRL_SOURCES[:1], COMMON_OWNED, COMMON_RECIPE)
 PHASES["plain"] = "phase_plain:PLAIN"
 
 
-def main(argv=None):
-    return command("plain", train, __doc__, argv)
+main = phase_command("plain", train)
 
 
 if __name__ == "__main__":

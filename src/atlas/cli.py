@@ -1,45 +1,209 @@
-"""`atlas COMMAND ...`: the entry points as subcommands; each module is imported only when it is asked for."""
+"""`atlas COMMAND ...`: every command with its arguments, and the module that does it.
 
+That module is imported only when its command runs, so that `--help` answers at once; `python -m MODULE` is the same command.
+"""
+
+import argparse
 import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
+from atlas import __version__
+from atlas.errors import DONE, WRONG_INPUT, run_main
+
+_MODEL = "FOLDER|REPO[@REVISION]"
+
+
+class Command(NamedTuple):
+    """A command: the module whose `main(argv)` it is (or `module:function`), what it does, what adds its arguments to a parser."""
+
+    place: str
+    what: str
+    add_arguments: Callable[[ArgumentParser], object]
+
+
+class Main(Protocol):
+    """Runs a command and returns its exit status; `argv`: its arguments, by default those of the process."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+
+
+def command(name: str) -> Callable[[Callable[[Namespace], int]], Main]:
+    """Makes the `main(argv)` of the command `name` from a function of its arguments that returns the exit status, or raises
+    `UserError` or `RunError`."""
+
+    def decorate(run: Callable[[Namespace], int]) -> Main:
+        def main(argv: Sequence[str] | None = None) -> int:
+            arguments = parse(name, argv)
+            return run_main(lambda: run(arguments))
+
+        return main
+
+    return decorate
+
+
+def parse(name: str, argv: Sequence[str] | None) -> Namespace:
+    """The arguments of `atlas NAME`; of a training phase, where `COMMANDS` does not have the name."""
+    _, what, add_arguments = COMMANDS.get(name, Command("", f"training, phase {name}", _training))
+    parser = ArgumentParser(prog=f"atlas {name}", description=what[0].upper() + what[1:])
+    add_arguments(parser)
+    # Overrides may stand between options, for which argparse has a function of its own.
+    arguments = (parser.parse_intermixed_args if parser.get_default("takes_config") else parser.parse_args)(argv)
+    if getattr(arguments, "max_steps", None) is not None:
+        arguments.overrides.append(f"train.max_steps={arguments.max_steps}")
+    if getattr(arguments, "no_push_to_hub", False):
+        arguments.overrides.append("output.hub_repo=null")
+    return arguments
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def _config(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="YAML file; the base.yaml beside it is merged under it")
+    _overrides(parser)
+
+
+def _overrides(parser: ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a value of the config, e.g. train.seed=1")
+    parser.set_defaults(takes_config=True)
+
+
+def _run(parser: ArgumentParser) -> None:
+    """Of a training run, and of the look at it beforehand."""
+    _config(parser)
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH", help="checkpoint (default: auto, the newest)"
+    )
+    parser.add_argument("--no-push-to-hub", action="store_true", help="keep the result on this machine")
+
+
+def _training(parser: ArgumentParser) -> None:
+    _run(parser)
+    # At least 1: transformers takes 0 and below for "not set" and would train whole epochs.
+    parser.add_argument("--max-steps", type=_positive, metavar="N", help="stop after N steps (train.max_steps)")
+    parser.add_argument("--dump-template-audit", action="store_true", help="write the audit of the data and stop")
+    parser.add_argument("--print-config", action="store_true", help="print the config with the source of each value")
+
+
+def _init(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="DIR", help="default: this folder")
+    about = "a config that atlas brings along, e.g. sft_qwen05b.yaml (default: own_data.yaml, as sft.yaml)"
+    parser.add_argument("--like", default="own_data.yaml", metavar="NAME", help=about)
+
+
+def _audit(parser: ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--config", help="audit the data of this config; writes results/sft_template_audit.jsonl and .html"
+    )
+    names = ("A.jsonl", "B.jsonl")
+    what.add_argument("--diff", nargs=2, type=Path, metavar=names, help="do two audits have the same ids and labels?")
+    _overrides(parser)
+
+
+def _eval(parser: ArgumentParser) -> None:
+    _config(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--base", action="store_true", help="score the base model of the config")
+    what.add_argument("--adapter", metavar=_MODEL, help="default: output.dir of the config")
+    what.add_argument("--merged", metavar=_MODEL, help="score a whole model")
+    parser.add_argument("--name", help="its name in the results (default: from model or adapter)")
+    parser.add_argument("--tasks", help="comma-separated, instead of eval.tasks")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N prompts of each task")
+    parser.add_argument("--replace", action="store_true", help="discard other results of the same name")
+
+
+def _compare(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="NAME", help="the others are compared with the first")
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="(default: %(default)s)")
+    parser.add_argument("--task", help="only this one")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N prompts on which the two differ")
+
+
+def _generate(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "prompt", nargs="?", help="the question; `-` reads it from standard input; none: a conversation"
+    )
+    parser.add_argument("--adapter", metavar=_MODEL, help="the tuned adapter; it knows its base model")
+    parser.add_argument("--model", metavar=_MODEL, help="base or merged model (default: the adapter's)")
+    parser.add_argument("--system", help="system prompt (default: the chat template's own)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="for a temperature above 0 (default: 0)")
+
+
+def _push(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("repo", metavar="namespace/name")
+    parser.add_argument("--public", action="store_true", help="if the repo has to be created, make it public")
+
+
+def _pull(parser: ArgumentParser) -> None:
+    parser.add_argument("repo", metavar="namespace/name[@revision]")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: outputs/name")
+
+
+def _merge(parser: ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="FOLDER|namespace/name[@revision]")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
+    dtypes = ("auto", "float16", "bfloat16", "float32")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the saved weights (default: the base's)")
+    parser.add_argument("--base", metavar="NAME", help="the base model, if it is not where the manifest says")
+
+
+def _pocket(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", default="configs/sft_pocket.yaml", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of world, base model, SFT and prompts (default: 0)")
+    _overrides(parser)
+
+
+_CHAT = "a conversation with a tuned model; an empty line or /quit ends it, /reset starts anew"
 COMMANDS = {
-    "init": ("atlas.init", "a commented config for your own data"),
-    "sft": ("atlas.train.sft", "supervised fine-tuning: config -> adapter"),
-    "preflight": ("atlas.train.preflight", "everything that would end a run badly, in seconds, before it starts"),
-    "data": ("atlas.data.report", "what a config would train on: rows used, cut, dropped; lengths; held-out rows"),
-    "audit": ("atlas.audit.command", "what would be trained, token by token; compare two audits"),
-    "eval": ("atlas.eval.run", "score base, adapter or merged model with lm-eval; every reply is kept"),
-    "compare": ("atlas.eval.compare", "is one run better than another on the same prompts, or is it luck?"),
-    "generate": ("atlas.eval.generate", "one reply of a tuned model"),
-    "chat": ("atlas.eval.generate:main_chat", "talk with a tuned model"),
-    "push": ("atlas.hub.push", "push a finished run to the Hub"),
-    "pull": ("atlas.hub.pull", "get an adapter from the Hub, at a pinned revision"),
-    "merge": ("atlas.models.merge", "an adapter and its base as one model"),
-    "pocket": ("atlas.pocket.lab", "the whole way on a machine with neither GPU nor Hub"),
+    "init": Command("atlas.init", "a commented config for your own data", _init),
+    "sft": Command("atlas.train.sft", "supervised fine-tuning: one config -> an adapter with proven labels", _training),
+    "preflight": Command("atlas.train.preflight", "finds in seconds what would make a run fail later", _run),
+    "data": Command(
+        "atlas.data.report", "what a config trains on: rows used, cut, dropped, held out; lengths", _config
+    ),
+    "audit": Command("atlas.audit.command", "what is trained, token by token; compare two audits", _audit),
+    "eval": Command("atlas.eval.run", "score base, adapter or merged model with lm-eval; keep every reply", _eval),
+    "compare": Command(
+        "atlas.eval.compare", "is one run better than another on the same prompts, or is it luck?", _compare
+    ),
+    "generate": Command("atlas.eval.generate", "one reply of a tuned model", _generate),
+    "chat": Command("atlas.eval.generate:chat", _CHAT, _generate),
+    "push": Command("atlas.hub.push", "push a finished run to the Hub", _push),
+    "pull": Command("atlas.hub.pull", "get an adapter from the Hub, at a pinned revision", _pull),
+    "merge": Command("atlas.models.merge", "merge an adapter into its base model", _merge),
+    "pocket": Command("atlas.pocket.lab", "the whole way on a machine with neither GPU nor Hub", _pocket),
 }
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
+    name, *arguments = sys.argv[1:] or [""]
+    if name in ("", "-h", "--help"):
         print("usage: atlas COMMAND [arguments]\n")
-        print("\n".join(f"  {name:<9} {what}" for name, (_, what) in COMMANDS.items()))
+        print("\n".join(f"  {name:<9} {command.what}" for name, command in COMMANDS.items()))
         print("\n`atlas COMMAND --help` shows the arguments of one.")
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        from atlas import __version__
-
+        return DONE if name else WRONG_INPUT
+    if name == "--version":
         print(f"atlas {__version__}")
-        return 0
-    if arguments[0] not in COMMANDS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0)[0]
-        print(f"error: unknown command {arguments[0]!r}; did you mean {near!r}?", file=sys.stderr)
-        return 2
-    module, _, function = COMMANDS[arguments[0]][0].partition(":")
-    status: int = getattr(import_module(module), function or "main")(arguments[1:])
+        return DONE
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1, cutoff=0)[0]
+        print(f"error: unknown command {name!r}; did you mean {near!r}?", file=sys.stderr)
+        return WRONG_INPUT
+    parse(name, arguments)  # --help and wrong arguments end here, before anything slow is imported
+    module, _, function = COMMANDS[name].place.partition(":")
+    status: int = getattr(import_module(module), function or "main")(arguments)
     return status
 
 

@@ -1,32 +1,20 @@
 """`atlas init`: a commented config to begin with."""
 
-import argparse
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from argparse import Namespace
 
+from atlas.cli import command
 from atlas.config import packaged_configs
-from atlas.errors import DONE, UserError, run_main
+from atlas.errors import DONE, UserError
 
 OWN_DATA = "own_data.yaml"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command("init")
+def main(arguments: Namespace) -> int:
+    folder, like = arguments.folder, arguments.like
     brought = sorted(path.name for path in packaged_configs().glob("*.yaml"))
-    parser = argparse.ArgumentParser(prog="atlas init", description="Write a commented config to begin with.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="DIR", help="default: this folder")
-    parser.add_argument(
-        "--like",
-        choices=brought,
-        default=OWN_DATA,
-        metavar="NAME",
-        help=f"one that atlas brings along: {', '.join(brought)} (default: {OWN_DATA}, as sft.yaml)",
-    )
-    arguments = parser.parse_args(argv)
-    return run_main(lambda: _main(arguments.folder, arguments.like))
-
-
-def _main(folder: Path, like: str) -> int:
+    if like not in brought:
+        raise UserError(f"--like {like}: atlas brings along {', '.join(brought)}")
     path = folder / ("sft.yaml" if like == OWN_DATA else like)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,4 +30,4 @@ def _main(folder: Path, like: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -321,8 +321,8 @@ def test_each_command_calls_itself_by_its_name(capsys):
 
     from atlas.cli import COMMANDS
 
-    for name, (place, _) in COMMANDS.items():
-        module, _, function = place.partition(":")
+    for name, command in COMMANDS.items():
+        module, _, function = command.place.partition(":")
         with pytest.raises(SystemExit):
             getattr(import_module(module), function or "main")(["--help"])
         assert capsys.readouterr().out.startswith(f"usage: atlas {name} ")

@@ -1,36 +1,24 @@
 """`atlas audit`: prove what a config would train, or compare two such proofs. No model is loaded."""
 
-import argparse
-import sys
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from atlas.cli import command
 from atlas.console import quiet_libraries, say
-from atlas.errors import DONE, FAILED, run_main
+from atlas.errors import DONE, FAILED
 
 if TYPE_CHECKING:
     from atlas.config import LoadedConfig
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="atlas audit", description=(__doc__ or "").split(": ", 1)[1])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--config", help="audit the data of this config; writes results/sft_template_audit.jsonl and .html"
-    )
-    what.add_argument(
-        "--diff", nargs=2, type=Path, metavar=("A.jsonl", "B.jsonl"), help="same stream of ids and labels?"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path into the config")
-    arguments = parser.parse_intermixed_args(argv)
-    return run_main(lambda: _diff(*arguments.diff) if arguments.diff else _audit(arguments.config, arguments.overrides))
-
-
-def _audit(config: str, overrides: Sequence[str]) -> int:
+@command("audit")
+def main(arguments: Namespace) -> int:
+    if arguments.diff:
+        return _diff(*arguments.diff)
     from atlas.config import load_config
 
-    dump_audit(load_config(config, overrides))
+    dump_audit(load_config(arguments.config, arguments.overrides))
     return DONE
 
 
@@ -62,4 +50,4 @@ def _diff(first: Path, second: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,13 +1,12 @@
 """`atlas data`: what a config would train on, row by row accounted for, as text and as a page. No model is loaded."""
 
-import argparse
-import sys
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from atlas.cli import command
 from atlas.console import quiet_libraries, say
-from atlas.errors import DONE, UserError, run_main
+from atlas.errors import DONE, UserError
 from atlas.files import RESULTS_DIR, can_write, write_text, writing
 from atlas.pages import render
 
@@ -17,22 +16,15 @@ if TYPE_CHECKING:
 REPORT = "data_report.html"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="atlas data", description=(__doc__ or "").split(": ", 1)[1])
-    parser.add_argument("--config", required=True, help="phase YAML, as for `atlas sft`")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path into the config")
-    arguments = parser.parse_intermixed_args(argv)
-    return run_main(lambda: _main(arguments.config, arguments.overrides))
-
-
-def _main(config_file: str, overrides: Sequence[str]) -> int:
+@command("data")
+def main(arguments: Namespace) -> int:
     from atlas.audit.gate import gate
     from atlas.config import load_config
     from atlas.data.prepare import prepare
     from atlas.models.tokenizer import load_tokenizer
 
     quiet_libraries()
-    config = load_config(config_file, overrides).config
+    config = load_config(arguments.config, arguments.overrides).config
     can_write(Path(config.output.results_dir), *RESULTS_DIR)
     labeled = prepare(config, load_tokenizer(config))
     if config.data.streaming:
@@ -67,4 +59,4 @@ def page(labeled: "Labeled") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

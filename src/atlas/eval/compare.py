@@ -5,18 +5,18 @@
 Runs are rows of results/metrics.json. Writes results/comparison.md and plots, and prints the same.
 """
 
-import argparse
 import html
 import shutil
-import sys
 import textwrap
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from atlas.cli import command
 from atlas.console import say
-from atlas.errors import DONE, UserError, run_main
+from atlas.errors import DONE, UserError
 from atlas.eval.stats import ALPHA, Difference, Estimate, corrected, estimates, holm, paired_difference
 from atlas.eval.store import METRICS, locked, read_metrics, read_records, read_references, unlike
 from atlas.files import replacing, write_text, writing
@@ -74,19 +74,8 @@ class Comparison:
         return self.metrics[0].difference.verdict
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="atlas compare", description=(__doc__ or "").split("\n\n")[0].split(": ", 1)[1]
-    )
-    parser.add_argument("runs", nargs="+", metavar="NAME", help="the first is what the others are compared with")
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="(default: %(default)s)")
-    parser.add_argument("--task", help="only this one")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N prompts on which the two differ")
-    arguments = parser.parse_args(argv)
-    return run_main(lambda: _main(arguments))
-
-
-def _main(arguments: argparse.Namespace) -> int:
+@command("compare")
+def main(arguments: Namespace) -> int:
     results = arguments.results_dir
     found = comparison(results, arguments.runs, arguments.task)
     show(found, results)
@@ -409,4 +398,4 @@ def _saved(figure: Any, axes: Any, path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

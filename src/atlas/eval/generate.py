@@ -1,13 +1,13 @@
 """`atlas generate` and `atlas chat`: look at a model's replies, with the chat template and stop tokens of its training."""
 
-import argparse
 import math
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
+from atlas.cli import command
 from atlas.console import quiet_libraries, say, visible
-from atlas.errors import DONE, UserError, run_main
+from atlas.errors import DONE, UserError
 from atlas.hub_client import split_revision
 
 if TYPE_CHECKING:
@@ -20,31 +20,7 @@ class TooLongError(UserError):
     """What is asked, with what was said before, leaves no room for a reply."""
 
 
-def main_chat(argv: Sequence[str] | None = None) -> int:
-    return main(argv, "atlas chat")
-
-
-def main(argv: Sequence[str] | None = None, prog: str = "atlas generate") -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="One reply to a prompt, or, without a prompt, a conversation (`atlas chat`): " + CHAT_HELP + ".",
-    )
-    parser.add_argument("prompt", nargs="?", help="what to ask; `-` reads it from standard input")
-    parser.add_argument(
-        "--adapter", metavar="FOLDER|REPO[@REVISION]", help="the tuned adapter; it knows its base model"
-    )
-    parser.add_argument(
-        "--model", metavar="FOLDER|REPO[@REVISION]", help="base or merged model (default: the adapter's)"
-    )
-    parser.add_argument("--system", help="system prompt (default: the chat template's own)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    parser.add_argument("--seed", type=int, default=0, help="for a temperature above 0 (default: 0)")
-    arguments = parser.parse_args(argv)
-    return run_main(lambda: _main(arguments))
-
-
-def _main(arguments: argparse.Namespace) -> int:
+def _main(arguments: Namespace) -> int:
     if arguments.adapter is None and arguments.model is None:
         raise UserError("nothing to ask: give --adapter FOLDER or --model NAME")
     if arguments.max_new_tokens < 1:
@@ -89,7 +65,7 @@ def reply(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     messages: list[dict[str, Any]],
-    arguments: argparse.Namespace,
+    arguments: Namespace,
 ) -> str:
     """Print the reply as it comes, and return it without its stop token."""
     from atlas.models.template import chat_prompt
@@ -141,6 +117,10 @@ def _load(adapter: str | None, model: str | None) -> "tuple[PreTrainedModel, Pre
         )
     set_generation(*loaded)
     return loaded
+
+
+main = command("generate")(_main)
+chat = command("chat")(_main)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,19 @@
 Each finished task is on the disk before the next begins: started again, a run goes on where it stopped.
 """
 
-import argparse
 import hashlib
-import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atlas.cli import command
 from atlas.compat import versions
 from atlas.config import Config, EvalTask, QuantizationConfig
 from atlas.console import quiet_libraries
-from atlas.errors import DONE, UserError, first_line, run_main
+from atlas.errors import DONE, UserError, first_line
 from atlas.eval.store import METRICS, claimed, name_problem, read_metrics, records_file, store, unlike
 from atlas.files import sha256
 from atlas.hub_client import split_revision
@@ -43,29 +43,8 @@ class Target:
     adapter: Adapter | None = None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="atlas eval", description=(__doc__ or "").split("\n\n")[0].split(": ", 1)[1])
-    parser.add_argument("--config", required=True, help="phase YAML; eval: says which tasks")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--base", action="store_true", help="score the base model of the config")
-    what.add_argument("--adapter", metavar="FOLDER|REPO[@REVISION]", help="default: output.dir of the config")
-    what.add_argument("--merged", metavar="FOLDER|REPO[@REVISION]", help="score a whole model")
-    parser.add_argument("--name", help="how results/ calls it (default: from model or adapter)")
-    parser.add_argument("--tasks", help="comma-separated, instead of eval.tasks")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N prompts of each task")
-    parser.add_argument("--replace", action="store_true", help="discard other results of the same name")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path into the config")
-    arguments = parser.parse_intermixed_args(argv)
-    return run_main(lambda: _main(arguments))
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
-def _main(arguments: argparse.Namespace) -> int:
+@command("eval")
+def main(arguments: Namespace) -> int:
     import os
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -87,7 +66,7 @@ def _main(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _target(arguments: argparse.Namespace, config: Config) -> Target:
+def _target(arguments: Namespace, config: Config) -> Target:
     base, revision = config.model.name, config.model.revision
     if arguments.base:
         asked = "base" if config.eval.chat_template else "base-plain"
@@ -300,4 +279,4 @@ def table(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

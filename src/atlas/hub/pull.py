@@ -1,26 +1,19 @@
 """`atlas pull`: get an adapter from the Hub, with its revision."""
 
-import argparse
 import shutil
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 
-from atlas.errors import DONE, run_main
+from atlas.cli import command
+from atlas.errors import DONE
 from atlas.files import new_folder
 from atlas.hub_client import download, split_revision
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="atlas pull", description="Get an adapter from the Hub, with its revision.")
-    parser.add_argument("repo", metavar="namespace/name[@revision]")
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: outputs/name")
-    arguments = parser.parse_args(argv)
-
-    def go() -> int:
-        pull(arguments.repo, arguments.to or Path("outputs") / split_revision(arguments.repo)[0].rpartition("/")[2])
-        return DONE
-
-    return run_main(go)
+@command("pull")
+def main(arguments: Namespace) -> int:
+    pull(arguments.repo, arguments.to or Path("outputs") / split_revision(arguments.repo)[0].rpartition("/")[2])
+    return DONE
 
 
 def pull(name: str, to: Path) -> None:

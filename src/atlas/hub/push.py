@@ -5,19 +5,20 @@ What may succeed later is tried again, and if it does not, one printed command d
 huggingface_hub leaves out files that the repo has already, and the commit names the revision that it changes.
 """
 
-import argparse
 import contextlib
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from atlas.cli import command
 from atlas.console import say
-from atlas.errors import DONE, RunError, UserError, first_line, run_main
+from atlas.errors import DONE, RunError, UserError, first_line
 from atlas.files import write_json
 from atlas.hub.card import write_card
 from atlas.hub_client import ADAPTER_FILES, HubError, ask
@@ -29,18 +30,10 @@ TRIES = 5
 _LATER = " Or train with --no-push-to-hub and push later: atlas push FOLDER namespace/name"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="atlas push", description="Push a finished run to the Hub.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("repo", metavar="namespace/name")
-    parser.add_argument("--public", action="store_true", help="if the repo has to be created, make it public")
-    arguments = parser.parse_args(argv)
-
-    def go() -> int:
-        push(arguments.folder, arguments.repo, private=not arguments.public)
-        return DONE
-
-    return run_main(go)
+@command("push")
+def main(arguments: Namespace) -> int:
+    push(arguments.folder, arguments.repo, private=not arguments.public)
+    return DONE
 
 
 def check_access(repo: str, *, private: bool, key: str = "output.hub_repo", remedy: str = _LATER) -> None:

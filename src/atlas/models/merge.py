@@ -1,13 +1,13 @@
 """`atlas merge`: an adapter multiplied into its unquantised base, proven to give the same logits, as a model of its own."""
 
-import argparse
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atlas.cli import command
 from atlas.console import quiet_libraries
-from atlas.errors import DONE, RunError, first_line, run_main
+from atlas.errors import DONE, RunError, first_line
 from atlas.files import new_folder, write_json
 from atlas.hub_client import split_revision
 
@@ -122,24 +122,10 @@ def _logits(model: Any, tokenizer: Any) -> "torch.Tensor":
     return torch.cat(found)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="atlas merge", description="Merge an adapter into its base model.")
-    parser.add_argument("adapter", metavar="FOLDER|namespace/name[@revision]")
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float16", "bfloat16", "float32"),
-        default="auto",
-        help="of the saved weights (default: the base's)",
-    )
-    parser.add_argument("--base", metavar="NAME", help="the base model, where it is not where the manifest says")
-    arguments = parser.parse_args(argv)
-
-    def go() -> int:
-        merge(arguments.adapter, arguments.to, arguments.dtype, arguments.base)
-        return DONE
-
-    return run_main(go)
+@command("merge")
+def main(arguments: Namespace) -> int:
+    merge(arguments.adapter, arguments.to, arguments.dtype, arguments.base)
+    return DONE
 
 
 if __name__ == "__main__":

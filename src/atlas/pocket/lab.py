@@ -8,37 +8,25 @@ second score shows how much of the difference is the chat format, and how much i
 Everything runs for real (NF4, LoRA, SFTTrainer, lm-eval's own scorer), on two CPU cores, without a network.
 """
 
-import argparse
 import os
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from argparse import Namespace
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atlas.cli import command
 from atlas.config import Config, load_config
-from atlas.errors import DONE, FAILED, UserError, run_main
+from atlas.errors import DONE, FAILED, UserError
 from atlas.pocket import world
 
 if TYPE_CHECKING:
     from atlas.eval.stats import Difference
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="atlas pocket", description="The whole way on a machine with neither GPU nor Hub."
-    )
-    parser.add_argument("--config", default="configs/sft_pocket.yaml", help="phase YAML (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of world, base model, SFT and held-out prompts (default: 0)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path into the config")
-    arguments = parser.parse_args(argv)
-    return run_main(lambda: _main(arguments))
-
-
-def _main(arguments: argparse.Namespace) -> int:
+@command("pocket")
+def main(arguments: Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed}: give 0 or more")
@@ -189,4 +177,4 @@ def table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

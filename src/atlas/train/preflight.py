@@ -4,7 +4,6 @@ Each check is one line: ok, fail (with what to do), warn (the run will do, but s
 All failures are reported together. `atlas sft` does the same first.
 """
 
-import argparse
 import contextlib
 import copy
 import io
@@ -13,7 +12,8 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -21,12 +21,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from atlas.cli import command
 from atlas.compat import check_libraries
 from atlas.config import Config, LoadedConfig, is_path, load_config
 from atlas.console import quiet_libraries, say
 from atlas.data.sources import data_files, reach
 from atlas.device import DevicePlan, Machine, choose_device
-from atlas.errors import DONE, RunError, UserError, first_line, run_main
+from atlas.errors import DONE, RunError, UserError, first_line
 from atlas.files import RESULTS_DIR, can_write, existing
 from atlas.launch import is_main_process
 from atlas.redact import redact
@@ -109,24 +110,11 @@ class Ready:
             raise kind(begin + "\n       - ".join(map(str, self.failures)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="atlas preflight", description=(__doc__ or "").split("\n\n")[0].split(": ", 1)[1]
-    )
-    parser.add_argument("--config", required=True, help="phase YAML, as for `atlas sft`")
-    parser.add_argument("--no-push-to-hub", action="store_true", help="leave out the check of output.hub_repo")
-    parser.add_argument(
-        "--resume", default="auto", metavar="auto|never|PATH", help="as it will be given to `atlas sft`"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path into the config")
-    arguments = parser.parse_intermixed_args(argv)
-    overrides = [*arguments.overrides, *(["output.hub_repo=null"] if arguments.no_push_to_hub else [])]
-    return run_main(lambda: _main(load_config(arguments.config, overrides), arguments.resume))
-
-
-def _main(loaded: LoadedConfig, resume: str) -> int:
+@command("preflight")
+def main(arguments: Namespace) -> int:
+    loaded = load_config(arguments.config, arguments.overrides)
     quiet_libraries()
-    ready = preflight(loaded, resume)
+    ready = preflight(loaded, arguments.resume)
     say(ready.table())
     ready.refuse_failures()
     print("nothing stands in the way of this run")

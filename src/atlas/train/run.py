@@ -3,21 +3,22 @@
 The entry file of a phase reads in this order; see `atlas.train.sft`.
 """
 
-import argparse
 import contextlib
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from atlas.cli import Main, command
 from atlas.config import LoadedConfig, load_config, render_config
 from atlas.console import quiet_libraries, say
-from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError, run_main
+from atlas.errors import DONE, FAILED, RunError, StoppedError
 from atlas.files import flush, sha256, write_json
 from atlas.launch import is_main_process
 from atlas.lock import held
@@ -48,40 +49,13 @@ class Train(Protocol):
     def __call__(self, loaded: LoadedConfig, resume: str = "auto") -> FinishedRun: ...
 
 
-def command(phase: str, train: Train, description: str | None, argv: Sequence[str] | None) -> int:
-    """The command of a phase. `description`: its module's docstring, of which `--help` shows the first paragraph. Returns the exit
-    status."""
-    parser = argparse.ArgumentParser(prog=f"atlas {phase}", description=(description or "").split("\n\n")[0])
-    parser.add_argument("--config", required=True, help="phase YAML; the base.yaml beside it is merged under it")
-    parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimizer steps (train.max_steps)")
-    parser.add_argument("--no-push-to-hub", action="store_true", help="keep the result on this machine")
-    parser.add_argument(
-        "--dump-template-audit",
-        action="store_true",
-        help="write what would be trained, token by token, and stop (no model is loaded)",
-    )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved config with the source of each value"
-    )
-    parser.add_argument(
-        "--resume", default="auto", metavar="auto|never|PATH", help="checkpoint to resume from (default: auto)"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dotted path into the config, e.g. train.learning_rate=1e-4"
-    )
-    arguments = parser.parse_intermixed_args(argv)
-    return run_main(lambda: _main(phase, train, arguments))
+def phase_command(phase: str, train: Train) -> Main:
+    """The `main(argv)` of a phase's command."""
+    return command(phase)(lambda arguments: _main(phase, train, arguments))
 
 
-def _main(phase: str, train: Train, arguments: argparse.Namespace) -> int:
-    overrides = list(arguments.overrides)
-    if arguments.max_steps is not None:
-        if arguments.max_steps < 1:  # transformers takes 0 and below for "not set" and would train whole epochs
-            raise UserError(f"--max-steps {arguments.max_steps}: give at least 1")
-        overrides.append(f"train.max_steps={arguments.max_steps}")
-    if arguments.no_push_to_hub:
-        overrides.append("output.hub_repo=null")
-    loaded = load_config(arguments.config, overrides, phase)
+def _main(phase: str, train: Train, arguments: Namespace) -> int:
+    loaded = load_config(arguments.config, arguments.overrides, phase)
     if arguments.print_config:
         from atlas.device import Machine, choose_device
 

@@ -8,7 +8,6 @@ loaded. Exit status: 0 done, 1 the run failed, 2 the input is wrong.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from atlas.config import Config, LoadedConfig
 from atlas.console import say
 from atlas.train.phase import Phase, Rows
-from atlas.train.run import FinishedRun, command, open_run
+from atlas.train.run import FinishedRun, open_run, phase_command
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -124,8 +123,7 @@ SFT = Phase(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return command("sft", train, __doc__, argv)
+main = phase_command("sft", train)
 
 
 if __name__ == "__main__":
