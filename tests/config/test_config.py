@@ -328,6 +328,12 @@ def test_each_command_calls_itself_by_its_name(capsys):
         assert capsys.readouterr().out.startswith(f"usage: atlas {name} ")
 
 
+def test_a_number_of_steps_is_at_least_1(capsys):
+    with pytest.raises(SystemExit, match="2"):  # 0 would be whole epochs
+        sft.main(["--config", str(QWEN), "--max-steps", "0"])
+    assert "argument --max-steps: 0 is not at least 1" in capsys.readouterr().err
+
+
 def test_one_message_of_bitsandbytes_is_left_out(caplog):
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     run_main(lambda: 0)

@@ -297,7 +297,6 @@ def test_tokenizer_of_another_family_is_refused(sft_args: list[str], tmp_path: P
         ("model.tokenizer_name=someone/nothing", ["model.tokenizer_name", "someone/nothing"]),
         ("model.dtype=float16", ["model.dtype", "needs a GPU"]),
         ("train.eval_strategy=steps", ["train.eval_strategy", "no held-out data"]),
-        ("--max-steps=0", ["--max-steps 0", "at least 1"]),
         ("data.train=./missing.jsonl", ["missing.jsonl", "does not exist"]),
         ("data.train=someone/nothing", ["someone/nothing", "Hub"]),
     ],
