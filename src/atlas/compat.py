@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from atlas.errors import RunError, UserError, first_line
@@ -143,9 +144,10 @@ def dataset_fingerprint(rows: "Dataset") -> str:
 
 
 def check_libraries() -> str:
-    """Look at atlas' own requirements, and at every optional package that PEFT would use where it is installed.
+    """Look at atlas' own requirements, and at every optional package that PEFT uses if it is installed.
 
-    PEFT raises for a package that is too old (torchao 0.10 on Colab's and Kaggle's images), also where nothing would use it.
+    PEFT raises for a package that is too old (torchao 0.10 on Colab's and Kaggle's images), even if nothing would use it. If
+    bitsandbytes cannot be imported, PEFT cannot be imported either.
 
     Returns:
         The versions of the libraries that matter most.
@@ -154,6 +156,14 @@ def check_libraries() -> str:
         UserError: one line for each package, with the command that mends it.
     """
     wrong = [f"{name} {found} is installed, atlas needs {needed}: {mend}" for name, found, needed, mend in _too_old()]
+    if not wrong and find_spec("bitsandbytes") is not None:
+        try:
+            import_module("bitsandbytes")
+        except Exception as error:  # a wheel for another CUDA raises RuntimeError, OSError or an error of its own
+            wrong.append(
+                f"bitsandbytes is installed, but cannot be imported ({first_line(error)}): install one that fits this torch "
+                "(`pip install -U bitsandbytes`), or remove it and set quantization.load_in_4bit=false"
+            )
     if not wrong:
         from peft import import_utils
 

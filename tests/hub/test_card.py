@@ -137,7 +137,8 @@ def test_the_audit_of_these_data_is_summed_up(run: Path):
 
 def test_a_phase_says_what_is_its_own(run: Path):
     def other_phase(manifest: dict[str, Any]) -> None:
-        manifest |= {"phase": "dpo", "method": "preference tuning", "recipe": ["beta"]}
+        manifest["config"]["phase"] = "dpo"
+        manifest |= {"method": "preference tuning", "recipe": ["beta"]}
         manifest["config"]["train"] |= {"beta": 0.1}
         del manifest["config"]["train"]["assistant_only_loss"], manifest["result"]["supervised_tokens"]
 

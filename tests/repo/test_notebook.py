@@ -181,7 +181,7 @@ def test_the_notebook_in_colabs_image_stopped_and_gone_on_with(lab: PocketPaths,
     said = first.text()
     assert "torchao 0.10.0 is removed" in said and f"in {tmp_path / 'first'}/lib" in said
     assert first.versions() == before, "the kernel's own packages, torch and numpy stay"
-    assert "no GPU: this will run on the CPU" in said and "nothing stands in the way of this run" in said
+    assert "no GPU: this will run on the CPU" in said and "this run can start" in said
     stopped = re.search(r"stopped by checkpoint.stop_after_hours=\S+ after step (\d+)/600", said)
     assert stopped and "Stopped after 0.00" in said and "exit status" not in said
     begun = max(when for when, text in first.said if "600 steps of 2 rows" in text)  # preflight says it before

@@ -20,6 +20,7 @@ from atlas.audit import command as audit
 from atlas.config import load_config
 from atlas.data import report
 from atlas.train import preflight, sft
+from atlas.train.preflight import machine
 from hub_commands import WANDB, WRITE, atlas
 from hub_server import HubServer
 from rows import write_rows
@@ -29,13 +30,12 @@ from runs import TrainedRun
 def test_a_sound_run_is_ready_and_nothing_is_written(sft_args: list[str], tmp_path: Path, capsys):
     assert preflight.main(sft_args) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "nothing stands in the way of this run"
+    assert lines[-1] == "this run can start"
     status = {line[8:].split("  ")[0]: line[2:6].strip() for line in lines[:-1]}
     skipped = {"Hub", "tracker", "network"}
     named = [
         "config",
         "device",
-        "quantisation",
         "libraries",
         "training",
         "data",
@@ -350,7 +350,7 @@ def test_the_memory_of_a_quantised_model(sft_args: list[str]):
     others = sum(p.nbytes for p in parameters if not isinstance(p, Params4bit) and not p.requires_grad)
     assert ready.sizes.linear == 2 * sum(p.nbytes for p in packed) and ready.sizes.adapter == adapter
     expected = sum(p.nbytes for p in packed) + constants + others + adapter * 16
-    assert preflight.static_bytes(loaded, ready.plan, ready.sizes) == pytest.approx(expected, rel=0.001)
+    assert machine.static_bytes(ready) == pytest.approx(expected, rel=0.001)
 
 
 @pytest.fixture
@@ -438,7 +438,7 @@ def test_names_of_the_hub(hub: HubServer, base_folder: Path, sft_args: list[str]
     offline = atlas(hub, "preflight", *asked, "model.name=ann/base", HF_HUB_OFFLINE="1")
     assert offline.status == 2  # its config.json is cached now, its weights are not
     assert "the cache (HF_HUB_OFFLINE is set) holds no model.safetensors" in offline.message
-    assert "skip  Hub            HF_HUB_OFFLINE is set: the push to ann/tuned will be left to do" in offline.out
+    assert "skip  Hub            HF_HUB_OFFLINE is set: you can push to ann/tuned later" in offline.out
 
     gone = atlas(hub, "preflight", *sft_args, "model.name=ann/base", HF_ENDPOINT="http://127.0.0.1:9")
     assert gone.status == 1 and gone.seconds < 90  # the libraries would try for half a minute for each file

@@ -108,7 +108,7 @@ def _runs_of(path: Path, adapter: str) -> list[PublicRun]:
 def card(manifest: dict[str, Any], repo: str, runs: list[PublicRun], audit: dict[str, Any]) -> str:
     """The card's text. `runs`: stored runs of this adapter; `audit`: the summary of its data's audit, or empty.
 
-    `phase` and `method` of the manifest, and `recipe`, further keys of `train:`, are what a phase says of itself.
+    A phase gives its own `method` in words, and as `recipe` further keys of `train:` to show.
     """
     from huggingface_hub import EvalResult, ModelCardData
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -144,7 +144,7 @@ def card(manifest: dict[str, Any], repo: str, runs: list[PublicRun], audit: dict
         base_model=base if on_hub(base) else None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["atlas", "lora", manifest.get("phase", "sft"), "trl"],
+        tags=["atlas", "lora", config.get("phase", "sft"), "trl"],
         datasets=sorted({s["name"] for s in config["data"]["train"] if on_hub(s["name"])}) or None,
         model_name=name if evaluations else None,
         eval_results=evaluations or None,

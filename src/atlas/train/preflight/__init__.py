@@ -1,0 +1,61 @@
+"""`atlas preflight`: everything that would end a run badly, found in seconds, before any data or model is loaded.
+
+Each check is one line: ok, fail (with what to do), warn (the run can start, but look at this), skip (not asked for, or nothing can
+be asked). All failures are reported together. A run does the same first.
+"""
+
+from argparse import Namespace
+
+from atlas.cli import command
+from atlas.config import LoadedConfig, is_path, load_config
+from atlas.console import quiet_libraries, say
+from atlas.data.sources import reach
+from atlas.errors import DONE
+from atlas.train.phase import phase_of
+from atlas.train.preflight import folders, machine, model, online, trial
+from atlas.train.preflight.checklist import Ready
+
+__all__ = ["Ready", "main", "preflight"]
+
+
+@command("preflight")
+def main(arguments: Namespace) -> int:
+    loaded = load_config(arguments.config, arguments.overrides)
+    quiet_libraries()
+    ready = preflight(loaded, arguments.resume)
+    say(ready.table())
+    ready.refuse_failures()
+    print("this run can start")
+    return DONE
+
+
+def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
+    """Do all checks. Nothing is loaded, written or created, except `output.hub_repo` if it does not exist yet."""
+    config, phase = loaded.config, phase_of(loaded.config)
+    ready = Ready(loaded, phase, resume)
+    ready.check("config", lambda: f"hash {loaded.config_hash}")
+    ready.check("device", machine.device, ready)
+    ready.check("libraries", machine.libraries, ready)
+    ready.check("training", trial.training, ready, needs=["plan", "libraries"])
+    for name, look in phase.checks.items():
+        ready.check(name, look, config)
+    ready.check("output folder", folders.output, ready)
+    ready.check("results", folders.results, ready)
+    ready.check("Hub", online.hub, ready)
+    ready.check("tracker", online.tracker, ready, needs=["libraries"])
+
+    sources = [*config.data.train, *config.data.eval]
+    tokenizer = config.model.tokenizer_name or config.model.name
+    on_hub = {name for name in (tokenizer, config.model.name) if not is_path(name)}
+    on_hub |= {source.name for source in sources if not source.is_local}
+    ready.check("network", online.network, ready, bool(on_hub))
+    network = {name: ["network"] for name in on_hub}
+    for source in sources:
+        ready.check("data", reach, source, needs=network.get(source.name, []))
+    ready.check("tokenizer", model.tokenizer, ready, needs=["libraries", *network.get(tokenizer, [])])
+    ready.check("base model", model.base, ready, needs=["libraries", *network.get(config.model.name, [])])
+    ready.check("trainer", trial.trainer, ready, needs=["arguments", "tokenizer", "empty"])
+    ready.check("memory", machine.memory, ready, needs=["plan", "sizes"])
+    ready.check("cache", folders.cache, ready, needs=["base"])
+    ready.check("disk", folders.disk, ready, needs=["arguments", "tokenizer", "sizes"])
+    return ready

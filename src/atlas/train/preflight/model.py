@@ -1,0 +1,39 @@
+"""Checks of tokenizer and base model, without loading weights."""
+
+from atlas.errors import UserError, first_line
+from atlas.models.adapters import lora_config
+from atlas.models.load import check_weights, empty_model
+from atlas.models.tokenizer import load_tokenizer
+from atlas.train.checkpoints import Identity, refuse_other_runs
+from atlas.train.preflight.checklist import Ready, Sizes
+
+
+def tokenizer(ready: Ready) -> str:
+    """Can the tokenizer be loaded?"""
+    loaded = ready.tokenizer = load_tokenizer(ready.loaded.config)
+    return f"{loaded.name_or_path}: {len(loaded):,} tokens, stops with {loaded.eos_token}"
+
+
+def base(ready: Ready) -> str:
+    """Are all weights there, does the adapter fit, and is this the base model of the run in output.dir?"""
+    import torch
+    from peft import get_peft_model
+
+    config = ready.loaded.config
+    model = empty_model(config, getattr(ready, "tokenizer", None))
+    ready.base = check_weights(config)
+    if ready.resume != "never" and hasattr(ready, "folder"):
+        refuse_other_runs(ready.folder, Identity.of(ready.loaded, None, "", ready.base.content))
+    head = model.get_output_embeddings()
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    linear = sum(layer.weight.numel() for layer in layers)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    ready.adapter = lora_config(config.lora)
+    try:
+        with torch.device("meta"):
+            ready.empty = get_peft_model(model, ready.adapter)
+    except ValueError as error:
+        raise UserError(f"lora.target_modules: {first_line(error)}") from None
+    adapter = sum(parameter.numel() for parameter in ready.empty.parameters() if parameter.requires_grad)
+    ready.sizes = Sizes(linear, total - linear, adapter)
+    return f"{config.model.name}: {total / 1e6:,.1f} M parameters, {adapter / 1e6:,.2f} M in the adapter"

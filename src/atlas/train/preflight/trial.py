@@ -1,0 +1,88 @@
+"""Checks of the phase's arguments and trainer: what a library refuses of `train:` is found before the model is loaded."""
+
+import copy
+import tempfile
+import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from atlas.config import Config
+from atlas.train.arguments import accepted, build_arguments, held_out, phase_arguments
+from atlas.train.checkpoints import Identity
+from atlas.train.preflight.checklist import Ready
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def training(ready: Ready) -> str:
+    """Are the arguments accepted, and how much will be trained?"""
+    arguments = ready.arguments = phase_arguments(ready.phase, ready.loaded, ready.plan)
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    max_length = getattr(arguments, "max_length", None)
+    size = f"{rows} {'packs' if getattr(arguments, 'packing', False) else 'rows'}"
+    size += f", at most {max_length:,} tokens each" if max_length else ""
+    if arguments.max_steps > 0:
+        tokens = rows * arguments.max_steps * (max_length or 0)
+        steps = f"{arguments.max_steps:,} steps of {size}" + (f", {tokens:,} tokens at most" if tokens else "")
+    else:
+        epochs = f"{arguments.num_train_epochs:g} epoch{'s' * (arguments.num_train_epochs != 1)}"
+        steps = f"{epochs} in steps of {size}; how many is known with the data"
+    evaluated = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
+    if evaluated == "no":
+        return steps
+    return f"{steps}; held-out loss every {f'{arguments.eval_steps:g} steps' if evaluated == 'steps' else evaluated}"
+
+
+def trainer(ready: Ready) -> str:
+    """Does the trainer start? Its loader, optimizer and schedule are tried on the model without weights and two rows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run's own trainer gives the same warnings
+        arguments = accepted(lambda config: _try_trainer(ready, config), ready.loaded.config)
+    optimizer, schedule = arguments.optim, arguments.lr_scheduler_type
+    return f"{getattr(optimizer, 'value', optimizer)}, {getattr(schedule, 'value', schedule)} schedule"
+
+
+def _try_trainer(ready: Ready, config: Config) -> "TrainingArguments":
+    import torch
+    from datasets import Dataset
+    from torch.utils.checkpoint import checkpoint
+
+    phase = ready.phase
+    # There is nothing to move: the model has no weights.
+    trial = type("Trial", (phase.trainer(),), {"_move_model_to_device": lambda self, model, device: None})
+    arguments = build_arguments(phase, config, ready.plan)
+    rows = Dataset.from_list(phase.sample(ready.tokenizer))
+    if arguments.use_liger_kernel:
+        import_module("liger_kernel")  # the library imports it only when training starts
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.output_dir, arguments.report_to = folder, []
+        trainer = trial(
+            model=copy.deepcopy(ready.empty),
+            args=arguments,
+            train_dataset=phase.arrange(rows, arguments),
+            eval_dataset=rows if held_out(config) else None,
+            processing_class=ready.tokenizer,
+            identity=Identity("", {}, None, "", None, 1),
+        )
+        loader = trainer.get_train_dataloader()
+        if arguments.dataloader_num_workers == 0:
+            next(iter(loader), None)
+        if arguments.activation_checkpointing:
+            checkpoint(torch.abs, torch.zeros(1), **(arguments.activation_checkpointing_kwargs or {}))
+        # The optimizer looks at names and devices: one number stands for each matrix of the adapter.
+        for module in trainer.model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.requires_grad:
+                    one = torch.nn.Parameter(torch.zeros(1, 1, device=arguments.device))
+                    one.grad = torch.zeros_like(one)
+                    module.register_parameter(name, one)
+        steps = arguments.max_steps if arguments.max_steps > 0 else 100
+        trainer.create_optimizer_and_scheduler(steps)
+        for _ in range(2):
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step()
+        for rate in getattr(trainer.lr_scheduler, "lr_lambdas", ()):
+            for step in (arguments.get_warmup_steps(steps) + 1, steps - 1):  # some values count only after the warm-up
+                rate(step)
+    return arguments
