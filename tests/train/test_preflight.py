@@ -124,7 +124,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "unknown type": (lambda f: (f / "config.json").write_text('{"model_type": "nonsense"}'), ["cannot be loaded"]),
     "not for text": (
         lambda f: (f / "config.json").write_text('{"model_type": "vit", "vocab_size": 9999}'),
-        ["model.name", "cannot be trained"],
+        ["model.name", "cannot be loaded as a language model"],
     ),
     "too big": (too_big, ["memory: ", "only", "GiB are free"]),
 }

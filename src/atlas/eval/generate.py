@@ -9,9 +9,10 @@ from atlas.cli import command
 from atlas.console import quiet_libraries, say, visible
 from atlas.errors import DONE, UserError
 from atlas.hub_client import split_revision
+from atlas.models.template import chat_prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHAT_HELP = "an empty line or /quit ends, /reset starts anew"
 
@@ -34,14 +35,14 @@ def _main(arguments: Namespace) -> int:
     quiet_libraries()
     model, tokenizer = _load(arguments.adapter, arguments.model)
     set_seed(arguments.seed)
-    messages = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    beginning = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
     if arguments.prompt is not None:
         asked = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-        reply(model, tokenizer, [*messages, {"role": "user", "content": asked}], arguments)
+        reply(model, tokenizer, [*beginning, {"role": "user", "content": asked}], arguments)
         return DONE
     if sys.stdin.isatty():
         print(f"({CHAT_HELP})")
-    beginning = list(messages)
+    messages = beginning
     while True:
         try:
             asked = input("> " if sys.stdin.isatty() else "")
@@ -50,7 +51,7 @@ def _main(arguments: Namespace) -> int:
         if asked.strip() in ("", "/quit"):
             return DONE
         if asked.strip() == "/reset":
-            messages = list(beginning)
+            messages = beginning
             continue
         turn = {"role": "user", "content": asked}
         try:
@@ -58,53 +59,17 @@ def _main(arguments: Namespace) -> int:
         except TooLongError as error:
             say(f"{error}: /reset, or ask less", file=sys.stderr)
             continue
-        messages += [turn, {"role": "assistant", "content": said}]
-
-
-def reply(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: list[dict[str, Any]],
-    arguments: Namespace,
-) -> str:
-    """Print the reply as it comes, and return it without its stop token."""
-    from atlas.models.template import chat_prompt
-
-    prompt = tokenizer(chat_prompt(tokenizer, messages), add_special_tokens=False, return_tensors="pt")
-    length = prompt["input_ids"].shape[1]
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room is not None and length >= room:
-        raise TooLongError(f"the conversation has {length} tokens, and the model takes {room}")
-    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
-    streamer = _streamer(tokenizer)
-    output = model.generate(
-        **prompt.to(model.device), max_new_tokens=arguments.max_new_tokens, streamer=streamer, **sampling
-    )
-    generated = output[0, length:].tolist()
-    if not set(generated) & set(model.generation_config.eos_token_id):
-        print(f"[cut at {arguments.max_new_tokens} tokens]", file=sys.stderr)
-    text: str = tokenizer.decode(generated, skip_special_tokens=True)
-    return text
-
-
-def _streamer(tokenizer: "PreTrainedTokenizerBase") -> "TextStreamer":
-    """Prints a reply as it comes: to a file as it is, to a terminal, which would obey its control characters, made visible."""
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            super().on_finalized_text(visible(text) if sys.stdout.isatty() else text, stream_end)
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        messages = [*messages, turn, {"role": "assistant", "content": said}]
 
 
 def _load(adapter: str | None, model: str | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     import torch
 
     from atlas.eval.harness import set_generation
-    from atlas.models import adapters, load
+    from atlas.models import load
+    from atlas.models.adapters import find_adapter
 
-    tuned = adapters.find_adapter(adapter) if adapter is not None else None
+    tuned = find_adapter(adapter) if adapter is not None else None
     if model is not None:
         base, revision = split_revision(model)
     elif tuned is not None:
@@ -117,6 +82,39 @@ def _load(adapter: str | None, model: str | None) -> "tuple[PreTrainedModel, Pre
         )
     set_generation(*loaded)
     return loaded
+
+
+def reply(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict[str, Any]],
+    arguments: Namespace,
+) -> str:
+    """Print the reply while it is generated, and return it without its stop token."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            # A terminal would obey control characters; a file gets the text as it is.
+            super().on_finalized_text(visible(text) if sys.stdout.isatty() else text, stream_end)
+
+    prompt = tokenizer(chat_prompt(tokenizer, messages), add_special_tokens=False, return_tensors="pt")
+    length = prompt["input_ids"].shape[1]
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and length >= room:
+        raise TooLongError(f"the conversation has {length} tokens, and the model takes {room}")
+    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
+    output = model.generate(
+        **prompt.to(model.device),
+        max_new_tokens=arguments.max_new_tokens,
+        streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampling,
+    )
+    generated = output[0, length:].tolist()
+    if not set(generated) & set(model.generation_config.eos_token_id):
+        print(f"[cut at {arguments.max_new_tokens} tokens]", file=sys.stderr)
+    text: str = tokenizer.decode(generated, skip_special_tokens=True)
+    return text
 
 
 main = command("generate")(_main)

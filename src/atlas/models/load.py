@@ -50,25 +50,24 @@ def check_weights(config: Config) -> BaseFiles:
     if not is_local and not constants.HF_HUB_OFFLINE:
         return _weights_on_hub(name, revision, cannot)
     folder = _folder_of(name, revision)
-    files = {path.name for path in folder.iterdir()} if folder else set()
-    if folder is None or not files & {_SINGLE, _INDEX}:
-        where = repr(name) if is_local else "the cache (HF_HUB_OFFLINE is set)"
-        raise UserError(f"{cannot}{where} holds no {_SINGLE}")
-    shards = {_SINGLE}
-    if _SINGLE not in files:
-        shards = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    for shard in sorted(shards):
+    shards = [_SINGLE]
+    if folder is None or not (folder / _SINGLE).is_file():
+        if folder is None or not (folder / _INDEX).is_file():
+            where = repr(name) if is_local else "the cache (HF_HUB_OFFLINE is set)"
+            raise UserError(f"{cannot}{where} holds no {_SINGLE}")
+        shards = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    for path in [folder / shard for shard in shards]:
         try:
-            with safe_open(folder / shard, framework="pt"):  # compares the header with the file's size
+            with safe_open(path, framework="pt"):  # compares the header with the file's size
                 pass
         except (OSError, SafetensorError) as error:
-            problem = f"is damaged ({error})" if shard in files else "is missing"
-            raise UserError(f"{cannot}{folder / shard} {problem}") from None
+            problem = f"is damaged ({error})" if path.exists() else "is missing"
+            raise UserError(f"{cannot}{path} {problem}") from None
     return BaseFiles(0, content_of(folder), None if is_local else folder.name)
 
 
 def _weights_on_hub(name: str, revision: str | None, cannot: str) -> BaseFiles:
-    """One request tells commit, sizes and digests, which `snapshot_download(dry_run=True)` does not."""
+    """One request tells commit, sizes and digests; `snapshot_download(dry_run=True)` tells no digests."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
@@ -78,11 +77,13 @@ def _weights_on_hub(name: str, revision: str | None, cannot: str) -> BaseFiles:
     files = {file.rfilename: file for file in info.siblings or []}
     if not files.keys() & {_SINGLE, _INDEX}:
         raise UserError(f"{cannot}{name!r} holds no {_SINGLE}")
-    wanted = [file for path, file in files.items() if _WEIGHTS.fullmatch(path)]
-    missing = [f for f in wanted if not isinstance(try_to_load_from_cache(name, f.rfilename, revision=revision), str)]
-    known = wanted + [file for path, file in files.items() if path == "config.json"]
-    digests = {file.rfilename: file.lfs.sha256 if file.lfs else str(file.blob_id) for file in known}
-    return BaseFiles(sum(file.size or 0 for file in missing), _content(digests), info.sha)
+    download, digests = 0, {}
+    for path, file in files.items():
+        if path == "config.json" or _WEIGHTS.fullmatch(path):
+            digests[path] = file.lfs.sha256 if file.lfs else str(file.blob_id)
+            if path != "config.json" and not isinstance(try_to_load_from_cache(name, path, revision=revision), str):
+                download += file.size or 0
+    return BaseFiles(download, _content(digests), info.sha)
 
 
 def _folder_of(name: str, revision: str | None) -> Path | None:
@@ -128,16 +129,12 @@ def empty_model(config: Config, tokenizer: "PreTrainedTokenizerBase | None" = No
     _refuse_missing(name, "model.name: ")
     try:
         described = AutoConfig.from_pretrained(name, revision=config.model.revision, trust_remote_code=False)
-        vocabulary = described.get_text_config().vocab_size
-    except Exception as error:
-        raise UserError(f"model.name: {name!r} cannot be loaded: {first_line(error)}") from None
-    if tokenizer is not None:
-        _refuse_other_family(tokenizer, vocabulary, name, "model.tokenizer_name: ")
-    try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"model.name: {name!r} cannot be trained: {first_line(error)}") from None
+    except Exception as error:  # transformers raises of every kind for what stands in a config
+        raise UserError(f"model.name: {name!r} cannot be loaded as a language model: {first_line(error)}") from None
+    if tokenizer is not None:
+        _refuse_other_family(tokenizer, model, "model.tokenizer_name: ")
     return model
 
 
@@ -146,11 +143,12 @@ def _refuse_missing(name: str, key: str = "", remedy: str = "") -> None:
         raise UserError(f"{key}there is no folder {name}{remedy}")
 
 
-def _refuse_other_family(tokenizer: "PreTrainedTokenizerBase", vocabulary: int, name: str, key: str = "") -> None:
-    if len(tokenizer) > vocabulary:
+def _refuse_other_family(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", key: str = "") -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
         raise UserError(
-            f"{key}the tokenizer of {tokenizer.name_or_path!r} does not fit on {name!r}: it has {len(tokenizer)} tokens, the model "
-            f"only {vocabulary} embeddings, so they are not of one family"
+            f"{key}the tokenizer of {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and does not fit on "
+            f"{model.name_or_path!r}, which has embeddings for {rows}: they are not of one family"
         )
 
 
@@ -237,7 +235,7 @@ def load_base_model_and_tokenizer(
         key="model.name: ",
     )
     text_config = model.config.get_text_config()
-    _refuse_other_family(tokenizer, text_config.vocab_size, config.model.name, "model.tokenizer_name: ")
+    _refuse_other_family(tokenizer, model, "model.tokenizer_name: ")
     for module in model.modules():
         # On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights at the first evaluation, and trains on with a
         # kernel that has no backward: no gradient passes through the layer any more.
@@ -272,7 +270,7 @@ def load_model(
             tokenizer = read_tokenizer(str(adapter.folder))
     tokenizer = tokenizer or read_tokenizer(str(base), revision)
     model = load_base(base, revision, **loading)
-    _refuse_other_family(tokenizer, model.get_input_embeddings().weight.shape[0], str(base))
+    _refuse_other_family(tokenizer, model)
     _refuse_broken(model, tokenizer, repr(str(base)))
     if adapter is not None:
         _refuse_another_base(adapter, str(base), revision)
