@@ -17,7 +17,7 @@ from atlas.console import one_line
 from atlas.data.formats import TEXT
 from atlas.data.labeled import Labeled
 from atlas.errors import UserError
-from atlas.files import write_text, writing
+from atlas.files import digest, write_text, writing
 from atlas.models.template import PINNED_DATE, TemplateRefusedError
 from atlas.pages import counted, render, short
 
@@ -149,7 +149,7 @@ def summarize(labeled: Labeled) -> dict[str, Any]:
         "eos_token": tokenizer.eos_token,
         "pad_token": tokenizer.pad_token,
         "date": str(PINNED_DATE) if labeled.labeler.renderer.is_dated else None,
-        "template_sha256": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest(),
+        "template_sha256": digest(tokenizer.get_chat_template()),
         "stream_sha256": labeled.fingerprint,
         "digest_rows": block,
         "digests": "".join(hashlib.sha256(some.tobytes()).hexdigest()[:8] for some in blocks),

@@ -1,13 +1,12 @@
 """What makes two configs the same experiment, and the hash of it."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from atlas.config.schema import Config
-from atlas.files import is_path
+from atlas.files import digest, is_path
 
 # Where and how fast a run goes, not what it computes: left out of config_hash.
 _NOT_HASHED_SECTIONS = ("output", "audit", "eval", "checkpoint")
@@ -23,7 +22,7 @@ _NOT_HASHED_TRAIN = re.compile(
 def config_hash(config: Config) -> str:
     """8 hex digits over `experiment`."""
     canonical = json.dumps(experiment(config), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+    return digest(canonical)[:8]
 
 
 def experiment(config: Config) -> dict[str, Any]:

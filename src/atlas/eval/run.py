@@ -3,7 +3,6 @@
 Each finished task is on the disk before the next begins: started again, a run goes on where it stopped.
 """
 
-import hashlib
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from atlas.config import Config, EvalTask, QuantizationConfig
 from atlas.console import quiet_libraries
 from atlas.errors import DONE, UserError, first_line
 from atlas.eval.store import METRICS, claimed, name_problem, read_metrics, records_file, store, unlike
-from atlas.files import sha256
+from atlas.files import digest, sha256
 from atlas.hub_client import split_revision
 from atlas.launch import command_line
 from atlas.models.adapters import WEIGHTS, Adapter, find_adapter, is_no_folder
@@ -202,9 +201,7 @@ def _row(
         "adapter": adapter.name if adapter else None,
         "adapter_revision": adapter.revision if adapter else None,
         "adapter_sha256": sha256(adapter.folder / WEIGHTS) if adapter else None,
-        "template_sha256": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
-        if config.eval.chat_template
-        else None,
+        "template_sha256": digest(tokenizer.get_chat_template()) if config.eval.chat_template else None,
         "dtype": dtype,
         "quantization": quantization.name if quantization else None,
         "batch_size": config.eval.batch_size,
@@ -231,10 +228,8 @@ def _revision(target: Target) -> str | None:
         return commit or asked
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}: {model!r} holds no model: config.json is missing")
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(str(sha256(path)).encode())
-    return f"sha256:{digest.hexdigest()[:16]}"
+    weights = [sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    return f"sha256:{digest(''.join(weights))[:16]}"
 
 
 def _done(results: Path, row: dict[str, Any], ready: Sequence["LoadedTask"], replace: bool) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The model card (README.md) of a finished run: `card.md.jinja`, filled from the run's manifest, audit and scores."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from atlas.files import read_object, sha256, write_json, write_text
+from atlas.files import digest, read_object, sha256, write_json, write_text
 from atlas.scores import PublicRun, Stored, rows
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", re.ASCII)
@@ -56,8 +55,7 @@ def write_card(folder: Path, repo: str | None, *, new: bool = False) -> None:
 
 
 def _sealed(text: str) -> str:
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return f"{text}{_SEAL}{digest}: atlas leaves an edited card alone -->\n"
+    return f"{text}{_SEAL}{digest(text)[:16]}: atlas leaves an edited card alone -->\n"
 
 
 def is_generated(text: str) -> bool:

@@ -6,7 +6,6 @@ traps (``pad == eos == <|endoftext|>``, a template without generation markers, e
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -19,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atlas.files import digest
 from atlas.pocket import world
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def fingerprint(seed: int) -> str:
     """A sha256 over the source files that decide the lab, the seed and the versions of the libraries."""
     parts = [Path(file).read_text(encoding="utf-8") for file in (__file__, world.__file__)]
     parts += [f"{name}=={version(name)}" for name in ("torch", "transformers", "tokenizers", "trl")]
-    return hashlib.sha256("\n".join([*parts, str(seed)]).encode()).hexdigest()
+    return digest("\n".join([*parts, str(seed)]))
 
 
 def build(out: Path, seed: int = 0) -> PocketPaths:

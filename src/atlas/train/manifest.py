@@ -1,6 +1,5 @@
 """`manifest.json`: what made this adapter, in enough detail to make it again."""
 
-import hashlib
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from atlas.compat import versions
 from atlas.config import Config, LoadedConfig, experiment
 from atlas.device import DevicePlan
+from atlas.files import digest
 from atlas.launch import command_line, processes
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def build_manifest(
         "versions": versions(),
         "git": git_state(),
         **rows,
-        "chat_template_sha256": hashlib.sha256(chat_template.encode()).hexdigest(),
+        "chat_template_sha256": digest(chat_template),
         "result": result,
     }
 
