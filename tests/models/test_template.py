@@ -20,7 +20,7 @@ from rows import CONVERSATIONS, TOOLS, USER, chat, write_rows
 from runs import QWEN_SYSTEM, TrainedRun
 
 
-@pytest.fixture(params=["own base", "own instruct", "Qwen2.5", "Qwen2.5-Instruct"])
+@pytest.fixture(scope="module", params=["own base", "own instruct", "Qwen2.5", "Qwen2.5-Instruct"])
 def folder(request: pytest.FixtureRequest, base_folder: Path, instruct_folder: Path) -> Path:
     if request.param.startswith("own"):
         return base_folder if request.param == "own base" else instruct_folder
@@ -28,7 +28,7 @@ def folder(request: pytest.FixtureRequest, base_folder: Path, instruct_folder: P
     return shared / f"qwen2.5-tokenizer-{'instruct' if 'Instruct' in request.param else 'base'}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pair(folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """The tokenizer as published, and patched."""
     patched = patch_chat_template_for_assistant_mask(AutoTokenizer.from_pretrained(folder))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from atlas.config import LoraSettings, QuantizationConfig, is_path
 from atlas.errors import UserError, first_line
 from atlas.files import sha256
@@ -43,8 +45,6 @@ class Adapter:
 def find_adapter(name: str, revision: str | None = None) -> Adapter:
     """The adapter in a folder, or on the Hub. Raises `UserError` where there is none, or where its files are damaged, and
     `RunError` where the Hub does not answer."""
-    from safetensors import SafetensorError
-
     folder, commit = Path(name).expanduser(), None
     if folder.is_dir():
         refuse_if_held(folder)
@@ -113,8 +113,6 @@ def _damaged(path: Path, error: Exception) -> UserError:
 def refuse_non_finite(folder: Path) -> None:
     """Raises `UserError` where the adapter saved in `folder` holds a number that is not finite: its run has diverged, and all its
     replies would be noise."""
-    from safetensors import safe_open
-
     with safe_open(folder / WEIGHTS, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 (it is no dict)
             tensor = tensors.get_tensor(name)
@@ -130,8 +128,6 @@ def refuse_non_finite(folder: Path) -> None:
 def refuse_unloadable(adapter: Adapter) -> None:
     """Raises `UserError` where the adapter's weights are not those of its manifest, or do not fit its adapter_config.json, as far
     as this can be seen without the base model."""
-    from safetensors import safe_open
-
     path, noted = adapter.folder / WEIGHTS, read_json(adapter.folder / CONFIG)
     if adapter.manifest.get("adapter_sha256") not in (None, sha256(path)):
         raise UserError(
@@ -163,7 +159,6 @@ def put_adapter(model: "PreTrainedModel", adapter: Adapter) -> "PeftModel":
     """`model` with the adapter on it. Raises `UserError` where it does not fit: PEFT alone leaves out the weights that do not fit,
     so that the bare base would pass for the tuned model."""
     from peft import PeftConfig, get_peft_model
-    from safetensors import SafetensorError
 
     unfit = f"{adapter.name} does not fit on {model.name_or_path!r}: "
     try:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from atlas.compat import check_libraries
 from atlas.config import Config, QuantizationConfig, is_path
 from atlas.console import say
@@ -42,7 +44,6 @@ class BaseFiles(NamedTuple):
 def check_weights(config: Config) -> BaseFiles:
     """Make sure that the base model has its weights, as safetensors. Raises `UserError` naming what is missing."""
     from huggingface_hub import constants
-    from safetensors import SafetensorError, safe_open
 
     name, revision = config.model.name, config.model.revision
     cannot = f"model.name: the weights of {name!r} cannot be loaded: "
@@ -176,7 +177,6 @@ def load_base(
         remedy: what else the user can do.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     name, four_bit = str(name), None

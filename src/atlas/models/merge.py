@@ -10,6 +10,7 @@ from atlas.console import quiet_libraries
 from atlas.errors import DONE, RunError, first_line
 from atlas.files import new_folder, write_json
 from atlas.hub_client import split_revision
+from atlas.models.template import chat_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -109,8 +110,6 @@ def _difference(logits: "torch.Tensor", expected: "torch.Tensor") -> float:
 def _logits(model: Any, tokenizer: Any) -> "torch.Tensor":
     """float32 logits [positions of all prompts, vocabulary]."""
     import torch
-
-    from atlas.models.template import chat_prompt
 
     found = []
     for text in PROMPTS:
