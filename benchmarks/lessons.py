@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas.errors import DONE, run_main
+from atlas.scores import Run, shown, text_table
 from measured import record
 
 HOME = Path("outputs/pocket/lessons")
@@ -78,7 +79,6 @@ def _main(only: Sequence[str] | None) -> int:
     from atlas.eval.stats import corrected
     from atlas.pocket import world
     from atlas.pocket.base import build
-    from atlas.pocket.lab import difference_row
 
     began = time.perf_counter()
     build(LAB, 0)
@@ -89,36 +89,42 @@ def _main(only: Sequence[str] | None) -> int:
     rows, compared = [], {}
     for lesson in chosen:
         print(f"\n== {lesson.name}: {lesson.what}", flush=True)
-        task = _run(lesson)["tasks"]["ifeval"]
+        task = _run(lesson).tasks["ifeval"]
         entry = {
             "name": lesson.name,
             "what": lesson.what,
-            "n": task["n"],
-            "strict": task["metrics"]["prompt_strict"],
-            "stop_rate": task["stop_rate"],
-            "mean_tokens": task["mean_tokens"],
+            "n": task.n,
+            "strict": task.metrics["prompt_strict"].model_dump(),
+            "stop_rate": task.stop_rate,
+            "mean_tokens": task.mean_tokens,
         }
         if lesson.name not in ("base", "recipe"):
             entry["against"] = lesson.against
-            compared[lesson.name] = comparison(HOME, [lesson.against, lesson.name], "ifeval")[0].metrics[0].difference
+            compared[lesson.name] = comparison(HOME, [lesson.against, lesson.name], "ifeval")[0].difference
         rows.append(entry)
     for name, difference in zip(compared, corrected(list(compared.values())), strict=True):
-        next(entry for entry in rows if entry["name"] == name)["difference"] = difference_row(difference)
+        next(entry for entry in rows if entry["name"] == name)["difference"] = difference.as_json()
     record("lessons", {"runs": rows, "seconds": round(time.perf_counter() - began)}, "make lessons")
-    print("\n" + "\n".join(line(entry) for entry in rows))
+    print("\n" + text_table(score_rows(rows), "<>>>><"))
     return DONE
 
 
-def line(entry: dict[str, Any]) -> str:
-    """A lesson's scores as one line of text."""
-    said = f"  {entry['difference']['verdict']} (against {entry['against']})" if "difference" in entry else ""
-    return (
-        f"{entry['name']:<14} strict {entry['strict']['score']:>6.1%}  stops {entry['stop_rate']:>6.1%}  "
-        f"tokens {entry['mean_tokens']:>5.1f}{said}"
-    )
+def score_rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The lessons with their scores and verdicts, with a head."""
+    table = [["run", "IFEval strict (95 %)", "stops by itself", "tokens", "difference (95 %)", "verdict"]]
+    for run in runs:
+        change = verdict = ""
+        if found := run.get("difference"):
+            low, high = (100 * end for end in found["interval"])
+            change = f"{100 * found['value']:+.1f} ({low:+.1f} to {high:+.1f})"
+            verdict = found["verdict"] + (f", against {run['against']}" if run["against"] != "recipe" else "")
+        figures = (shown("stop_rate", run["stop_rate"]), shown("mean_tokens", run["mean_tokens"]))
+        strict = shown("prompt_strict", run["strict"]["score"], run["strict"]["interval"])
+        table.append([f"{run['name']}: {run['what']}", strict, *figures, change, verdict])
+    return table
 
 
-def _run(lesson: Lesson) -> dict[str, Any]:
+def _run(lesson: Lesson) -> Run:
     """Train (unless that is done) and score one lesson; its row of metrics."""
     from atlas.config import load_config
     from atlas.eval.run import Target, evaluate

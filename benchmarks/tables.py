@@ -8,7 +8,6 @@ notebook repeat, comes from pyproject.toml the same way.
 """
 
 import argparse
-import html
 import json
 import re
 import sys
@@ -19,6 +18,9 @@ from typing import Any
 
 from atlas.errors import DONE, FAILED
 from atlas.eval.stats import wilson
+from atlas.pocket.lab import score_rows
+from atlas.scores import markdown_cell, markdown_table, shown
+from lessons import score_rows as lesson_rows
 from measured import MEASURED
 
 FIGURES = Path("figures")
@@ -28,15 +30,7 @@ PAGES = ("README.md", "docs/*.md", "notebooks/*.ipynb")
 def pocket_table(figures: Path) -> str:
     """Scores and times of the pocket lab, and whether they are luck."""
     report = _read(figures / "pocket.json")
-    runs = report["scores"]
-    lines = [f"| IFEval, {runs['tuned']['n']} held-out prompts | {' | '.join(runs)} |", "|---" * (1 + len(runs)) + "|"]
-    for key, name in (
-        ("prompt_strict", "prompts with every instruction followed (strict)"),
-        ("inst_strict", "instructions followed (strict)"),
-        ("stop_rate", "replies that end by themselves"),
-    ):
-        lines.append(f"| {name} | {' | '.join(f'{run[key]:.1%}' for run in runs.values())} |")
-    lines.append(f"| mean tokens of a reply | {' | '.join(str(run['mean_tokens']) for run in runs.values())} |")
+    lines = [markdown_table(score_rows(report))]
     found = report["difference"]
     low, high = (100 * end for end in found["interval"])
     p = "< 0.0001" if found["p"] < 0.0001 else f"= {found['p']:.4f}"
@@ -58,36 +52,19 @@ def pocket_table(figures: Path) -> str:
 
 def pocket_seeds(figures: Path) -> str:
     """Strict scores of the pocket lab with other seeds."""
-    lines = ["| lab seed | n | base | tuned | 95 % interval of tuned |", "|---|---|---|---|---|"]
+    table = [["lab seed", "n", "base", "tuned (95 %)"]]
     for path in sorted(figures.glob("pocket_seed_*.json")):
         report = _read(path)
-        base, tuned = report["scores"]["base"], report["scores"]["tuned"]
-        low, high = wilson(tuned["prompt_strict"], tuned["n"])
-        scores = f"{base['prompt_strict']:.1%} | {tuned['prompt_strict']:.1%} | {low:.1%}-{high:.1%}"
-        lines.append(f"| {report['seed']} | {tuned['n']} | {scores} |")
-    return "\n".join(lines)
+        base, tuned = (report["scores"][name]["prompt_strict"] for name in ("base", "tuned"))
+        n = report["scores"]["tuned"]["n"]
+        table.append([str(report["seed"]), str(n), f"{base:.1%}", shown("prompt_strict", tuned, wilson(tuned, n))])
+    return markdown_table(table)
 
 
 def lessons(figures: Path) -> str:
     """The lessons of the recipe."""
     report = _read(figures / "lessons.json")
-    lines = [
-        "| run | IFEval strict (95 %) | stops by itself | tokens | difference (95 %) | verdict |",
-        "|---" * 6 + "|",
-    ]
-    for run in report["runs"]:
-        low, high = run["strict"]["interval"]
-        change = verdict = ""
-        if "difference" in run:
-            found = run["difference"]
-            change = (
-                f"{100 * found['value']:+.1f} ({100 * found['interval'][0]:+.1f} to {100 * found['interval'][1]:+.1f})"
-            )
-            verdict = found["verdict"] + (f", against {run['against']}" if run["against"] != "recipe" else "")
-        lines.append(
-            f"| {run['name']}: {run['what']} | {run['strict']['score']:.1%} ({low:.1%}-{high:.1%}) | {run['stop_rate']:.1%} | "
-            f"{run['mean_tokens']:.1f} | {change} | {verdict} |"
-        )
+    lines = [markdown_table(lesson_rows(report["runs"]))]
     n, versions = report["runs"][0]["n"], report["versions"]
     among = max(run.get("difference", {}).get("among", 1) for run in report["runs"])
     corrected = f"verdicts corrected for {among} comparisons (Holm); " if among > 1 else ""
@@ -104,14 +81,13 @@ def lessons(figures: Path) -> str:
 def kills(figures: Path) -> str:
     """Runs broken off with SIGKILL and resumed."""
     report = _read(figures / "kills.json")
-    lines = ["| killed | at | resumed | same adapter, log and push |", "|---" * 4 + "|"]
+    table = [["killed", "at", "resumed", "same adapter, log and push"]]
     for trial in report["trials"]:
-        same = "yes" if trial["same"] else "**no**"
-        lines.append(f"| {trial['kind']} | {trial['killed']} | {trial['resumed']} | {same} |")
+        table.append([trial["kind"], trial["killed"], trial["resumed"], "yes" if trial["same"] else "**no**"])
     alike = sum(trial["same"] for trial in report["trials"])
     return "\n".join(
         [
-            *lines,
+            markdown_table(table),
             "",
             f"{alike} of {len(report['trials'])} the same as the run that was left alone ({report['what']}). {report['hardware']}, "
             f"{report['date'][:10]}, `{report['command']}`.",
@@ -124,19 +100,14 @@ def audit_cost_table(figures: Path) -> str:
     known = _read(figures / "benchmarks.json")
     measured = [entry for name, entry in sorted(known.items()) if name.startswith("audit, ")]
     share = f"audit / tokenizing, median of {measured[0]['rounds']} (min-max)"
-    lines = [
-        f"| rows | {share} | rows/s tokenized | rows/s tokenized and audited |",
-        "|---|---|---|---|",
-    ]
+    table = [["rows", share, "rows/s tokenized", "rows/s tokenized and audited"]]
     for entry in measured:
         low, high = entry["share_min_max"]
-        speed = entry["rows_per_second"]
-        lines.append(
-            f"| {entry['source']}, {entry['tokens'] / entry['rows']:.0f} tokens a row | {entry['share_median']:.0%} "
-            f"({low:.0%}-{high:.0%}) | {speed['tokenize']:,} | {speed['tokenize + audit']:,} |"
-        )
+        rows = f"{entry['source']}, {entry['tokens'] / entry['rows']:.0f} tokens a row"
+        speeds = (f"{entry['rows_per_second'][name]:,}" for name in ("tokenize", "tokenize + audit"))
+        table.append([rows, f"{entry['share_median']:.0%} ({low:.0%}-{high:.0%})", *speeds])
     last = measured[-1]
-    return "\n".join([*lines, "", f"{last['hardware']}, {last['date'][:10]}, `make bench`."])
+    return "\n".join([markdown_table(table), "", f"{last['hardware']}, {last['date'][:10]}, `make bench`."])
 
 
 def prepare_speed(figures: Path) -> str:
@@ -145,24 +116,25 @@ def prepare_speed(figures: Path) -> str:
     measured = [
         entry for name, entry in sorted(known.items()) if name.startswith("prepare, ") and "speedup_median" in entry
     ]
-    lines = [
-        "| rows | processes | TRL, rows/s | atlas, rows/s | faster (min-max) | peak memory, TRL / atlas |",
-        "|---" * 6 + "|",
-    ]
+    table = [["rows", "processes", "TRL, rows/s", "atlas, rows/s", "faster (min-max)", "peak memory, TRL / atlas"]]
     for entry in measured:
+        rows, speed, peak = (
+            f"{entry['rows']:,} of {entry['source']}",
+            entry["rows_per_second"],
+            entry["peak_memory_gib"],
+        )
         for processes in ("1", "2"):
             low, high = entry["speedup_min_max"][processes]
-            speed, peak = entry["rows_per_second"], entry["peak_memory_gib"]
+            faster = f"{entry['speedup_median'][processes]}x ({low}-{high})"
             trl, atlas = f"trl, {processes}", f"atlas, {processes}"
-            lines.append(
-                f"| {entry['rows']:,} of {entry['source']} | {processes} | {speed[trl]:,} | {speed[atlas]:,} | "
-                f"{entry['speedup_median'][processes]}x ({low}-{high}) | {peak[trl]} / {peak[atlas]} GiB |"
+            table.append(
+                [rows, processes, f"{speed[trl]:,}", f"{speed[atlas]:,}", faster, f"{peak[trl]} / {peak[atlas]} GiB"]
             )
     last, many = measured[-1], known["prepare, a million short rows"]
     again = ", ".join(f"{entry['second_run_seconds']} s ({entry['source']})" for entry in measured)
     return "\n".join(
         [
-            *lines,
+            markdown_table(table),
             "",
             "Both from the JSONL file to tokens and labels on the disk, in a fresh process with an empty cache, alternating; atlas "
             f"audits every row besides. A second run takes {again}. A million short rows: {many['seconds']:.0f} s, peak memory of "
@@ -177,11 +149,11 @@ def template_matrix(figures: Path) -> str:
     """The audit's verdict on each of TRL's templates."""
     report = _read(figures / "template_matrix.json")
     cases = report["cases"]
-    lines = [f"| template | labels from | stop token | {' | '.join(cases)} |", "|---" * (3 + len(cases)) + "|"]
+    table = [["template", "labels from", "stop token", *cases]]
     for entry in report["templates"]:
-        stop = f"<code>{_escaped(entry['stop'])}</code>" if entry["stop"] else "none"
-        cells = [_cell(entry["verdicts"][case]) for case in cases]
-        lines.append(f"| {entry['template']} | {entry['mask']} | {stop} | {' | '.join(cells)} |")
+        stop = f"<code>{markdown_cell(entry['stop'])}</code>" if entry["stop"] else "none"
+        table.append([entry["template"], entry["mask"], stop, *(_cell(entry["verdicts"][case]) for case in cases)])
+    lines = [markdown_table(table)]
     versions = report["versions"]
     lines += [
         "",
@@ -193,12 +165,7 @@ def template_matrix(figures: Path) -> str:
 def _cell(verdict: str) -> str:
     kind, _, detail = verdict.partition(": ")
     detail = detail if len(detail) <= 60 else detail[:59] + "…"
-    return _escaped(f"{'refused' if kind.startswith('refused') else kind} ({detail})" if detail else verdict)
-
-
-def _escaped(text: str) -> str:
-    """For a cell of a Markdown table: a pipe as an entity, since renderers differ in how they escape one inside code."""
-    return html.escape(text, quote=False).replace("|", "&#124;")
+    return markdown_cell(f"{'refused' if kind.startswith('refused') else kind} ({detail})" if detail else verdict)
 
 
 def install(figures: Path) -> str:

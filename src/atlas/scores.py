@@ -165,7 +165,7 @@ class Run(PublicRun):
     versions: dict[str, str] = {}
     date: str | None = None
     command: str | None = None
-    tasks: dict[Name, Task] = {}
+    tasks: dict[Name, Task]
 
 
 class Metrics(Stored):
@@ -201,20 +201,31 @@ def rows(runs: Iterable[PublicRun]) -> Iterator[Row]:
                     yield Row(name, key, value, None, task.n, run.precision)
 
 
-def shown(metric: str, score: float) -> str:
-    """A figure as text: a share in percent, a number of tokens as it is."""
-    return f"{score:.1f}" if metric == "mean_tokens" else f"{score:.1%}"
+def shown(metric: str, score: float, interval: tuple[float, float] | None = None) -> str:
+    """A figure as text: a share in percent, with its interval where it has one; a number of tokens as it is."""
+    if metric == "mean_tokens":
+        return f"{score:.1f}"
+    return f"{score:.1%}" + (f" ({100 * interval[0]:.1f}-{interval[1]:.1%})" if interval else "")
 
 
-def text_table(table: Sequence[Sequence[str]], indent: str = "  ") -> str:
-    """Rows of cells as aligned text, the first row being the head: the first column to the left, the last as it is, the others to
-    the right."""
+def score_table(title: str, columns: Mapping[str, Scores]) -> list[list[str]]:
+    """The figures of runs of one task side by side: a row for each, and a head."""
+    runs, table = list(columns.values()), [[title, *columns]]
+    for metric in runs[0].metrics:
+        cells = (run.metrics[metric] for run in runs)
+        table.append([metric, *(shown(metric, cell.score, cell.interval) for cell in cells)])
+    for key, label in REPLIES.items():
+        values = [getattr(run, key) for run in runs]
+        if None not in values:
+            table.append([label, *(shown(key, value) for value in values)])
+    return table
+
+
+def text_table(table: Sequence[Sequence[str]], align: str) -> str:
+    """Rows of cells as indented text. `align` has a character for each column: `<` for text, `>` for numbers."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for first, *middle, last in table:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(middle, widths[1:], strict=False))]
-        lines.append((indent + "  ".join([*cells, last])).rstrip())
-    return "\n".join(lines)
+    form = "  " + "  ".join(f"{{:{side}{width}}}" for side, width in zip(align, widths, strict=True))
+    return "\n".join(form.format(*cells).rstrip() for cells in table)
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> str:

@@ -46,6 +46,10 @@ def arguments(lab: base.PocketPaths, results: Path, *more: str) -> list[str]:
     return ["--config", config, *paths, "eval.tasks=[{name: ifeval, max_gen_toks: 16}]", *more]
 
 
+def rows_of(results: Path) -> list[dict[str, Any]]:
+    return json.loads((results / "metrics.json").read_text())["runs"]
+
+
 def gsm8k(folder: Path) -> Path:
     folder.mkdir()
     rows = [{"question": f"What is {i} plus {i}?", "answer": f"Add them.\n#### {2 * i}"} for i in range(12)]
@@ -78,9 +82,9 @@ def test_a_run_is_recorded_and_done_only_once(
 ):
     assert run.main(arguments(lab, tmp_path, "--base", "--name", "base")) == 0
     assert run.main(arguments(lab, tmp_path, "--adapter", str(adapter))) == 0
-    metrics = run.read_metrics(tmp_path)
-    assert metrics["schema"] == 1 and [row["name"] for row in metrics["runs"]] == ["base", "tuned"]
-    row = metrics["runs"][1]
+    assert json.loads((tmp_path / "metrics.json").read_text())["schema"] == 1
+    base_row, row = rows_of(tmp_path)
+    assert (base_row["name"], row["name"]) == ("base", "tuned")
     assert row["adapter_sha256"] and row["model_revision"].startswith("sha256:") and row["versions"]["lm_eval"]
     task = row["tasks"]["ifeval"]
     records = [json.loads(line) for line in run.records_file(tmp_path, "tuned", "ifeval").read_text().splitlines()]
@@ -91,7 +95,7 @@ def test_a_run_is_recorded_and_done_only_once(
     assert task["stop_rate"] == sum(r["stopped"] for r in records) / 24
     assert task["mean_tokens"] == sum(r["tokens"] for r in records) / 24
     assert all("<|im_start|>assistant" in r["prompt"] and "<|im_end|>" not in r["text"] for r in records)
-    assert metrics["runs"][0]["template_sha256"] == row["template_sha256"]  # the base is asked in the same words
+    assert base_row["template_sha256"] == row["template_sha256"]  # the base is asked in the same words
     written = (tmp_path / "metrics.json").read_bytes()
     capsys.readouterr()
     assert run.main(arguments(lab, tmp_path, "--adapter", str(adapter))) == 0
@@ -113,7 +117,7 @@ def test_a_base_model_without_a_chat_template_is_asked_in_plain_text(
     ]
     own[1] = f"eval.tasks=[{own[1]}]"
     assert run.main([*given, *own]) == 0
-    (row,) = run.read_metrics(tmp_path / "r")["runs"]
+    (row,) = rows_of(tmp_path / "r")
     assert row["name"] == "bare-base-plain" and row["template_sha256"] is None
     assert row["tasks"]["ifeval"]["chat_template"] is False
     lines = run.records_file(tmp_path / "r", row["name"], "ifeval").read_text().splitlines()
@@ -131,7 +135,7 @@ def test_a_base_model_without_a_chat_template_is_asked_in_plain_text(
     ("task", "said"),
     [
         ("{name: ifeval, prompt: 'Q:'}", "prompt holds the place {prompt} once"),
-        ("{name: mmlu, until: ['x']}", "mmlu generates nothing"),
+        ("{name: mmlu, until: ['x']}", "mmlu generates nothing: take out its until"),
         ("{name: ifeval, until: ['']}", "empty text"),
     ],
 )
@@ -152,7 +156,7 @@ def test_another_model_never_adds_to_a_row(
     assert (
         run.main(arguments(lab, tmp_path, "--adapter", str(adapter), "--name", "x", "--limit", "2", "--replace")) == 0
     )
-    (row,) = run.read_metrics(tmp_path)["runs"]
+    (row,) = rows_of(tmp_path)
     assert row["adapter"] == str(adapter)
     run.records_file(tmp_path, "x", "ifeval").write_text("")  # damaged: scored again, not believed
     assert run.main(arguments(lab, tmp_path, "--adapter", str(adapter), "--name", "x", "--limit", "2")) == 0
@@ -227,7 +231,7 @@ def test_results_that_cannot_be_kept_are_refused_before_a_model_is_loaded(
     assert not list((tmp_path / "full" / "eval").rglob("*.*"))
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "metrics.json").write_text('{"schema": 1, "runs": [{"name": "y"}]}')
-    assert "0.tasks: Field required" in refused(tmp_path / "damaged")
+    assert "runs.0.tasks: Field required" in refused(tmp_path / "damaged")
     with store.claimed(tmp_path / "used", "x", 1):
         monkeypatch.setattr(lock, "PATIENCE", 0)
         error = refused(tmp_path / "used")
@@ -274,7 +278,7 @@ def test_a_finished_result_gives_way_to_other_settings_only_when_told_so(
         assert kept == {path: path.read_bytes() for path in kept}
         assert score(tasks, truth) == 0  # the same settings: done
     assert score("--limit=2", "eval.tasks=[{name: ifeval, max_gen_toks: 4}]", "--replace") == 0
-    (row,) = run.read_metrics(tmp_path / "r")["runs"]
+    (row,) = rows_of(tmp_path / "r")
     assert row["tasks"]["ifeval"]["n"] == 2 and row["tasks"]["truthfulqa_mc2"]["n"] == 4  # which was not asked for
 
 
@@ -303,7 +307,7 @@ def test_all_tasks_offline(lab: base.PocketPaths, tmp_path: Path):
     given = [f"eval.data={{{', '.join(f'{name}: {path}' for name, path in data.items())}}}"]
     tasks = "eval.tasks=[{name: gsm8k, num_fewshot: 2, max_gen_toks: 16}, {name: mmlu, num_fewshot: 1}, truthfulqa_mc2]"
     assert run.main(arguments(lab, tmp_path / "r", "--base", "--name", "b", *given, tasks)) == 0
-    (row,) = run.read_metrics(tmp_path / "r")["runs"]
+    (row,) = rows_of(tmp_path / "r")
     found = row["tasks"]
     assert {name: task["n"] for name, task in found.items()} == {"gsm8k": 6, "mmlu": 10, "truthfulqa_mc2": 4}
     assert {name: list(task["metrics"]) for name, task in found.items()} == {
@@ -327,6 +331,7 @@ def test_all_tasks_offline(lab: base.PocketPaths, tmp_path: Path):
     [
         ("eval.data.ifeval=/nowhere.jsonl", "/nowhere.jsonl does not exist"),
         ("eval.data.gsm=/x", "eval.data.gsm: input should be 'ifeval', 'gsm8k'"),
+        ("eval.tasks=[]", "eval.tasks is empty: name at least one of ifeval, gsm8k"),
         ("eval.tasks=[{name: gsm8k}]", "data of gsm8k cannot be loaded"),  # no network
         ("eval.backend=hf", "eval.backend no longer exists: take it out"),
         ("eval.tasks=[hellaswag]", "eval.tasks"),
@@ -376,7 +381,7 @@ def test_killed_in_the_second_task_it_goes_on(lab: base.PocketPaths, tmp_path: P
             process.send_signal(signal.SIGKILL)
             break
     assert process.wait() == -signal.SIGKILL
-    (row,) = run.read_metrics(tmp_path / "killed")["runs"]
+    (row,) = rows_of(tmp_path / "killed")
     assert list(row["tasks"]) == ["ifeval"]
     before = run.records_file(tmp_path / "killed", "b", "ifeval").stat().st_mtime_ns
     capsys.readouterr()
@@ -386,7 +391,7 @@ def test_killed_in_the_second_task_it_goes_on(lab: base.PocketPaths, tmp_path: P
     for task in ("ifeval", "gsm8k"):
         files = [run.records_file(tmp_path / name, "b", task).read_bytes() for name in ("killed", "whole")]
         assert files[0] == files[1]
-    rows = [run.read_metrics(tmp_path / name)["runs"][0]["tasks"] for name in ("killed", "whole")]
+    rows = [rows_of(tmp_path / name)[0]["tasks"] for name in ("killed", "whole")]
     assert rows[0] == rows[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from atlas.eval.tasks import load_task
 from atlas.models.adapters import find_adapter
 from atlas.models.load import load_model
 from atlas.pocket import base, world
+from atlas.scores import Record, Task
 
 LETTER = "keywords:letter_frequency"
 
@@ -29,7 +31,7 @@ def loaded(lab: base.PocketPaths) -> tuple[Any, Any]:
 
 def run_ifeval(
     model: Any, tokenizer: Any, data: Path, *, batch_size: int = 16, max_gen_toks: int, limit: int | None = None
-) -> harness.TaskResult:
+) -> tuple[Task, list[Record]]:
     settings = EvalTask(name="ifeval", max_gen_toks=max_gen_toks, limit=limit)
     return harness.run_task(model, tokenizer, load_task(settings, str(data)), batch_size=batch_size)
 
@@ -44,13 +46,12 @@ def prompt(key: int, *names: str, kwargs: list[dict[str, Any]] | None = None) ->
 
 
 def test_batch_size_changes_nothing(lab: base.PocketPaths, loaded: tuple[Any, Any]) -> None:
-    one = run_ifeval(*loaded, lab.eval, batch_size=1, max_gen_toks=24)
-    many = run_ifeval(*loaded, lab.eval, batch_size=16, max_gen_toks=24)
-    assert one == many
-    assert [r.key for r in one.records] == list(range(24))
-    assert all(0 < r.tokens <= 24 for r in one.records)
-    assert one.metrics["prompt_strict"].score == sum(all(v for _, v in r.groups) for r in one.records) / 24
-    verdicts = [v for r in one.records for _, v in r.groups]
+    one, records = run_ifeval(*loaded, lab.eval, batch_size=1, max_gen_toks=24)
+    assert (one, records) == run_ifeval(*loaded, lab.eval, batch_size=16, max_gen_toks=24)
+    assert [r.key for r in records] == list(range(24))
+    assert all(0 < r.tokens <= 24 for r in records)
+    assert one.metrics["prompt_strict"].score == sum(all(v for _, v in r.groups) for r in records) / 24
+    verdicts = [v for r in records for _, v in r.groups]
     assert one.metrics["inst_strict"].score == pytest.approx(sum(verdicts) / len(verdicts))
 
 
@@ -67,7 +68,7 @@ def test_a_base_model_is_asked_in_its_own_format(lab: base.PocketPaths, loaded: 
     tokenizer = loaded[1]
     rows = [json.loads(line) for line in lab.eval.read_text().splitlines()[:8]]
     cut = 0
-    for row, record in zip(rows, results[0].records, strict=True):
+    for row, record in zip(rows, results[0][1], strict=True):
         assert record.prompt == f"Exercise: {row['prompt']}\nSolution:" and "<|im_start|>" not in record.prompt
         assert "the" not in record.text and "\n" not in record.text
         shortest = len(tokenizer(record.text)["input_ids"])
@@ -75,15 +76,15 @@ def test_a_base_model_is_asked_in_its_own_format(lab: base.PocketPaths, loaded: 
             cut += 1
             assert shortest <= record.tokens <= shortest + 2
     assert cut >= 2
-    recorded = task.settings_record()
-    assert recorded["chat_template"] is False and recorded["prompt"] == settings.prompt
-    assert recorded["generation"]["until"] == ["the", "\n"]
+    recorded = results[0][0]
+    assert recorded.chat_template is False and recorded.prompt == settings.prompt
+    assert recorded.generation["until"] == ["the", "\n"]
 
 
 def test_a_format_of_odd_characters_is_asked_as_it_stands(lab: base.PocketPaths, loaded: tuple[Any, Any]) -> None:
     odd = """{{ key }} {% "it's" \\n 🙂\u2028 {prompt} }} {# '"""
     settings = EvalTask(name="ifeval", max_gen_toks=2, limit=1, prompt=odd)
-    (record,) = harness.run_task(*loaded, load_task(settings, str(lab.eval), chat_template=False)).records
+    _, (record,) = harness.run_task(*loaded, load_task(settings, str(lab.eval), chat_template=False))
     first = json.loads(lab.eval.read_text().splitlines()[0])["prompt"]
     assert record.prompt == odd.replace("{prompt}", first)
 
@@ -107,9 +108,9 @@ def test_nothing_after_the_stop_token_is_scored(
         return output
 
     handle = model.register_forward_hook(stop_first, with_kwargs=True)
-    result = run_ifeval(model, tokenizer, lab.eval, batch_size=batch_size, max_gen_toks=8)
+    result, records = run_ifeval(model, tokenizer, lab.eval, batch_size=batch_size, max_gen_toks=8)
     handle.remove()
-    assert {(r.text, r.tokens, r.stopped) for r in result.records} == {("", 1, True)}
+    assert {(r.text, r.tokens, r.stopped) for r in records} == {("", 1, True)}
     assert result.metrics["prompt_strict"].score == result.metrics["inst_loose"].score == 0.0
     assert (result.stop_rate, result.mean_tokens) == (1.0, 1.0)
 
@@ -120,7 +121,7 @@ def test_own_limits_of_the_model_do_not_apply(lab: base.PocketPaths, loaded: tup
     model.generation_config.max_new_tokens = 2
     model.generation_config.repetition_penalty = 9.0
     assert run_ifeval(model, tokenizer, lab.eval, max_gen_toks=24, limit=8) == free
-    assert len(free.records) == 8 and max(r.tokens for r in free.records) > 2
+    assert len(free[1]) == 8 and max(r.tokens for r in free[1]) > 2
 
 
 def test_null_padded_kwargs_and_random_checkers_are_repeatable(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
@@ -136,12 +137,12 @@ def test_null_padded_kwargs_and_random_checkers_are_repeatable(tmp_path: Path, l
         random.seed(seed)
         results.append(run_ifeval(*loaded, data, max_gen_toks=24))
     assert all(result == results[0] for result in results)
-    assert [r.key for r in results[0].records] == [7, 9, 8]
+    assert [r.key for r in results[0][1]] == [7, 9, 8]
 
 
 def test_kwargs_may_all_be_empty(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
     data = write(tmp_path / "eval.jsonl", prompt(1, world.NO_COMMA), prompt(2, world.LOWER))
-    assert len(run_ifeval(*loaded, data, max_gen_toks=4).records) == 2
+    assert len(run_ifeval(*loaded, data, max_gen_toks=4)[1]) == 2
 
 
 def test_adapter_and_its_tokenizer_are_used(lab: base.PocketPaths, tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_adapter_and_its_tokenizer_are_used(lab: base.PocketPaths, tmp_path: Pat
     many = run_ifeval(model, instruct, lab.eval, batch_size=12, max_gen_toks=16, limit=12)
     plain = run_ifeval(*load_model(lab.base), lab.eval, max_gen_toks=16, limit=12)
     assert one == many
-    assert [r.text for r in one.records] != [r.text for r in plain.records]
+    assert [r.text for r in one[1]] != [r.text for r in plain[1]]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,8 @@ def test_adapter_and_its_tokenizer_are_used(lab: base.PocketPaths, tmp_path: Pat
         ([prompt(1, "no:such")], "no checker for no:such"),
         ([prompt(1, world.TITLE), prompt(1, world.TITLE)], "not unique"),
         ([{"key": 1, "prompt": "Hi"}], "line 1 has no instruction_id_list, kwargs"),
-        ([prompt(1, world.TITLE, kwargs=[{}, {}])], "one kwargs per instruction"),
+        ([prompt(1)], "needs instructions"),
+        ([prompt(1, world.TITLE, kwargs=[{}, {}])], "one kwargs for each"),
     ],
 )
 def test_bad_data_is_refused_before_generating(tmp_path: Path, rows: list[dict[str, Any]], error: str) -> None:
@@ -197,14 +199,14 @@ def test_scorer_is_imported_without_a_download(tmp_path: Path) -> None:
         "socket.socket.connect = socket.getaddrinfo = no\n"
         "from atlas.eval import tasks\n"
         "from atlas.config import EvalTask\n"
-        f"tasks._prepare_ifeval({str(data)!r})\n"
+        f"tasks.load_task(EvalTask(name='ifeval'), {str(data)!r})\n"
         "assert nltk.download.__name__ == 'download'\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={"NLTK_DATA": str(tmp_path), "HOME": str(tmp_path)},
+        env={"NLTK_DATA": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
     )
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
 

@@ -35,7 +35,7 @@ def test_tango_as_published_and_by_brute_force():
 
             q = minimize_scalar(unlikely, bounds=(max(0, -end), (1 - end) / 2), options={"xatol": 1e-10}).x
             variance = n * (2 * q + end * (1 - end))
-            assert abs(won - lost - n * end) / variance**0.5 == pytest.approx(stats.Z95, abs=1e-3)
+            assert abs(won - lost - n * end) / variance**0.5 == pytest.approx(stats._Z_ALPHA, abs=1e-3)
 
 
 def covered(n: int, lost: float, won: float, runs: int = 3000) -> float:
@@ -191,21 +191,21 @@ def test_a_real_gain_and_its_mirror():
 
 def test_estimates():
     assert stats.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    share = stats.mean_estimate([1.0] * 3 + [0.0] * 7)
+    share = stats.estimate([1.0] * 3 + [0.0] * 7)
     assert share.score == 0.3 and share.stderr == pytest.approx(0.1528, abs=1e-4)
     assert share.interval == pytest.approx((0.1078, 0.6032), abs=1e-4)
     # Prompts with all of their three instructions right or none: the interval is that of 20 prompts, not of 60 instructions.
-    clustered = stats.ratio_estimate([3.0] * 10 + [0.0] * 10, [3] * 20)
-    assert clustered.stderr == pytest.approx(stats.mean_estimate([1.0] * 10 + [0.0] * 10).stderr)
+    clustered = stats.estimate([3.0] * 10 + [0.0] * 10, [3] * 20)
+    assert clustered.stderr == pytest.approx(stats.estimate([1.0] * 10 + [0.0] * 10).stderr)
 
 
 def test_shares_of_0_and_1_of_instructions_are_not_certain():
     """Their residuals are 0. The interval is like Wilson's, which is exact enough there: 0 of 541 prompts, at most 0.7 %."""
     for n in (1, 2, 10, 150, 541):
-        none, each = stats.ratio_estimate([0.0] * n, [2] * n), stats.ratio_estimate([2.0] * n, [2] * n)
+        none, each = stats.estimate([0.0] * n, [2] * n), stats.estimate([2.0] * n, [2] * n)
         assert (none.score, none.stderr, each.score, each.stderr) == (0, 0, 1, 0)
         assert none.interval[0] == 0 and each.interval == pytest.approx((1 - none.interval[1], 1))
-        equal = stats.mean_estimate([0.25] * n)  # a share of probability
+        equal = stats.estimate([0.25] * n)  # a share of probability
         assert equal.score == 0.25 and equal.interval[0] < 0.25 < equal.interval[1]
         assert 0.75 * stats.wilson(0, n)[1] < none.interval[1] <= 1
 
@@ -220,6 +220,6 @@ def test_intervals_of_a_share_of_instructions_hold_the_truth(n: int, share: floa
         for _ in range(400):
             of = rng.integers(1, 4, n)
             easy = rng.beta(share * (1 - alike) / alike, (1 - share) * (1 - alike) / alike, n)
-            found = stats.ratio_estimate(rng.binomial(of, easy).astype(float).tolist(), of.tolist())
+            found = stats.estimate(rng.binomial(of, easy).astype(float).tolist(), of.tolist())
             held += found.interval[0] <= share <= found.interval[1]
         assert held / 400 >= 0.92, alike

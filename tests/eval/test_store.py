@@ -1,6 +1,5 @@
 """Two processes on one results folder, in random order: nothing is lost, and who cannot have a name is told by whom it is held."""
 
-import json
 import multiprocessing
 import os
 import random
@@ -14,32 +13,28 @@ import pytest
 from atlas import lock
 from atlas.errors import RunError, UserError
 from atlas.eval import compare, store
+from atlas.eval.stats import estimates
+from atlas.scores import Record, Run, Task
 from runs import full_disk
 
-ROUNDS = 50
+ROUNDS = 20
 TASKS = ("ifeval", "gsm8k")
 
 
-def scored(passed: list[float]) -> tuple[dict[str, Any], str]:
+def scored(passed: list[float]) -> tuple[Task, list[Record]]:
     """What a task with these scores leaves: its entry for metrics.json, and its records."""
-    from dataclasses import asdict
-
-    from atlas.eval.stats import mean_estimate
-
     rest = {"groups": [], "prompt": "Who?", "text": "I\u2028am.", "tokens": 3, "stopped": True}
-    records = [{"key": key, "scores": {"acc": score}, **rest} for key, score in enumerate(passed)]
-    metrics = {"acc": asdict(mean_estimate(passed))}
-    entry = {"version": 1, "n": len(passed), "data": "d", "generation": None, "num_fewshot": 0, "limit": None}
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    return entry | {"chat_template": True, "metrics": metrics, "stop_rate": None, "mean_tokens": None}, lines
+    records = [Record(key=key, scores={"acc": score}, **rest) for key, score in enumerate(passed)]
+    settings = {"version": 1, "n": len(passed), "data": "d", "generation": None, "num_fewshot": 0, "limit": None}
+    return Task(**settings, chat_template=True, metrics=estimates(records)), records
 
 
 def evaluate(results: Path, name: str, rng: random.Random, tasks: tuple[str, ...]) -> str:
     """What `atlas eval` does with a results folder: "done", or what it was refused with."""
     try:
         with store.claimed(results, name, 1000):
-            known = [row for row in store.read_metrics(results)["runs"] if row["name"] == name]
-            row = known[0] if known else {"name": name, "tasks": {}}
+            known = [row for row in store.read_metrics(results).runs if row.name == name]
+            row = known[0] if known else Run(name=name, tasks={})
             for task in tasks:
                 time.sleep(rng.random() * 0.004)
                 store.store(results, row, task, *scored([float(rng.random() < 0.5) for _ in range(20)]))
@@ -75,10 +70,10 @@ def test_two_evaluations_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pipe.send(number)
         mine, theirs = _late(results, rng, "x", ("ifeval",)), pipe.recv()
         done = {task for task, said in (("ifeval", mine), ("gsm8k", theirs)) if said == "done"}
-        (row,) = store.read_metrics(results)["runs"]
-        assert set(row["tasks"]) == done
+        (row,) = store.read_metrics(results).runs
+        assert set(row.tasks) == done
         for task in done:
-            assert len(store.read_records(results, "x", task, row["tasks"][task])) == 20
+            assert len(store.read_records(results, "x", task, row.tasks[task])) == 20
         for said in {mine, theirs} - {"done"}:
             refused += 1
             assert "eval/x is in use by " in said and "choose another --name" in said
@@ -98,8 +93,8 @@ def test_two_evaluations_of_two_names(tmp_path: Path):
         results, rng = tmp_path / str(number), random.Random(number)
         pipe.send(number)
         assert (evaluate(results, "x", rng, TASKS), pipe.recv()) == ("done", "done")
-        rows = {row["name"]: row for row in store.read_metrics(results)["runs"]}
-        assert {name: set(row["tasks"]) for name, row in rows.items()} == {"x": set(TASKS), "y": set(TASKS)}
+        rows = {row.name: row for row in store.read_metrics(results).runs}
+        assert {name: set(row.tasks) for name, row in rows.items()} == {"x": set(TASKS), "y": set(TASKS)}
     pipe.send(None)
     process.join(10)
 
@@ -116,7 +111,7 @@ def test_a_comparison_beside_an_evaluation(tmp_path: Path):
     while not pipe.poll():
         found = compare.comparison(tmp_path, ["a", "b"])
         assert [each.task for each in found] == list(TASKS)
-        seen.add(found[0].metrics[0].b.score)
+        seen.add(found[0].b.tasks[TASKS[0]].metrics["acc"].score)
         compared += 1
     assert pipe.recv() == ["done"] * ROUNDS
     assert compared > 2 and len(seen) > 1
@@ -128,7 +123,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_there(tmp_path: Path):
     rng = random.Random(0)
     assert evaluate(tmp_path, "a", rng, TASKS) == "done"
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    (row,) = store.read_metrics(tmp_path)["runs"]
+    (row,) = store.read_metrics(tmp_path).runs
     said = r"ifeval\.jsonl cannot be written \(File too large\): make room"
     with full_disk(100), pytest.raises(RunError, match=said):
         store.store(tmp_path, row, "ifeval", *scored([1.0] * 20))
@@ -138,7 +133,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_there(tmp_path: Path):
 def test_results_where_a_file_is(tmp_path: Path):
     (tmp_path / "results").touch()
     with (
-        pytest.raises(UserError, match=r"output\.results_dir: .*results/eval/x cannot be made, a part of it is a file"),
+        pytest.raises(UserError, match=r"output\.results_dir: .*results/eval/x does not take 0 MiB of results"),
         store.claimed(tmp_path / "results", "x", 0),
     ):
         pass

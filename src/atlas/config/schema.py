@@ -199,9 +199,6 @@ class EvalTask(_Section):
     def _asked(self) -> "EvalTask":
         if self.prompt is not None and self.prompt.count("{prompt}") != 1:
             raise ValueError("prompt holds the place {prompt} once, e.g. 'Question: {prompt}\\nAnswer:'")
-        given = [key for key in ("prompt", "until") if getattr(self, key) is not None]
-        if given and self.name in ("mmlu", "truthfulqa_mc2"):
-            raise ValueError(f"{self.name} generates nothing, so it takes no {' and no '.join(given)}")
         if self.until is not None and not all(self.until):
             raise ValueError("until holds an empty text, which would end every reply at once")
         return self

@@ -5,43 +5,32 @@
 Runs are rows of results/metrics.json. Writes results/comparison.md and plots, and prints the same.
 """
 
-import html
 import shutil
 import textwrap
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from atlas.cli import command
 from atlas.console import say
 from atlas.errors import DONE, UserError
-from atlas.eval.stats import ALPHA, Difference, Estimate, corrected, estimates, holm, paired_difference
-from atlas.eval.store import METRICS, locked, read_metrics, read_records, read_references, unlike
+from atlas.eval.stats import ALPHA, Difference, corrected, holm, paired_difference
+from atlas.eval.store import METRICS, Reference, locked, read_metrics, read_records, read_references
 from atlas.files import replacing, write_text, writing
+from atlas.scores import Record, Run, markdown_cell, markdown_table, score_table, text_table
 
-# What is only said where it differs.
+# A difference of these is only noted.
 _NOTED = ("dtype", "quantization", "hardware", "batch_size", "template_sha256")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A row of metrics.json with its records, by task."""
-
-    name: str
-    row: dict[str, Any]
-    records: dict[str, list[dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric of a task for two runs, and their difference on the same prompts."""
-
-    name: str
-    a: Estimate
-    b: Estimate
-    difference: Difference
+_EXPLAINED = (
+    "Pass or fail: exact McNemar test and Tango's score interval for paired proportions. Other metrics: t test and interval on the "
+    "linearised residuals of prompts. p and interval are those of one comparison, and say the same at 5 %. Needed prompts are for "
+    "80 % power in one comparison."
+)
+Records = Mapping[str | int, Record]
 
 
 @dataclass(frozen=True)
@@ -62,23 +51,31 @@ class Comparison:
     task: str
     a: Run
     b: Run
-    n: int
-    metrics: tuple[Metric, ...]
-    """The first one is the task's main metric, named before anything is scored; only its verdict is corrected."""
+    records: tuple[Records, Records]
+    """Of A and of B, by key, with the same keys."""
+    differences: dict[str, Difference]
+    """By metric. The first is the task's main metric, named before anything is scored; only its verdict is corrected."""
     groups: tuple[Group, ...]
-    notes: tuple[str, ...]
 
     @property
-    def verdict(self) -> str:
-        """Of the task's main metric."""
-        return self.metrics[0].difference.verdict
+    def n(self) -> int:
+        return len(self.records[0])
+
+    @property
+    def main(self) -> str:
+        """The main metric."""
+        return next(iter(self.differences))
+
+    @property
+    def difference(self) -> Difference:
+        """In the main metric."""
+        return self.differences[self.main]
 
 
 @command("compare")
 def main(arguments: Namespace) -> int:
-    results = arguments.results_dir
-    found = comparison(results, arguments.runs, arguments.task)
-    show(found, results)
+    found = comparison(arguments.results_dir, arguments.runs, arguments.task)
+    show(found, arguments.results_dir)
     for compared in found if arguments.show else ():
         say(differing(compared, arguments.show, shutil.get_terminal_size((100, 24)).columns))
     return DONE
@@ -88,10 +85,10 @@ def show(found: Sequence[Comparison], results: Path) -> None:
     """Print the comparisons, and write `comparison.md` and the plots to `results`."""
     references = read_references(results)
     for compared in found:
-        say(table(compared, references) + "\n")
+        say(as_text(compared, references) + "\n")
     report = results / "comparison.md"
     with writing(report, "make room, and run the same command again"):
-        write_text(report, markdown(found, references))
+        write_text(report, as_markdown(found, references))
     with writing(results / "plots", "make room, and run the same command again"):
         plots = plot(found, results / "plots")
     print(f"written: {report}, {', '.join(map(str, plots))}")
@@ -106,198 +103,159 @@ def comparison(results: Path, names: Sequence[str], task: str | None = None) -> 
     if len(names) < 2:
         raise UserError("compare needs two runs: atlas compare A B")
     with locked(results):
-        first, *others = [load_run(results, name, task) for name in names]
+        loaded = [_load(results, name, task) for name in names]
+    (a, of_a), *others = loaded
     found = []
-    for other in others:
-        tasks = [name for name in first.records if name in other.records]
+    for b, of_b in others:
+        tasks = [name for name in of_a if name in of_b]
         if not tasks:
-            have = [f"{run.name}: {', '.join(run.records) or 'none'}" for run in (first, other)]
-            raise UserError(f"{first.name} and {other.name} have no task in common ({'; '.join(have)})")
-        found += [_compare(first, other, name) for name in tasks]
-    main = corrected([each.metrics[0].difference for each in found])
+            have = [f"{run.name}: {', '.join(run.tasks) or 'none'}" for run in (a, b)]
+            raise UserError(f"{a.name} and {b.name} have no task in common ({'; '.join(have)})")
+        found += [_compare(name, a, b, of_a[name], of_b[name]) for name in tasks]
+    main = corrected([each.difference for each in found])
     return [
-        replace(each, metrics=(replace(each.metrics[0], difference=difference), *each.metrics[1:]))
+        replace(each, differences=each.differences | {each.main: difference})
         for each, difference in zip(found, main, strict=True)
     ]
 
 
-def load_run(results: Path, name: str, task: str | None = None) -> Run:
+def _load(results: Path, name: str, task: str | None) -> tuple[Run, dict[str, Records]]:
     """A run by its name, with the records of its tasks (or of one)."""
-    from difflib import get_close_matches
-
-    rows = {row["name"]: row for row in read_metrics(results)["runs"]}
-    if name not in rows:
-        near = get_close_matches(name, rows, n=1, cutoff=0)
-        meant = f"did you mean {near[0]!r}? It has {', '.join(map(repr, rows))}" if near else "it has none"
+    runs = {run.name: run for run in read_metrics(results).runs}
+    if name not in runs:
+        near = get_close_matches(name, runs, n=1, cutoff=0)
+        meant = f"did you mean {near[0]!r}? It has {', '.join(map(repr, runs))}" if near else "it has none"
         raise UserError(f"{results / METRICS} has no run {name!r}; {meant}")
-    tasks = rows[name]["tasks"]
+    tasks = runs[name].tasks
     if task is not None and task not in tasks:
         raise UserError(f"{name} has no results of {task!r}, only of {', '.join(tasks) or 'nothing'}")
     wanted = [task] if task else list(tasks)
-    return Run(name, rows[name], {t: read_records(results, name, t, tasks[t]) for t in wanted})
+    return runs[name], {t: {r.key: r for r in read_records(results, name, t, tasks[t])} for t in wanted}
 
 
-def _compare(a: Run, b: Run, task: str) -> Comparison:
-    of_a, of_b = a.row["tasks"][task], b.row["tasks"][task]
-    if of_a["chat_template"] != of_b["chat_template"]:
+def _compare(task: str, a: Run, b: Run, of_a: Records, of_b: Records) -> Comparison:
+    different = a.tasks[task].differences(b.tasks[task])
+    refused = f"{a.name} and {b.name} are not comparable on {task}: "
+    if "chat_template" in different:
         how = {True: "through its chat template", False: "in plain text"}
+        first, second = different["chat_template"]
         raise UserError(
-            f"{a.name} was asked {how[of_a['chat_template']]}, {b.name} {how[of_b['chat_template']]}: their difference on {task} "
-            "would be that of two protocols, not of two models; score both with the same eval.chat_template"
+            f"{refused}{a.name} was asked {how[first]}, {b.name} {how[second]}, so the difference would be that of two "
+            "protocols, not of two models; score both with the same eval.chat_template"
         )
-    if different := unlike(of_a, of_b):
+    if different:
         what = ", ".join(f"{key} is {x} and {y}" for key, (x, y) in different.items())
-        raise UserError(
-            f"{a.name} and {b.name} are not comparable on {task}: {what}; score both with the same settings"
+        raise UserError(f"{refused}{what}; score both with the same settings")
+    if of_a.keys() != of_b.keys():
+        raise UserError(f"{refused}they have different prompts")
+    pairs = [(record, of_b[key]) for key, record in of_a.items()]
+    for x, y in pairs:
+        if x.scores.keys() != y.scores.keys() or [name for name, _ in x.groups] != [name for name, _ in y.groups]:
+            raise UserError(f"{refused}prompt {x.key!r} has other metrics or instructions in one than in the other")
+    differences = {}
+    for metric in pairs[0][0].scores:
+        of = [x.weight(metric) for x, _ in pairs]
+        before, after = (
+            [k * record.scores[metric] for k, record in zip(of, side, strict=True)] for side in zip(*pairs, strict=True)
         )
-    by_key = {record["key"]: record for record in b.records[task]}
-    if by_key.keys() != {record["key"] for record in a.records[task]}:
-        raise UserError(f"{a.name} and {b.name} are not comparable on {task}: they have different prompts")
-    pairs = [(record, by_key[record["key"]]) for record in a.records[task]]
+        differences[metric] = paired_difference(before, after, of)
+    return Comparison(task, a, b, (of_a, of_b), differences, _groups(pairs))
+
+
+def _groups(pairs: Sequence[tuple[Record, Record]]) -> tuple[Group, ...]:
+    """Verdicts per type; for the test a prompt that has a type twice counts once, with both verdicts."""
+    passed: dict[str, dict[str | int, list[int]]] = {}  # type -> prompt -> passed by A, by B, of
     for x, y in pairs:
-        if x["scores"].keys() != y["scores"].keys() or [g[0] for g in x["groups"]] != [g[0] for g in y["groups"]]:
-            raise UserError(
-                f"{a.name} and {b.name} are not comparable on {task}: prompt {x['key']!r} has other metrics or instructions in "
-                "the one than in the other"
-            )
-    metrics, scored_a, scored_b = [], _estimates(a.records[task]), _estimates(b.records[task])
-    for name in pairs[0][0]["scores"]:
-        scores = [(x["scores"][name], y["scores"][name]) for x, y in pairs]
-        of = None
-        if name.startswith("inst_"):  # a share of all instructions, which come in prompts
-            of = [len(x["groups"]) for x, _ in pairs]
-            scores = [(p * k, q * k) for (p, q), k in zip(scores, of, strict=True)]
-        before, after = [p for p, _ in scores], [q for _, q in scores]
-        difference = paired_difference(before, after, of)
-        metrics.append(Metric(name, scored_a[name], scored_b[name], difference))
-    notes = [f"{key}: {a.row[key]} and {b.row[key]}" for key in _NOTED if a.row[key] != b.row[key]]
-    return Comparison(task, a, b, len(pairs), tuple(metrics), tuple(_groups(pairs)), tuple(notes))
+        for (name, before), (_, after) in zip(x.groups, y.groups, strict=True):
+            counts = passed.setdefault(name, {}).setdefault(x.key, [0, 0, 0])
+            counts[:] = counts[0] + before, counts[1] + after, counts[2] + 1
+    columns = {name: list(zip(*passed[name].values(), strict=True)) for name in sorted(passed)}
+    ps = holm([paired_difference(*of_type).p for of_type in columns.values()])
+    return tuple(
+        Group(name, sum(of), sum(a), sum(b), p) for (name, (a, b, of)), p in zip(columns.items(), ps, strict=True)
+    )
 
 
-def _estimates(records: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
-    return estimates([record["scores"] for record in records], [len(record["groups"]) for record in records])
+def _headline(found: Comparison) -> str:
+    pair = f"{found.b.name} against {found.a.name}, {found.n:,} prompts in pairs"
+    return f"{found.task}: {pair}: {found.difference.verdict}"
 
 
-def _groups(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[Group]:
-    """Verdicts per type; for the test a prompt with a type twice counts once, with both verdicts."""
-    by_type: dict[str, list[list[tuple[bool, bool]]]] = {}
-    for x, y in pairs:
-        of_prompt: dict[str, list[tuple[bool, bool]]] = {}
-        for (name, before), (_, after) in zip(x["groups"], y["groups"], strict=True):
-            of_prompt.setdefault(name, []).append((before, after))
-        for name, verdicts in of_prompt.items():
-            by_type.setdefault(name, []).append(verdicts)
-    names = sorted(by_type)
-    ps = []
-    for name in names:
-        before = [sum(x for x, _ in verdicts) for verdicts in by_type[name]]
-        after = [sum(y for _, y in verdicts) for verdicts in by_type[name]]
-        ps.append(paired_difference(before, after, [len(verdicts) for verdicts in by_type[name]]).p)
-    found = []
-    for name, p in zip(names, holm(ps), strict=True):
-        verdicts = [verdict for of_prompt in by_type[name] for verdict in of_prompt]
-        found.append(Group(name, len(verdicts), sum(x for x, _ in verdicts), sum(y for _, y in verdicts), p))
-    return found
+def _score_rows(found: Comparison) -> list[list[str]]:
+    head, *rows = score_table("", {run.name: run.tasks[found.task] for run in (found.a, found.b)})
+    table = [[*head, "difference", "p", "verdict"]]
+    for metric, *cells in rows:
+        difference = found.differences.get(metric)
+        if difference is None:  # not a score, but what is known of the replies
+            table.append([metric, *cells, "", "", ""])
+            continue
+        name, verdict, (low, high) = metric, difference.verdict.partition(" (")[0], difference.interval
+        if metric == found.main:
+            name += " (main)"
+        elif difference.p < ALPHA:
+            verdict += ", not corrected"
+        change = f"{100 * difference.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        table.append([name, *cells, change, _p(difference.p), verdict])
+    return table
 
 
-def _points(estimate: Estimate) -> str:
-    return f"{100 * estimate.score:.1f} ({100 * estimate.interval[0]:.1f}-{100 * estimate.interval[1]:.1f})"
-
-
-def _change(difference: Difference) -> str:
-    low, high = difference.interval
-    return f"{100 * difference.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+def _group_rows(found: Comparison) -> list[list[str]]:
+    head = ["type", found.a.name, found.b.name, "p (Holm)"]
+    return [head, *([g.name, f"{g.a}/{g.n}", f"{g.b}/{g.n}", _p(g.p)] for g in found.groups)]
 
 
 def _p(p: float) -> str:
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def _rows(found: Comparison) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for metric in found.metrics:
-        difference, name, verdict = metric.difference, metric.name, metric.difference.verdict
-        if difference.corrected_p is not None:
-            name += " (main)"
-        elif difference.p < ALPHA:
-            verdict += ", not corrected"
-        rows.append((name, _points(metric.a), _points(metric.b), _change(difference), _p(difference.p), verdict))
-    of_a, of_b = found.a.row["tasks"][found.task], found.b.row["tasks"][found.task]
-    for key, name, form in (("stop_rate", "stops by itself", "{:.1%}"), ("mean_tokens", "mean tokens", "{:.1f}")):
-        if None not in (of_a[key], of_b[key]):
-            rows.append((name, *(form.format(of[key]).removesuffix("%") for of in (of_a, of_b)), "", "", ""))
-    return rows
-
-
-def _correction(found: Comparison) -> list[str]:
-    main = found.metrics[0]
-    among = (
-        f", corrected for the {main.difference.among} comparisons made here (Holm)" if main.difference.among > 1 else ""
-    )
-    lines = [f"the verdict is that of {main.name}, the task's main metric{among}"]
-    if len(found.metrics) > 1:
-        others = ", ".join(metric.name for metric in found.metrics[1:])
-        lines.append(f"not corrected, for a look only: {others}")
-    return lines
-
-
-def _unpaired(found: Comparison, references: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """(name, scores, source) of published runs of this task."""
-    rows = []
+def _notes(found: Comparison, references: Sequence[Reference]) -> list[str]:
+    among, others = found.difference.among, list(found.differences)[1:]
+    correction = f", corrected for the {among} comparisons made here (Holm)" if among > 1 else ""
+    notes = [f"percent with 95 % intervals; the verdict is that of {found.main}, the task's main metric{correction}"]
+    if others:
+        notes.append(f"not corrected, for a look only: {', '.join(others)}")
+    of_both = {key: (getattr(found.a, key), getattr(found.b, key)) for key in _NOTED}
+    notes += [f"not the same: {key} is {x} and {y}" for key, (x, y) in of_both.items() if x != y]
     for run in references:
-        if task := run["tasks"].get(found.task):
-            scores = ", ".join(f"{name} {100 * m['score']:.1f}" for name, m in task["metrics"].items())
-            rows.append((run["name"], scores, run["source"]))
-    return rows
+        if task := run.tasks.get(found.task):
+            scores = ", ".join(f"{name} {each.score:.1%}" for name, each in task.metrics.items())
+            notes.append(f"published, not in pairs: {run.name}: {scores} ({run.source})")
+    return notes
 
 
-def table(found: Comparison, references: Sequence[dict[str, Any]] = ()) -> str:
-    """A comparison as text."""
-    head = ("", found.a.name, found.b.name, "difference", "p", "")
-    rows = [head, *_rows(found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = [
-        f"{found.task}: {found.b.name} against {found.a.name}, {found.n:,} prompts in pairs; percent, 95 % intervals"
-    ]
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]
-        lines.append(("  " + "  ".join(cells)).rstrip())
+def as_text(found: Comparison, references: Sequence[Reference] = ()) -> str:
+    """A comparison for the terminal."""
+    lines = [_headline(found), text_table(_score_rows(found), "<>>>><")]
     if found.groups:
-        width = max(len(group.name) for group in found.groups)
-        lines.append("  " + "by type (p after Holm's correction)".ljust(width))
-        lines += [
-            f"    {g.name.ljust(width)}  {f'{g.a}/{g.n}':>9} -> {f'{g.b}/{g.n}':<9}  p {_p(g.p)}" for g in found.groups
-        ]
-    lines += [f"  {line}" for line in _correction(found)]
-    lines += [f"  note: {note}" for note in found.notes]
-    lines += [f"  unpaired: {name}: {scores} ({source})" for name, scores, source in _unpaired(found, references)]
-    return "\n".join(lines)
+        lines += ["", text_table(_group_rows(found), "<>>>"), ""]
+    return "\n".join([*lines, *(f"  {note}" for note in _notes(found, references))])
+
+
+def as_markdown(found: Sequence[Comparison], references: Sequence[Reference] = ()) -> str:
+    """The comparisons as a page; every name in it is escaped."""
+    parts = ["# Comparison"]
+    for each in found:
+        parts.append(f"## {markdown_cell(_headline(each))}")
+        for table in (_score_rows(each), _group_rows(each) if each.groups else []):
+            if table:
+                parts.append(markdown_table([[markdown_cell(cell) for cell in row] for row in table]))
+        parts.append("\n".join(f"- {markdown_cell(note)}" for note in _notes(each, references)))
+    return "\n\n".join([*parts, _EXPLAINED]) + "\n"
 
 
 def differing(found: Comparison, count: int, width: int) -> str:
     """The first prompts on which the two differ in the main metric, replies side by side."""
-    main, half = found.metrics[0].name, (width - 3) // 2
-    by_key = {record["key"]: record for record in found.b.records[found.task]}
-    lines, shown = [], 0
-    for x in found.a.records[found.task]:
-        y = by_key[x["key"]]
-        if x["scores"][main] == y["scores"][main]:
-            continue
-        if shown == count:
-            break
-        shown += 1
-        lines += ["=" * width, f"{found.task} {x['key']}: {main} {x['scores'][main]:g} and {y['scores'][main]:g}"]
-        lines += _wrapped(_asked(x["prompt"]), width)
+    half, lines = (width - 3) // 2, []
+    pairs = [(record, found.records[1][key]) for key, record in found.records[0].items()]
+    for x, y in [(x, y) for x, y in pairs if x.scores[found.main] != y.scores[found.main]][:count]:
+        scores = f"{x.scores[found.main]:g} and {y.scores[found.main]:g}"
+        lines += ["=" * width, f"{found.task} {x.key}: {found.main} {scores}", *_wrapped(_asked(x.prompt), width)]
         columns = []
         for run, record in ((found.a, x), (found.b, y)):
-            failed = [name for name, passed in record["groups"] if not passed]
-            head = [run.name + (f" fails {', '.join(failed)}" if failed else ""), "-" * half]
-            columns.append(
-                _wrapped(head[0], half) + head[1:] + _wrapped(record["text"] or "(nothing is generated)", half)
-            )
-        height = max(map(len, columns))
-        left, right = ([*column, *[""] * (height - len(column))] for column in columns)
-        lines += [f"{p.ljust(half)} | {q}".rstrip() for p, q in zip(left, right, strict=True)]
+            failed = ", ".join(name for name, passed in record.groups if not passed)
+            head = _wrapped(run.name + f" fails {failed}" * bool(failed), half)
+            columns.append([*head, "-" * half, *_wrapped(record.text or "(nothing is generated)", half)])
+        lines += [f"{left.ljust(half)} | {right}".rstrip() for left, right in zip_longest(*columns, fillvalue="")]
     return "\n".join(lines or [f"{found.task}: the two differ on no prompt"])
 
 
@@ -310,36 +268,6 @@ def _wrapped(text: str, width: int) -> list[str]:
     return [part for line in text.splitlines() for part in (textwrap.wrap(line, width) or [""])]
 
 
-def markdown(found: Sequence[Comparison], references: Sequence[dict[str, Any]] = ()) -> str:
-    """The comparisons as a page; every name in it is escaped."""
-    lines = ["# Comparison", ""]
-    for each in found:
-        lines += [f"## {_cell(each.task)}: {_cell(each.b.name)} against {_cell(each.a.name)}", ""]
-        lines += [f"{each.n:,} prompts in pairs; percent with 95 % intervals.", ""]
-        lines += [
-            f"| | {_cell(each.a.name)} | {_cell(each.b.name)} | difference | p | verdict |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in _rows(each)]
-        for name, scores, source in _unpaired(each, references):
-            lines.append(f"| unpaired: {_cell(name)} | | {_cell(scores)} | | | {_cell(source)} |")
-        if each.groups:
-            lines += ["", f"| type | {_cell(each.a.name)} | {_cell(each.b.name)} | p (Holm) |", "|---|---|---|---|"]
-            lines += [f"| {_cell(g.name)} | {g.a}/{g.n} | {g.b}/{g.n} | {_p(g.p)} |" for g in each.groups]
-        lines += ["", *(f"- {_cell(note)}" for note in (*_correction(each), *each.notes)), ""]
-    lines += [
-        "Pass or fail: exact McNemar test and Tango's score interval for paired proportions. Other metrics: t test and interval on "
-        "the linearised residuals of prompts. p and interval are those of one comparison, and say the same at 5 %. Needed prompts "
-        "are for 80 % power in one comparison.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return html.escape(str(text), quote=False).replace("|", "&#124;").replace("\n", " ")
-
-
 def plot(found: Sequence[Comparison], folder: Path) -> list[Path]:
     """One picture per task with each run's main metric and interval, and one of its types; the same bytes for the same results."""
     try:
@@ -347,42 +275,50 @@ def plot(found: Sequence[Comparison], folder: Path) -> list[Path]:
     except ImportError:
         raise UserError("plots need matplotlib: `pip install atlas-posttraining[eval]`") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for task in dict.fromkeys(each.task for each in found):
         of_task = [each for each in found if each.task == task]
-        runs = {of_task[0].a.name: of_task[0].metrics[0].a} | {each.b.name: each.metrics[0].b for each in of_task}
-        figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.45 * len(runs)), layout="constrained")
-        for at, estimate in enumerate(runs.values()):
-            low, high = (100 * end for end in estimate.interval)
-            axes.plot([low, high], [at, at], color="#4a78b5", linewidth=3, solid_capstyle="butt")
-            axes.plot(100 * estimate.score, at, "o", color="#1b3a63", markersize=7)
-            label, at_point = f"{100 * estimate.score:.1f}", (100 * estimate.score, at)
-            axes.annotate(label, at_point, (0, 8), textcoords="offset points", ha="center", fontsize=9)
-        axes.set(yticks=range(len(runs)), yticklabels=list(runs), xlim=(-2, 102), ylim=(len(runs) - 0.4, -0.7))
-        axes.set_xlabel(
-            f"{task} {of_task[0].metrics[0].name}, % of {of_task[0].n:,} prompts, 95 % intervals", fontsize=9
-        )
-        written.append(_saved(figure, axes, folder / f"{task}.png"))
+        written.append(_plot_scores(of_task, folder / f"{task}.png"))
         for each in of_task:
-            if not each.groups:
-                continue
-            figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.28 * len(each.groups)), layout="constrained")
-            for at, group in enumerate(each.groups):
-                before, after = 100 * group.a / group.n, 100 * group.b / group.n
-                axes.plot([before, after], [at, at], color="#c3ccd8", linewidth=2, zorder=1)
-                axes.plot(before, at, "o", color="#9aa5b4", label=each.a.name if not at else None)
-                axes.plot(after, at, "o", color="#1b3a63", label=each.b.name if not at else None)
-            labels = [f"{group.name} ({group.n}){' *' if group.p < 0.05 else ''}" for group in each.groups]
-            axes.set(yticks=range(len(labels)), xlim=(-2, 102), ylim=(len(labels) - 0.4, -0.6))
-            axes.set_yticklabels(labels, fontsize=8)
-            axes.set_xlabel("% followed; * p < 0.05 after Holm's correction", fontsize=9)
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=9)
-            name = f"{task}_instructions" + (f"_{each.b.name}" if len(of_task) > 1 else "")
-            written.append(_saved(figure, axes, folder / f"{name}.png"))
+            if each.groups:
+                name = f"{task}_instructions" + (f"_{each.b.name}" if len(of_task) > 1 else "")
+                written.append(_plot_groups(each, folder / f"{name}.png"))
     return written
+
+
+def _plot_scores(found: Sequence[Comparison], path: Path) -> Path:
+    from matplotlib import pyplot
+
+    task, main = found[0].task, found[0].main
+    runs = {run.name: run.tasks[task].metrics[main] for run in (found[0].a, *(each.b for each in found))}
+    figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.45 * len(runs)), layout="constrained")
+    for at, estimate in enumerate(runs.values()):
+        low, high = (100 * end for end in estimate.interval)
+        axes.plot([low, high], [at, at], color="#4a78b5", linewidth=3, solid_capstyle="butt")
+        axes.plot(100 * estimate.score, at, "o", color="#1b3a63", markersize=7)
+        label, point = f"{100 * estimate.score:.1f}", (100 * estimate.score, at)
+        axes.annotate(label, point, (0, 8), textcoords="offset points", ha="center", fontsize=9)
+    axes.set(yticks=range(len(runs)), yticklabels=list(runs), xlim=(-2, 102), ylim=(len(runs) - 0.4, -0.7))
+    axes.set_xlabel(f"{task} {main}, % of {found[0].n:,} prompts, 95 % intervals", fontsize=9)
+    return _saved(figure, axes, path)
+
+
+def _plot_groups(found: Comparison, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.28 * len(found.groups)), layout="constrained")
+    for at, group in enumerate(found.groups):
+        before, after = 100 * group.a / group.n, 100 * group.b / group.n
+        axes.plot([before, after], [at, at], color="#c3ccd8", linewidth=2, zorder=1)
+        axes.plot(before, at, "o", color="#9aa5b4", label=found.a.name if not at else None)
+        axes.plot(after, at, "o", color="#1b3a63", label=found.b.name if not at else None)
+    labels = [f"{group.name} ({group.n}){' *' if group.p < ALPHA else ''}" for group in found.groups]
+    axes.set(yticks=range(len(labels)), xlim=(-2, 102), ylim=(len(labels) - 0.4, -0.6))
+    axes.set_yticklabels(labels, fontsize=8)
+    axes.set_xlabel("% followed; * p < 0.05 after Holm's correction", fontsize=9)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=9)
+    return _saved(figure, axes, path)
 
 
 def _saved(figure: Any, axes: Any, path: Path) -> Path:

@@ -1,30 +1,35 @@
 """`atlas eval`: score the base model, an adapter or a merged model with lm-eval, and keep every prompt's reply.
 
-Each finished task is on the disk before the next begins: started again, a run goes on where it stopped.
+Each finished task is on the disk before the next begins, so that a run that was stopped continues where it stopped.
 """
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
 from atlas.cli import command
 from atlas.compat import versions
-from atlas.config import Config, EvalTask, QuantizationConfig
+from atlas.config import Config, QuantizationConfig, load_config
+from atlas.config.schema import TaskName
 from atlas.console import quiet_libraries
+from atlas.device import Machine, choose_device
 from atlas.errors import DONE, UserError, first_line
-from atlas.eval.store import METRICS, claimed, name_problem, read_metrics, records_file, store, unlike
+from atlas.eval.harness import run_task
+from atlas.eval.store import METRICS, claimed, read_metrics, records_file, store
+from atlas.eval.tasks import LoadedTask, load_task
 from atlas.files import digest, sha256
 from atlas.hub_client import split_revision
 from atlas.launch import command_line
 from atlas.models.adapters import WEIGHTS, Adapter, find_adapter, is_no_folder
+from atlas.models.load import load_model
+from atlas.models.tokenizer import load_tokenizer, read_tokenizer
+from atlas.scores import Run, Task, name_problem, score_table, text_table
 
-if TYPE_CHECKING:
-    from atlas.eval.tasks import LoadedTask
-
-# What makes two runs of one name the same: a row of another is never added to.
+# Two runs of one name are the same run where all of these agree; only then a task is added to a row.
 _IDENTITY = (
     *("model", "model_revision", "adapter", "adapter_revision", "adapter_sha256", "config_hash", "template_sha256"),
     *("dtype", "quantization"),
@@ -44,24 +49,19 @@ class Target:
 
 @command("eval")
 def main(arguments: Namespace) -> int:
-    import os
-
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from atlas.config import load_config
-
     for option in ("adapter", "merged", "name", "tasks"):
-        if getattr(arguments, option) == "":  # a variable that a shell does not know
+        if getattr(arguments, option) == "":  # a shell variable that is not set
             raise UserError(f"--{option} is empty: give it a value, or leave it out")
     overrides = list(arguments.overrides)
     if arguments.tasks:
         overrides.append(f"eval.tasks=[{arguments.tasks}]")
     config = load_config(arguments.config, overrides).config
-    tasks = config.eval.tasks
     if arguments.limit is not None:
-        tasks = tuple(task.model_copy(update={"limit": arguments.limit}) for task in tasks)
-    target = _target(arguments, config)
-    row = evaluate(config, target, tasks=tasks, replace=arguments.replace)
-    print(table(row))
+        limited = tuple(task.model_copy(update={"limit": arguments.limit}) for task in config.eval.tasks)
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"tasks": limited})})
+    run = evaluate(config, _target(arguments, config), replace=arguments.replace)
+    print("\n" + table(run))
     return DONE
 
 
@@ -88,66 +88,83 @@ def _last_part(name: str) -> str:
     return Path(name).resolve().name  # also of `.`
 
 
-def evaluate(
-    config: Config, target: Target, *, tasks: Sequence[EvalTask] | None = None, replace: bool = False
-) -> dict[str, Any]:
-    """Score `target` on the tasks that are not yet done; returns its row of results/metrics.json.
+def evaluate(config: Config, target: Target, *, replace: bool = False) -> Run:
+    """Score `target` on the tasks of the config that are not yet done; returns its row of results/metrics.json.
 
-    Raises `UserError`, before a model is loaded, for what is missing (data, extras, room), for a row of the same name that belongs
-    to another model, adapter, template or precision, or has a task with other settings, and for a name that another process is
-    scoring. With `replace` such results give way, and each task is scored anew.
+    Raises `UserError`, before a model is loaded, for what is missing (data, packages, room on the disk), for a row of the same name
+    that belongs to another model, adapter, template or precision, or has a task with other settings, and for a name that another
+    process is scoring. With `replace` such results are discarded, and each task is scored again.
     """
-    from atlas.eval.tasks import load_task
-
     if problem := name_problem(target.name):
         raise UserError(f"--name: {target.name!r} cannot name results: a name {problem}")
+    if not config.eval.tasks:
+        raise UserError(f"eval.tasks is empty: name at least one of {', '.join(get_args(TaskName))}")
     quiet_libraries()
-    ready = [
-        load_task(task, config.eval.data.get(task.name), config.eval.chat_template)
-        for task in tasks or config.eval.tasks
-    ]
+    asked = config.eval
+    ready = [load_task(task, asked.data.get(task.name), asked.chat_template) for task in asked.tasks]
     with claimed(Path(config.output.results_dir), target.name, sum(task.room for task in ready)):
         return _evaluate(config, target, ready, replace)
 
 
-def _evaluate(config: Config, target: Target, ready: Sequence["LoadedTask"], replace: bool) -> dict[str, Any]:
-    from atlas.device import Machine, choose_device
-
-    results = Path(config.output.results_dir)
+def _evaluate(config: Config, target: Target, ready: Sequence[LoadedTask], replace: bool) -> Run:
+    results, adapter = Path(config.output.results_dir), target.adapter
     plan = choose_device(config, Machine.from_torch())
-    dtype = plan.dtype if config.eval.dtype == "auto" else config.eval.dtype
-    revision = _revision(target)
-    tokenizer = _tokenizer(config, target)
-    row = _row(config, target, revision, str(dtype), plan.hardware, tokenizer)
-    done = _done(results, row, ready, replace)
-    left = []
-    for task in ready:
-        name, records = task.settings.name, records_file(results, target.name, task.settings.name)
-        if not replace and name in done and records.is_file() and sha256(records) == done[name]["records_sha256"]:
-            print(f"{target.name}: {name} is done already ({done[name]['n']} prompts)")
-        else:
-            left.append(task)
-    row["tasks"] = done  # each is replaced when it is scored anew, so that nothing is lost on the way
+    dtype = str(plan.dtype if config.eval.dtype == "auto" else config.eval.dtype)
+    revision, tokenizer, quantization = _revision(target), _tokenizer(config, target), _quantization(config, target)
+    template = tokenizer.get_chat_template() if config.eval.chat_template else None
+    run = Run(
+        name=target.name,
+        method=target.method,
+        config_hash=adapter.manifest.get("config_hash") if adapter else None,
+        model=target.model,
+        model_revision=revision,
+        adapter=adapter.name if adapter else None,
+        adapter_revision=adapter.revision if adapter else None,
+        adapter_sha256=sha256(adapter.folder / WEIGHTS) if adapter else None,
+        template_sha256=digest(template) if template else None,
+        dtype=dtype,
+        quantization=quantization.name if quantization else None,
+        batch_size=config.eval.batch_size,
+        hardware=plan.hardware,
+        versions=versions("lm_eval"),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command_line(),
+        tasks={},
+    )
+    run.tasks = _done(
+        results, run, ready, replace
+    )  # each one is replaced after it was scored again, so nothing is lost before
+    left = list(ready)
+    for task in () if replace else ready:
+        known, records = run.tasks.get(task.name), records_file(results, run.name, task.name)
+        if known and records.is_file() and sha256(records) == known.records_sha256:
+            print(f"{run.name}: {task.name} is done already ({known.n} prompts)")
+            left.remove(task)
     if not left:
-        return row
-    run = _runner(config, target, dtype, plan.device, tokenizer)
-    if target.adapter is not None and sha256(target.adapter.folder / WEIGHTS) != row["adapter_sha256"]:
-        raise UserError(f"{target.adapter.name} was written to while it was loaded: run the same command again")
+        return run
+    model, tokenizer = load_model(
+        target.model,
+        adapter,
+        revision=target.model_revision,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=plan.device,
+        quantization=quantization,
+    )
+    if adapter is not None and sha256(adapter.folder / WEIGHTS) != run.adapter_sha256:
+        raise UserError(f"{adapter.name} was written to while it was loaded: run the same command again")
     for task in left:
-        name = task.settings.name
-        print(f"{target.name}: {name}, {task.n} prompts", flush=True)
-        result = run(task)
-        store(results, row, name, task.settings_record() | result.as_json(), result.lines())
-        if result.cut_prompts:
-            print(f"  {result.cut_prompts} prompts were longer than the model's context and lost their beginning")
-    return row
+        print(f"{run.name}: {task.name}, {task.settings.n} prompts", flush=True)
+        scored, asked = run_task(model, tokenizer, task, batch_size=config.eval.batch_size)
+        store(results, run, task.name, scored, asked)
+        if scored.cut_prompts:
+            print(f"  {scored.cut_prompts} prompts were longer than the model's context and lost their beginning")
+    return run
 
 
 def _tokenizer(config: Config, target: Target) -> Any:
-    """The tokenizer that training uses, so that the base model is asked in the same words; an adapter brings its own, and so does
-    a model that is asked in plain text, where it may have no chat template at all."""
-    from atlas.models.tokenizer import load_tokenizer, read_tokenizer
-
+    """An adapter brings its own tokenizer. A base or merged model gets the one that training uses, so that the base is asked in the
+    same words; in plain text, its own, since it may have no chat template."""
     if target.adapter is not None and (target.adapter.folder / "tokenizer_config.json").is_file():
         tokenizer = read_tokenizer(str(target.adapter.folder))
         if config.eval.chat_template and not tokenizer.chat_template:
@@ -172,67 +189,25 @@ def _quantization(config: Config, target: Target) -> QuantizationConfig | None:
     return trained if trained is not None and trained.load_in_4bit else config.quantization
 
 
-def _runner(config: Config, target: Target, dtype: str, device: str, tokenizer: Any) -> Any:
-    from atlas.eval.harness import run_task
-    from atlas.models.load import load_model
-
-    model, tokenizer = load_model(
-        target.model,
-        target.adapter,
-        revision=target.model_revision,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        device=device,
-        quantization=_quantization(config, target),
-    )
-    return lambda task: run_task(model, tokenizer, task, batch_size=config.eval.batch_size)
-
-
-def _row(
-    config: Config, target: Target, revision: str | None, dtype: str, hardware: str, tokenizer: Any
-) -> dict[str, Any]:
-    adapter, quantization = target.adapter, _quantization(config, target)
-    return {
-        "name": target.name,
-        "method": target.method,
-        "config_hash": adapter.manifest.get("config_hash") if adapter else None,
-        "model": target.model,
-        "model_revision": revision,
-        "adapter": adapter.name if adapter else None,
-        "adapter_revision": adapter.revision if adapter else None,
-        "adapter_sha256": sha256(adapter.folder / WEIGHTS) if adapter else None,
-        "template_sha256": digest(tokenizer.get_chat_template()) if config.eval.chat_template else None,
-        "dtype": dtype,
-        "quantization": quantization.name if quantization else None,
-        "batch_size": config.eval.batch_size,
-        "hardware": hardware,
-        "versions": versions("lm_eval"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(),
-        "tasks": {},
-    }
-
-
 def _revision(target: Target) -> str | None:
     """The commit of a Hub model, or the sha256 of a local one's weights. Raises `UserError` where there is no such model."""
     model, asked, folder = target.model, target.model_revision, Path(target.model)
     key = "--merged" if target.method == "merged" else "model.name"
     if not folder.exists():
         from transformers.utils import cached_file
-        from transformers.utils.hub import extract_commit_hash
 
         try:
-            commit: str | None = extract_commit_hash(cached_file(model, "config.json", revision=asked), None)
+            config = cached_file(model, "config.json", revision=asked)
         except OSError as error:
             raise UserError(f"{key}: {model!r} cannot be found: {first_line(error)}") from None
-        return commit or asked
+        return Path(config).parent.name if config else asked  # the Hub's cache has a folder for each commit
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}: {model!r} holds no model: config.json is missing")
-    weights = [sha256(path) for path in sorted(folder.glob("*.safetensors"))]
-    return f"sha256:{digest(''.join(weights))[:16]}"
+    hashes = [sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    return f"sha256:{digest(''.join(hashes))[:16]}"
 
 
-def _done(results: Path, row: dict[str, Any], ready: Sequence["LoadedTask"], replace: bool) -> dict[str, Any]:
+def _done(results: Path, run: Run, ready: Sequence[LoadedTask], replace: bool) -> dict[str, Task]:
     """The tasks that the row of this name has; with `replace` those of the same model only. Raises `UserError` for what would be
     lost without it: results of another model, or of a task of `ready` with other settings."""
 
@@ -243,33 +218,28 @@ def _done(results: Path, row: dict[str, Any], ready: Sequence["LoadedTask"], rep
                 f"{results / METRICS} has results of {what} ({listed}): choose another --name, or --replace to discard them"
             )
 
-    known = next((known for known in read_metrics(results)["runs"] if known["name"] == row["name"]), None)
+    known = next((known for known in read_metrics(results).runs if known.name == run.name), None)
     if known is None:
         return {}
-    different = {key: (known.get(key), row[key]) for key in _IDENTITY if known.get(key) != row[key]}
-    refuse(f"another {row['name']!r}", different)
-    tasks: dict[str, Any] = {} if different else known["tasks"]
+    pairs = {key: (getattr(known, key), getattr(run, key)) for key in _IDENTITY}
+    different = {key: (there, here) for key, (there, here) in pairs.items() if there != here}
+    refuse(f"another {run.name!r}", different)
+    tasks = {} if different else known.tasks
     for task in ready:
-        name = task.settings.name
-        if name in tasks:
-            refuse(f"{name} with other settings under {row['name']!r}", unlike(tasks[name], task.settings_record()))
+        if task.name in tasks:
+            other = tasks[task.name].differences(task.settings)
+            refuse(f"{task.name} with other settings under {run.name!r}", other)
     return tasks
 
 
-def table(row: dict[str, Any]) -> str:
+def table(run: Run) -> str:
     """A run's scores as text."""
-    adapter = f" + {row['adapter']}" if row["adapter"] else ""
-    quantised = f" on {row['quantization']}" if row["quantization"] else ""
-    lines = [f"{row['name']}: {row['model']}{adapter}, {row['dtype']}{quantised}"]
-    for name, task in row["tasks"].items():
-        lines.append(f"  {name} (version {task['version']}, {task['num_fewshot']} examples), {task['n']:,} prompts")
-        for metric, found in task["metrics"].items():
-            low, high = found["interval"]
-            lines.append(f"    {metric:<22}{found['score']:>7.1%}   95 % interval {low:.1%} to {high:.1%}")
-        if task["stop_rate"] is not None:
-            lines.append(
-                f"    {'stops by itself':<22}{task['stop_rate']:>7.1%}   mean {task['mean_tokens']:.0f} tokens"
-            )
+    adapter = f" + {run.adapter}" if run.adapter else ""
+    lines = [f"{run.name}: {run.model}{adapter}, {run.precision}"]
+    for name, task in run.tasks.items():
+        examples = f", {task.num_fewshot} examples" * bool(task.num_fewshot)
+        title = f"{name}, {task.n:,} prompts, version {task.version}{examples}"
+        lines.append(text_table(score_table(title, {"score (95 % interval)": task}), "<<"))
     return "\n".join(lines)
 
 

@@ -1,73 +1,60 @@
 """Scores with their uncertainty, and whether one run is really better than another on the same prompts."""
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from math import ceil
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+from atlas.scores import Estimate, Record
 
 if TYPE_CHECKING:
     import numpy as np
 
-Z95 = 1.959964
+ALPHA, POWER = 0.05, 0.8
+_Z_ALPHA, _Z_POWER = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(POWER)
+_LEAST_DISCORDANT = 6  # five one-sided pairs give p = 0.0625 in the exact test, six 0.031
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A score with its standard error and 95 % interval, all in [0, 1]."""
+def estimates(records: Sequence[Record]) -> dict[str, Estimate]:
+    """Each metric over all prompts."""
+    found = {}
+    for metric in records[0].scores:
+        of = [record.weight(metric) for record in records]
+        found[metric] = estimate([k * record.scores[metric] for k, record in zip(of, records, strict=True)], of)
+    return found
 
-    score: float
-    stderr: float
-    interval: tuple[float, float]
+
+def estimate(passed: Sequence[float], of: Sequence[int] | None = None) -> Estimate:
+    """sum(passed) / sum(of), with its standard error and 95 % interval. `of` is what each prompt counts for: its number of
+    instructions, or 1 where it is not given.
+
+    Where each prompt passes or fails the interval is Wilson's (1927). Else prompts are the sampling unit, since the instructions of
+    one prompt are answered by the same reply: the linearised variance of a ratio of sums (Cochran 1977, Sampling Techniques,
+    section 6.3). For that interval a prompt that passes and one that fails are added, as Agresti and Coull do for a share (1998,
+    The American Statistician 52:119): where no prompt passes, or each one does, the residuals are 0 and would give no width.
+    """
+    import numpy as np
+
+    d, k = np.asarray(passed, float), np.ones(len(passed)) if of is None else np.asarray(of, float)
+    n, ratio = len(d), float(d.sum() / k.sum())
+    stderr = float((n * ((d - ratio * k) ** 2).sum() / max(n - 1, 1)) ** 0.5 / k.sum())
+    if (k == 1).all() and set(np.unique(d)) <= {0.0, 1.0}:
+        low, high = wilson(ratio, n)
+    else:
+        _, ends, _ = _linearised_t(d - k / 2, k, float(k.mean()) / 2)  # as a distance from one half
+        low, high = (0.5 + end for end in ends)
+    return Estimate(score=ratio, stderr=stderr, interval=(max(0.0, low), min(1.0, high)))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
     """The 95 % score interval of a share (Wilson 1927), which stays within 0 and 1."""
-    middle = share + Z95 * Z95 / (2 * n)
-    spread = Z95 * (share * (1 - share) / n + Z95 * Z95 / (4 * n * n)) ** 0.5
-    return (middle - spread) / (1 + Z95 * Z95 / n), (middle + spread) / (1 + Z95 * Z95 / n)
+    from scipy.stats import binomtest
 
-
-def mean_estimate(values: Sequence[float]) -> Estimate:
-    """The mean of one score per prompt: Wilson's interval where each is 0 or 1, else that of `ratio_estimate`."""
-    n = len(values)
-    found = ratio_estimate(values, [1] * n)
-    return replace(found, interval=wilson(found.score, n)) if all(value in (0, 1) for value in values) else found
-
-
-def ratio_estimate(passed: Sequence[float], of: Sequence[int]) -> Estimate:
-    """Passed instructions over all, where prompts are the sampling unit: the linearised variance of a ratio of sums, since the
-    instructions of one prompt are answered by the same reply (Cochran 1977, Sampling Techniques, section 6.3).
-
-    For the interval a prompt that passes and one that fails are added, as Agresti and Coull do for a share (1998, The American
-    Statistician 52:119): where no prompt passes, or each one does, the residuals are 0 and would give an interval without width.
-    """
-    import numpy as np
-
-    n, ratio = len(of), sum(passed) / sum(of)
-    residuals = sum((a - ratio * b) ** 2 for a, b in zip(passed, of, strict=True))
-    stderr = (n * residuals / max(n - 1, 1)) ** 0.5 / sum(of)
-    k = np.asarray(of, float)
-    _, (low, high), _ = linearised_t(
-        np.asarray(passed, float) - k / 2, k, float(k.mean()) / 2
-    )  # as a distance from one half
-    return Estimate(ratio, stderr, (max(0.0, 0.5 + low), min(1.0, 0.5 + high)))
-
-
-def estimates(scores: Sequence[Mapping[str, float]], instructions: Sequence[int]) -> dict[str, Estimate]:
-    """Each metric over prompts: scores of each prompt, and its number of instructions, whose shares are named `inst_...`."""
-    found = {}
-    for metric in scores[0]:
-        values = [of_prompt[metric] for of_prompt in scores]
-        if metric.startswith("inst_"):
-            passed = [count * value for count, value in zip(instructions, values, strict=True)]
-            found[metric] = ratio_estimate(passed, instructions)
-        else:
-            found[metric] = mean_estimate(values)
-    return found
-
-
-ALPHA, POWER = 0.05, 0.8
-_LEAST_DISCORDANT = 6  # five one-sided pairs give p = 0.0625 in the exact test, six 0.031
+    interval = binomtest(round(share * n), n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)
@@ -99,9 +86,14 @@ class Difference:
             return f"no difference shown (could have shown {100 * self.smallest:.1f} points)"
         return f"no difference shown (needs about {self.needed:,} prompts to show {100 * abs(self.value):.1f} points)"
 
+    def as_json(self) -> dict[str, Any]:
+        """For a report."""
+        of = ("value", "interval", "p", "corrected_p", "among", "verdict")
+        return {name: getattr(self, name) for name in of}
+
 
 def paired_difference(a: Sequence[float], b: Sequence[float], of: Sequence[int] | None = None) -> Difference:
-    """Compare two runs prompt by prompt: mean of b - a, or, with `of` (instructions per prompt), sum(b - a) / sum(of).
+    """Compare two runs prompt by prompt: sum(b - a) / sum(of). `of` is what each prompt counts for, as in `estimate`.
 
     The prompt is the unit of sampling, since the instructions of one prompt are answered by the same reply.
     """
@@ -109,22 +101,23 @@ def paired_difference(a: Sequence[float], b: Sequence[float], of: Sequence[int] 
 
     d = np.asarray(b, float) - np.asarray(a, float)
     k = np.ones(len(d)) if of is None else np.asarray(of, float)
-    value = float(d.sum() / k.sum())
-    if set(np.unique(d)) <= {-1.0, 0.0, 1.0} and set(np.unique(k)) == {1.0}:
+    value, n, one_each = float(d.sum() / k.sum()), len(d), bool((k == 1).all())
+    if one_each and set(np.unique(d)) <= {-1.0, 0.0, 1.0}:
         lost, won = int((d < 0).sum()), int((d > 0).sum())
-        p, (low, high) = mcnemar_p(lost, won), tango_interval(len(d), lost, won)
-        if p >= ALPHA:  # the exact test is a little stricter than the score test that the interval turns round
+        p, (low, high) = mcnemar_p(lost, won), tango_interval(n, lost, won)
+        if p >= ALPHA:  # the exact test is a little stricter than the score test that the interval inverts
             low, high = min(low, 0.0), max(high, 0.0)
-        discordant = (lost + won) / len(d)
+        discordant = (lost + won) / n
         needed = prompts_needed(abs(value), discordant) if value else None
-        return Difference(value, (low, high), p, smallest_difference(len(d), discordant), needed)
-    p, interval, spread = linearised_t(d, k, 1.0 if of is not None else float(np.sqrt((d**2).mean())))
-    smallest = _z_sum() * spread / len(d) ** 0.5
-    needed = None
-    if of is not None or not spread:  # fewer than that many prompts, by one instruction each, cannot pass the test
+        return Difference(value, (low, high), p, smallest_difference(n, discordant), needed)
+    # Shares of instructions change by whole instructions; other scores (of probability) by what they change on average.
+    p, interval, spread = _linearised_t(d, k, float(np.sqrt((d**2).mean())) if one_each else 1.0)
+    smallest, needed = (_Z_ALPHA + _Z_POWER) * spread / n**0.5, None
+    if not (one_each and spread):  # less than so many instructions, each in another prompt, cannot pass the test
         smallest = max(smallest, _LEAST_DISCORDANT / float(k.sum()))
     if value:
-        needed = max(_ceil((_z_sum() * spread / abs(value)) ** 2), _ceil(_LEAST_DISCORDANT / abs(value) / k.mean()))
+        by_t = ((_Z_ALPHA + _Z_POWER) * spread / abs(value)) ** 2
+        needed = ceil(max(by_t, _LEAST_DISCORDANT / abs(value) / float(k.mean())))
     return Difference(value, interval, p, smallest, needed)
 
 
@@ -147,17 +140,17 @@ def tango_interval(n: int, lost: int, won: int) -> tuple[float, float]:
         linear = (2 * n - won + lost) * difference - won - lost
         share = ((linear**2 + 8 * n * lost * difference * (1 - difference)) ** 0.5 - linear) / (4 * n)
         variance = n * (2 * share + difference * (1 - difference))
-        return float(abs(won - lost - n * difference) / max(variance, 1e-300) ** 0.5 - Z95)
+        return float(abs(won - lost - n * difference) / max(variance, 1e-300) ** 0.5 - _Z_ALPHA)
 
-    found = (won - lost) / n
-    low = -1.0 if lost == n else brentq(excess, -1 + 1e-12, found) if excess(-1 + 1e-12) > 0 else -1.0
-    high = 1.0 if won == n else brentq(excess, found, 1 - 1e-12) if excess(1 - 1e-12) > 0 else 1.0
+    found, edge = (won - lost) / n, 1 - 1e-12
+    low = brentq(excess, -edge, found) if lost < n and excess(-edge) > 0 else -1.0
+    high = brentq(excess, found, edge) if won < n and excess(edge) > 0 else 1.0
     return float(low), float(high)
 
 
-def linearised_t(d: "np.ndarray", k: "np.ndarray", unit: float) -> tuple[float, tuple[float, float], float]:
+def _linearised_t(d: "np.ndarray", k: "np.ndarray", unit: float) -> tuple[float, tuple[float, float], float]:
     """(p, 95 % interval, standard deviation of one prompt) of sum(d) / sum(k), by t on the linearised residuals of the ratio, as in
-    `ratio_estimate`.
+    `estimate`.
 
     One prompt that gains `unit` and one that loses it are added, as Bonett and Price do for paired proportions (2012, Journal of
     Educational and Behavioral Statistics 37:479): without them a few prompts that all move one way look certain, and none at
@@ -196,31 +189,14 @@ def prompts_needed(difference: float, discordant: float) -> int:
     """Pairs for 80 % power at the 5 % level (Connor 1987, Biometrics 43:207; after Miettinen 1968), when this share of pairs is
     discordant (at least the difference itself has to be)."""
     share = max(discordant, difference)
-    z_alpha, z_beta = _z()
-    n = (z_alpha * share**0.5 + z_beta * max(share - difference**2, 0.0) ** 0.5) ** 2 / difference**2
-    return max(_ceil(n), _ceil(_LEAST_DISCORDANT / difference))
+    n = (_Z_ALPHA * share**0.5 + _Z_POWER * max(share - difference**2, 0.0) ** 0.5) ** 2 / difference**2
+    return max(ceil(n), ceil(_LEAST_DISCORDANT / difference))
 
 
 @cache
 def smallest_difference(n: int, discordant: float) -> float:
-    """The difference for which `prompts_needed` says n: what this many prompts could have shown. At most 1."""
-    low, high = 1e-6, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if prompts_needed(middle, discordant) <= n else (middle, high)
-    return high
-
-
-@cache
-def _z() -> tuple[float, float]:
-    from scipy.stats import norm
-
-    return float(norm.isf(ALPHA / 2)), float(norm.isf(1 - POWER))
-
-
-def _z_sum() -> float:
-    return sum(_z())
-
-
-def _ceil(value: float) -> int:
-    return -int(-value // 1)
+    """The difference, to a millionth, for which `prompts_needed` says n: what this many prompts could have shown. At most 1."""
+    steps = 10**6
+    return (
+        1 + bisect_left(range(1, steps), True, key=lambda step: prompts_needed(step / steps, discordant) <= n)
+    ) / steps

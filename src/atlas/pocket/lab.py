@@ -11,18 +11,16 @@ Everything runs for real (NF4, LoRA, SFTTrainer, lm-eval's own scorer), on two C
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from atlas.cli import command
 from atlas.config import Config, load_config
 from atlas.errors import DONE, FAILED, UserError
+from atlas.files import write_json, writing
 from atlas.pocket import world
-
-if TYPE_CHECKING:
-    from atlas.eval.stats import Difference
+from atlas.scores import LABELS, Run, shown, text_table
 
 
 @command("pocket")
@@ -39,9 +37,7 @@ def main(arguments: Namespace) -> int:
         )
         overrides = [*of_seed, *overrides]
     loaded = load_config(arguments.config, overrides)
-    results_dir = Path(loaded.config.output.results_dir)
-    result_file = results_dir / "pocket.json"
-    lab = Path(loaded.config.model.name).parent
+    results = Path(loaded.config.output.results_dir)
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -58,10 +54,10 @@ def main(arguments: Namespace) -> int:
     from atlas.train import sft
 
     print("== base model: a tokenizer and about 1 M parameters, pretrained on plain text of a small invented world")
-    paths = build(lab, arguments.seed)
+    base = str(build(Path(loaded.config.model.name).parent, arguments.seed).base)
     step("base model")
 
-    print("\n== audit: what the loss will fall on")
+    print("\n== audit: which tokens the loss will fall on")
     dump_audit(loaded)
     step("audit")
 
@@ -69,34 +65,38 @@ def main(arguments: Namespace) -> int:
     run = sft.train(loaded, resume="never")
     step("SFT")
 
-    print("\n== IFEval: lm-eval's scorer on combinations of subject and instructions that were not trained on")
-    base = str(paths.base)
-    config, own = loaded.config, _own_format(loaded.config)
+    print("\n== IFEval: lm-eval's scorer, on combinations of subject and instructions that were not trained on")
     targets = {
-        "base": (config, Target("pocket-base", base, "base")),
-        "base, own format": (own, Target("pocket-base-own", base, "base")),
-        "tuned": (config, Target("pocket-tuned", base, "sft", adapter=find_adapter(str(run.folder)))),
+        "base": (loaded.config, Target("pocket-base", base, "base")),
+        "base, own format": (_own_format(loaded.config), Target("pocket-base-own", base, "base")),
+        "tuned": (loaded.config, Target("pocket-tuned", base, "sft", adapter=find_adapter(str(run.folder)))),
     }
-    rows = {}
+    runs = {}
     for name, (asked, target) in targets.items():
-        rows[name] = evaluate(asked, target, replace=True)
+        runs[name] = evaluate(asked, target, replace=True)
         step(f"IFEval of {name}")
 
     print("\n== comparison: is it luck?")
-    found = comparison(results_dir, ["pocket-base", "pocket-tuned"])
-    show(found, results_dir)
+    found = comparison(results, ["pocket-base", "pocket-tuned"])
+    show(found, results)
 
-    scores = {name: _scores(row, results_dir) for name, row in rows.items()}
-    report = _report(scores, seconds, run.manifest, arguments.seed) | {
-        "difference": difference_row(found[0].metrics[0].difference)
+    report = {
+        "format": 1,
+        "seed": arguments.seed,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **{key: run.manifest[key] for key in ("command", "config_hash")},
+        "hardware": run.manifest["device"]["hardware"],
+        **{key: run.manifest[key] for key in ("versions", "result")},
+        "scores": {name: _scores(scored) for name, scored in runs.items()},
+        "seconds": seconds,
+        "difference": found[0].difference.as_json(),
     }
-    from atlas.files import write_json, writing
-
+    result_file = results / "pocket.json"
     with writing(result_file):
         write_json(result_file, report)
     print("\n" + table(report))
-    print(f"written: {result_file}, {results_dir / 'sft_template_audit.jsonl'}, {run.folder}")
-    return DONE if found[0].verdict == "better" else FAILED
+    print(f"written: {result_file}, {results / 'sft_template_audit.jsonl'}, {run.folder}")
+    return DONE if found[0].difference.verdict == "better" else FAILED
 
 
 def _own_format(config: Config) -> Config:
@@ -106,74 +106,30 @@ def _own_format(config: Config) -> Config:
     return config.model_copy(update={"eval": asked})
 
 
-def _report(
-    scores: dict[str, dict[str, Any]], seconds: dict[str, float], manifest: dict[str, Any], seed: int
-) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "seed": seed,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": manifest["command"],
-        "config_hash": manifest["config_hash"],
-        "hardware": manifest["device"]["hardware"],
-        "versions": manifest["versions"],
-        "result": manifest["result"],
-        "scores": scores,
-        "seconds": seconds,
-    }
+def _scores(run: Run) -> dict[str, Any]:
+    task = run.tasks["ifeval"]
+    shares = {name: round(found.score, 4) for name, found in task.metrics.items()}
+    replies = {"stop_rate": round(task.stop_rate or 0, 4), "mean_tokens": round(task.mean_tokens or 0, 1)}
+    return {"n": task.n, **shares, **replies}
 
 
-def _scores(row: dict[str, Any], results: Path) -> dict[str, Any]:
-    from atlas.eval.store import read_records
-
-    kinds: dict[str, list[bool]] = {}
-    task = row["tasks"]["ifeval"]
-    for record in read_records(results, row["name"], "ifeval", task):
-        for kind, passed in record["groups"]:
-            kinds.setdefault(kind, []).append(passed)
-    return {
-        "n": task["n"],
-        **{name: round(found["score"], 4) for name, found in task["metrics"].items()},
-        "stop_rate": round(task["stop_rate"], 4),
-        "mean_tokens": round(task["mean_tokens"], 1),
-        "by_instruction": {kind: [sum(passed), len(passed)] for kind, passed in sorted(kinds.items())},
-    }
-
-
-def difference_row(found: "Difference") -> dict[str, Any]:
-    """The difference of a task's main metric, for a report."""
-    of = ("value", "interval", "p", "corrected_p", "among", "verdict")
-    return {name: getattr(found, name) for name in of}
+def score_rows(report: dict[str, Any]) -> list[list[str]]:
+    """The scores of a report side by side, with a head."""
+    scores = report["scores"]
+    head = [f"IFEval, {scores['tuned']['n']} held-out prompts", *scores]
+    return [head, *([label, *(shown(key, run[key]) for run in scores.values())] for key, label in LABELS.items())]
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as text: the scores side by side, then the time of each step."""
-    scores = report["scores"]
-    widths = [max(9, len(name) + 2) for name in scores]
-
-    def line(name: str, cells: Iterable[str]) -> str:
-        return f"{name:<54}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-
-    lines = [line(f"IFEval, {scores['tuned']['n']} held-out prompts", scores)]
-    for key, name in (
-        ("prompt_strict", "prompts with every instruction followed"),
-        ("inst_strict", "instructions followed"),
-        ("stop_rate", "replies that end by themselves"),
-    ):
-        lines.append(line(f"  {name}", (f"{run[key]:.1%}" for run in scores.values())))
-    lines.append(line("  mean tokens of a reply", (f"{run['mean_tokens']:.1f}" for run in scores.values())))
-    for kind in scores["tuned"]["by_instruction"]:
-        lines.append(line(f"    {kind}", ("{}/{}".format(*run["by_instruction"][kind]) for run in scores.values())))
-    lines.append(
-        "base and tuned are asked as a chat. base, own format: the same base model without the chat template, asked as a page of\n"
-        "its own texts (Exercise: ... Solution:), its reply cut where the next exercise begins."
+    rows, seconds = score_rows(report), report["seconds"]
+    steps = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    return (
+        f"{text_table(rows, '<' + '>' * (len(rows[0]) - 1))}\n\n"
+        "  base and tuned were asked as a chat. base, own format: the same base model, asked as a page of its own texts\n"
+        "  (Exercise: ... Solution:), without the chat template; its reply is cut where the next exercise begins.\n"
+        f"  {report['hardware']}, {sum(seconds.values()):.0f} s in all: {steps}"
     )
-    total = sum(report["seconds"].values())
-    lines.append(
-        f"{report['hardware']}: {total:.0f} s in all, "
-        + ", ".join(f"{k} {v:.0f} s" for k, v in report["seconds"].items())
-    )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
