@@ -104,7 +104,7 @@ def test_memory_that_nvidia_smi_does_not_tell(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert Machine.without_torch().gpus == (Gpu("NVIDIA GB10", (12, 1), None),)
     assert sft.main(["--config", str(ROOT / "configs" / "sft_qwen05b.yaml"), "--print-config"]) == 0
-    assert "memory not told: below 40 GiB memory is what runs out first" in capsys.readouterr().out
+    assert "memory unknown: below 40 GiB, so activations are recomputed" in capsys.readouterr().out
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="this machine's torch can use its GPU")

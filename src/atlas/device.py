@@ -35,7 +35,7 @@ class Gpu:
 
     @property
     def memory(self) -> str:
-        return "memory not told" if self.memory_gib is None else f"{self.memory_gib:.0f} GiB"
+        return "memory unknown" if self.memory_gib is None else f"{self.memory_gib:.0f} GiB"
 
 
 @dataclass(frozen=True)
@@ -256,5 +256,5 @@ def _checkpointing(config: Config, gpu: Gpu | None) -> tuple[bool, str]:
     if gpu is None:
         return False, "CPU: saves 35 % of memory, costs 1.13-1.23x time"
     if gpu.memory_gib is None or gpu.memory_gib < CHECKPOINTING_BELOW_GIB:
-        return True, f"{gpu.memory}: below {CHECKPOINTING_BELOW_GIB} GiB memory is what runs out first"
-    return False, f"{gpu.memory} are enough to keep activations"
+        return True, f"{gpu.memory}: below {CHECKPOINTING_BELOW_GIB} GiB, so activations are recomputed"
+    return False, f"{gpu.memory}: enough to keep activations"
