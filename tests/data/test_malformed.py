@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -119,28 +120,6 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "name", "row", "outcome"), KINDS, ids=[f"{k[1]}-{k[0]}" for k in KINDS])
-def test_used_as_it_stands_or_counted_with_its_place(
-    kind: str, name: str, row: Any, outcome: str, base_folder: Path, tmp_path: Path
-):
-    """The row stands on line 3 of a file of good ones, with a BOM at its start and CRLF at its ends."""
-    path = tmp_path / "rows.jsonl"
-    line = row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
-    good = json.dumps(ROW[name]).encode()
-    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([good, good, line, good]) + b"\r\n")
-    data = [{"name": str(path), "format": name}]
-    labeled, tokenizer = label(base_folder, data, "data.max_bad_fraction=0.5")
-    ledger = labeled.ledgers[0]
-    table = token_bytes(tokenizer)
-    trained = [b"".join(table[i] for i in r["labels"] if i != -100).decode() for r in labeled.dataset]
-    end = "<|endoftext|>" if name == "text" else "<|im_end|>"
-    if outcome in REASONS:
-        assert ledger.dropped == {outcome: 1} and trained == ["A" + end] * 3
-        assert ledger.examples[outcome][0][0] == f"{path} line 3" and ledger.examples[outcome][0][1]
-    else:
-        assert not ledger.dropped and trained == ["A" + end] * 2 + [outcome + end] + ["A" + end]
-
-
 REASONS = {
     *(
         "not JSON",
@@ -155,6 +134,30 @@ REASONS = {
         "fully truncated",
     )
 }
+
+
+@pytest.mark.parametrize("name", list(ROW))
+def test_used_as_it_stands_or_counted_with_its_place(name: str, base_folder: Path, tmp_path: Path):
+    """All kinds of a format in one file, each behind a good row, with a BOM at its start and CRLF at its ends."""
+    path = tmp_path / "rows.jsonl"
+    kinds = [(kind, row, outcome) for kind, of, row, outcome in KINDS if of == name]
+    lines = [json.dumps(ROW[name]).encode()] * (2 * len(kinds))
+    for at, (_, row, _) in enumerate(kinds):
+        lines[2 * at + 1] = (
+            row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+        )
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\r\n")
+    data = [{"name": str(path), "format": name}]
+    labeled, tokenizer = label(base_folder, data, "data.max_bad_fraction=0.5")
+    ledger, table = labeled.ledgers[0], token_bytes(tokenizer)
+    assert ledger.dropped == Counter(outcome for _, _, outcome in kinds if outcome in REASONS)
+    for reason, examples in ledger.examples.items():
+        places = [f"{path} line {2 * at + 2}" for at, (_, _, outcome) in enumerate(kinds) if outcome == reason]
+        assert [place for place, _ in examples] == places[:3] and all(detail for _, detail in examples)
+    end = "<|endoftext|>" if name == "text" else "<|im_end|>"
+    trained = [b"".join(table[i] for i in row["labels"] if i != -100).decode() for row in labeled.dataset]
+    expected = [text for _, _, outcome in kinds for text in ("A", outcome) if text not in REASONS]
+    assert trained == [text + end for text in expected]
 
 
 def test_the_table_covers_enough():
