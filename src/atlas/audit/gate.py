@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def gate(config: Config, labeled: "Labeled") -> None:
     """Stop the run (`UserError`) where the audit found what must not be trained; with `audit.gate=warn` only say so."""
-    complaint = complaints((*labeled.ledgers, *labeled.eval_ledgers), labeled.tokenizer_findings)
+    complaint = complaints((*labeled.known, *labeled.eval_ledgers), labeled.tokenizer_findings)
     if complaint and config.audit.gate == "error":
         raise UserError(
             f"{complaint}\n  `atlas audit` shows the rows token by token; audit.gate=warn trains all the same"

@@ -111,8 +111,7 @@ def summarize(labeled: Labeled) -> dict[str, Any]:
     For a stream that has not been read yet it is about the first rows.
     """
     tokenizer = labeled.labeler.tokenizer
-    is_read = any(ledger.rows for ledger in labeled.ledgers)
-    ledgers = labeled.ledgers if is_read else labeled.previews
+    ledgers = labeled.known
     findings = Counter(dict.fromkeys(KINDS, 0))
     for ledger in (*ledgers, *labeled.eval_ledgers):
         findings.update(ledger.findings)
@@ -129,7 +128,7 @@ def summarize(labeled: Labeled) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "rows": total("used"),
         "documents": sum(ledger.used for ledger in ledgers if ledger.format == TEXT),
-        "only_first_rows": not is_read,
+        "only_first_rows": not labeled.is_read,
         "audited": labeled.audited,
         "mask": labeled.mask,
         "findings": dict(findings),

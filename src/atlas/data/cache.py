@@ -1,25 +1,26 @@
-"""Rows, labels and packs on the disk: each under a key that says what they hold, and checked before they are used again."""
+"""Rows, labels and packs on the disk: each under a hash of all that they depend on, and checked before they are used again."""
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atlas.files import can_write, read_object, sha256, write_json
+from atlas.files import can_write, digest, read_object, sha256, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def cached(key: str, what: str, make: Callable[[Path], "Dataset"]) -> "Dataset":
-    """What `make` gives for a folder of its own, in which it finds what it wrote there for the same key.
+def cached(known: str, what: str, make: Callable[[Path], "Dataset"]) -> "Dataset":
+    """What `make` gives for a folder of its own, in which it finds what it wrote there for the same `known`.
 
-    Every file is compared with its sha256 first: damaged files are made anew, and that is said. Two processes wait for each other.
+    `known` is a text that says all that the rows depend on; `what` names them in messages.
+    Every file is compared with its sha256 first. Damaged files are made anew, with a message. Two processes wait for each other.
     """
     import datasets
     from filelock import FileLock
 
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "atlas" / f"{key}-{datasets.__version__}"
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "atlas" / digest(f"{known} {datasets.__version__}")[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         seal = folder / "sha256.json"

@@ -25,7 +25,7 @@ class Conversation:
 
     @property
     def prompt(self) -> str:
-        """What the first answer answers, without the system prompt: two rows that share it are not held out from each other."""
+        """The turns before the first answer, without the system prompt. Rows that share it are all trained on, or none is."""
         if self.text is not None:
             return self.text
         end = next(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
@@ -239,7 +239,7 @@ def conversation(row: str | Mapping[str, Any], format_name: str = "messages") ->
     if not answers:
         raise BadRowError("no assistant turn", f"roles: {', '.join(message['role'] for message in messages)}")
     if not any(answer.get("tool_calls") or answer["content"].strip() for answer in answers):
-        raise BadRowError("empty", "no answer holds a word: it would teach to say nothing")
+        raise BadRowError("empty", "all answers are empty: the row would teach the model to say nothing")
     return Conversation(messages, _tools(row.get("tools")))
 
 
@@ -253,7 +253,7 @@ def _joined(content: Any) -> Any:
 
 
 def refused(reason: str, detail: str) -> str:
-    """What stands in the place of a row's JSON text that its file does not hold: a bad row, for this reason."""
+    """A note in place of a row's JSON text: the row cannot be read, and is counted under this reason."""
     return f"{_REFUSED}{reason}: {detail}"
 
 
@@ -271,7 +271,7 @@ def _decode(line: str) -> Mapping[str, Any]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; json.loads would keep the last of two equal keys and lose the first without a word."""
+    """A JSON object. Of two equal keys json.loads would keep the last and drop the first without a message."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -328,7 +328,7 @@ _DEEPEST = 100
 
 
 def _refuse_depth(value: Any, where: str) -> None:
-    """Every library on the way of a row gives up at some depth, each in its own manner."""
+    """Libraries that a row passes through fail at some depth, each in its own way."""
     level = [value]
     for _ in range(_DEEPEST):
         nested = [item for item in level if isinstance(item, list | Mapping)]

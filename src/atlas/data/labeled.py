@@ -28,7 +28,7 @@ class Shown(NamedTuple):
     row: Any
     format: str
     number: int | None
-    """Its number in the dataset; None: it is streamed, held out or set aside."""
+    """Its number in the dataset; None where it is not there: streamed, held out or set aside."""
 
 
 class Part:
@@ -94,6 +94,16 @@ class Labeled:
             self.ledgers[source].add(numbers, -1)
 
     @property
+    def is_read(self) -> bool:
+        """False for a stream of which only the first rows have been read."""
+        return not self.previews or any(ledger.rows for ledger in self.ledgers)
+
+    @property
+    def known(self) -> tuple[SourceLedger, ...]:
+        """What is known of each source: of all its rows, or of a stream's first ones."""
+        return self.ledgers if self.is_read else self.previews
+
+    @property
     def mask(self) -> str:
         """Where the labels come from: "markers", "rendered" or "all tokens"."""
         return self.labeler.mask if self.labeler.assistant_only else "all tokens"
@@ -117,9 +127,8 @@ class Labeled:
 
     def table(self) -> str:
         """The ledgers of all sources as text."""
-        begun = not self.previews or any(ledger.rows for ledger in self.ledgers)
-        lines = [] if begun else ["data are read while training; the first rows of each source:"]
-        lines += [ledger.table() for ledger in (*(self.ledgers if begun else self.previews), *self.eval_ledgers)]
+        lines = [] if self.is_read else ["data are read while training; the first rows of each source:"]
+        lines += [ledger.table() for ledger in (*self.known, *self.eval_ledgers)]
         if self.mask == "all tokens":
             lines.append("LOSS ON ALL TOKENS, prompts too, and nothing is audited: train.assistant_only_loss is false")
         return "\n".join([*lines, self.held_out.line()] if self.held_out else lines)

@@ -31,7 +31,7 @@ class SourceLedger:
     rows: int = 0
     format: str = "messages"
     repeated: int = 0
-    """Rows that stand there again because more were asked for than there are."""
+    """Used rows that are repetitions: the config asks for more rows than there are."""
     used: int = 0
     cut: int = 0
     tokens: int = 0
@@ -39,7 +39,7 @@ class SourceLedger:
     shortened: int = 0
     """Used rows that lost supervised tokens to `max_length`."""
     lost_supervised_tokens: int = 0
-    """Supervised tokens that `max_length` cut off from rows that are used."""
+    """Supervised tokens of used rows beyond `max_length`."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows that cannot be trained on."""
     set_aside: dict[str, int] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class SourceLedger:
         vars(self).update(vars(SourceLedger(self.name, 0, self.format)))
 
     def counts(self) -> dict[str, Any]:
-        """All of it but the examples, which quote rows: those stay in files that are never pushed."""
+        """All fields without the examples: these quote rows, and stay in files that are never pushed."""
         return {name: value for name, value in asdict(self).items() if name not in ("examples", "finding_examples")}
 
     def judge(self, labeled: "pa.Table", place: Callable[[int], str]) -> tuple[np.ndarray, dict[str, list[int]]]:
@@ -172,12 +172,12 @@ class HeldOut:
     supervised_tokens: int
     prompts: int
     how: str
-    """Where they come from, e.g. "5% of data.train by tree_id"."""
+    """Where they come from: "5% of data.train by tree_id"."""
     removed: int | None
-    """Rows left out of training because an evaluation row has the same prompt; None: known only while rows are streamed."""
+    """Training rows that were left out because an evaluation row has the same prompt; None for a stream, which is not read yet."""
 
     def line(self) -> str:
-        removed = "training rows with one of these prompts are left out as they come"
+        removed = "training rows with one of these prompts are left out when they are read"
         if self.removed is not None:
             removed = f"{self.removed:,} training rows with one of these prompts were left out"
         return (

@@ -13,14 +13,14 @@ from atlas.errors import UserError
 
 
 def wanted_rows(source: Source, present: int) -> int:
-    """How many rows a source is to give; more than are present means that rows repeat."""
+    """How many rows a source must give. More than are present: rows repeat."""
     if source.share is not None:
         return max(1, round(source.share * present))
     return present if source.rows is None else source.rows
 
 
 def capped(wanted: Sequence[int], weights: Sequence[float] | None, max_rows: int | None) -> list[int]:
-    """`wanted` cut down in proportion (to `weights` where there are any), so that all together are at most `max_rows`."""
+    """`wanted`, reduced so that the sum is at most `max_rows`: in proportion to `weights`, if there are any, else to `wanted`."""
     if max_rows is None or (weights is None and sum(wanted) <= max_rows):
         return list(wanted)
     if max_rows < len(wanted):
@@ -31,7 +31,7 @@ def capped(wanted: Sequence[int], weights: Sequence[float] | None, max_rows: int
 
 
 def repeated(rows: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """`wanted` of these row numbers: all of them as often as they fit, then a sample. Fewer wanted than there are: all."""
+    """At least `wanted` row numbers: all of `rows`, repeated as often as they fit, then a random sample of them for the rest."""
     if wanted <= len(rows) or not len(rows):
         return rows
     whole, rest = divmod(wanted, len(rows))
@@ -39,7 +39,7 @@ def repeated(rows: np.ndarray, wanted: int, seed: int) -> np.ndarray:
 
 
 def weighted(lengths: Sequence[int], weights: Sequence[float], seed: int) -> list[np.ndarray]:
-    """For sources of these lengths masks of the rows to take, in proportion to the weights, as many as there can be."""
+    """For each source of these lengths a mask of the rows to take: as many as possible, in proportion to the weights."""
     shares = np.array(weights) / sum(weights)
     total = min(length / share for length, share in zip(lengths, shares, strict=True))
     masks = []
@@ -60,8 +60,8 @@ def first_occurrences(digests: np.ndarray) -> np.ndarray:
 def held_out(units: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     """For each row: is it held out? Rows of one unit (a group, a prompt) stay together.
 
-    The choice depends on the units and the seed alone, not on the order of the rows: a longer data set holds out what a shorter one
-    did, as far as `wanted` allows. Units that would exceed `wanted` are passed over.
+    The choice depends on units and seed alone, not on the order of the rows: when a data set grows, nearly the same units are held
+    out. A unit that is larger than what is left of `wanted` is skipped.
     """
     unique, inverse, sizes = np.unique(units, return_inverse=True, return_counts=True)
     taken = np.zeros(len(unique), bool)
@@ -76,10 +76,9 @@ def held_out(units: np.ndarray, wanted: int, seed: int) -> np.ndarray:
 
 
 def order(lengths: np.ndarray, sources: int, curriculum: str, seed: int) -> np.ndarray:
-    """The order of the mixture's rows: shuffled, a single source as it stands, or from short to long."""
-    rows = (
-        _generator(seed).permutation(len(lengths)) if sources > 1 or curriculum != "none" else np.arange(len(lengths))
-    )
+    """The order of the mixture's rows: several sources are shuffled, one source keeps its order, a curriculum sorts by length."""
+    is_shuffled = sources > 1 or curriculum != "none"
+    rows = _generator(seed).permutation(len(lengths)) if is_shuffled else np.arange(len(lengths))
     return rows[np.argsort(lengths[rows], kind="stable")] if curriculum == "length" else rows
 
 

@@ -3,18 +3,17 @@
 import hashlib
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atlas.compat import dataset_fingerprint
 from atlas.data.cache import cached
-from atlas.data.stream import endless
+from atlas.data.stream import BATCH_ROWS, endless
 from atlas.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from trl import SFTConfig
-
-BATCH_ROWS = 1000
 
 
 def arrange(rows: "Dataset | IterableDataset", arguments: "SFTConfig") -> "Dataset | IterableDataset":
@@ -25,34 +24,31 @@ def arrange(rows: "Dataset | IterableDataset", arguments: "SFTConfig") -> "Datas
     """
     from datasets import IterableDataset
 
+    def shuffled(rows: "Dataset") -> "Dataset":
+        return rows.shuffle(seed=arguments.seed, keep_in_memory=True) if arguments.shuffle_dataset else rows
+
     if isinstance(rows, IterableDataset):
         return endless(rows)  # shuffled already, and never packed
+    rows = shuffled(rows)
     if not arguments.packing:
-        return rows.shuffle(seed=arguments.seed, keep_in_memory=True) if arguments.shuffle_dataset else rows
-    from trl import pack_dataset
-
-    if arguments.max_length is None:
-        raise UserError("train.packing needs train.max_length: it is the length of a pack")
-    if arguments.shuffle_dataset:
-        rows = rows.shuffle(seed=arguments.seed, keep_in_memory=True)
+        return rows
     length, strategy = arguments.max_length, arguments.packing_strategy
-    known = f"{dataset_fingerprint(rows)} {length} {strategy} {version('trl')}"
-    packed = cached(
-        hashlib.sha256(known.encode()).hexdigest()[:32],
-        "packs",
-        lambda folder: pack_dataset(
-            rows, length, strategy, {"desc": "packs", "cache_file_name": str(folder / "packs.arrow")}
-        ),
-    )
-    view = _tokens if arguments.packing_strategy == "wrapped" else _documents  # "wrapped" keeps no boundaries
+    if length is None:
+        raise UserError("train.packing needs train.max_length: it is the length of a pack")
+
+    def make(folder: Path) -> "Dataset":
+        from trl import pack_dataset
+
+        return pack_dataset(rows, length, strategy, {"desc": "packs", "cache_file_name": str(folder / "packs.arrow")})
+
+    packed = cached(f"{dataset_fingerprint(rows)} {length} {strategy} {version('trl')}", "packs", make)
+    view = _tokens if strategy == "wrapped" else _documents  # "wrapped" keeps no boundaries
     if view(rows) != view(packed):
         raise UserError(
-            f"train.packing_strategy={arguments.packing_strategy}: the packs do not hold the labelled rows as they were audited "
+            f"train.packing_strategy={strategy}: the packs do not hold the labelled rows as they were audited "
             f"({len(rows):,} rows, {len(packed):,} packs): choose train.packing_strategy=bfd, or train.packing=false"
         )
-    if arguments.shuffle_dataset:
-        packed = packed.shuffle(seed=arguments.seed, keep_in_memory=True)
-    return packed
+    return shuffled(packed)
 
 
 def _documents(dataset: "Dataset") -> object:

@@ -11,12 +11,12 @@ from atlas.compat import dataset_fingerprint
 from atlas.config import Config, Source
 from atlas.data import mixture, sources
 from atlas.data.cache import cached
-from atlas.data.formats import detect
 from atlas.data.labeled import Labeled, Part, all_good, shown
 from atlas.data.ledger import DUPLICATE, HELD_OUT, SHARED_PROMPT, UNWEIGHTED, HeldOut, percentiles
-from atlas.data.stream import BATCH_ROWS, DETECT_ROWS, stream
+from atlas.data.stream import BATCH_ROWS, stream
 from atlas.data.tokenize import NUMBERS, Labeler
 from atlas.errors import UserError
+from atlas.files import digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,13 +79,11 @@ def _label_all(given: Sequence[Source], labeler: Labeler, config: Config, max_ro
 
 def _label(source: Source, rows: "Dataset", labeler: Labeler, config: Config) -> Part:
     """One source, labelled; the labels are cached on the disk."""
-    first = [sources.content(row) for row in rows.select(range(min(len(rows), DETECT_ROWS)))]
-    format_name = detect(first, source.name, source.columns, source.format)
+    format_name = sources.format_of(source, rows)
     # As a column is called once it is renamed.
     by = next((name for name, column in source.columns.items() if column == config.data.group_by), config.data.group_by)
     known = f"{dataset_fingerprint(rows)} {labeler.fingerprint} {format_name} {by} {sorted(source.columns.items())}"
-    key = hashlib.sha256(known.encode()).hexdigest()[:32]
-    labeled = label_rows(rows, labeler, key, format_name, by, source.columns, num_proc=config.data.num_proc)
+    labeled = label_rows(rows, labeler, known, format_name, by, source.columns, num_proc=config.data.num_proc)
     return Part(source, rows, labeled, format_name)
 
 
@@ -181,10 +179,10 @@ def _concatenated(datasets: Sequence["Dataset"]) -> "Dataset":
     return rows.select_columns(["input_ids", "labels"])
 
 
-def label_rows(rows: "Dataset", labeler: Labeler, key: str, *settings: Any, num_proc: int | None = None) -> "Dataset":
-    """The columns of `Labeler.table` for every row, cached on the disk under `key`. `settings`: those of `Labeler.table`."""
+def label_rows(rows: "Dataset", labeler: Labeler, known: str, *settings: Any, num_proc: int | None = None) -> "Dataset":
+    """The columns of `Labeler.table` for every row, cached under `known`. `settings`: the other arguments of `Labeler.table`."""
     return cached(
-        key,
+        known,
         "labels",
         lambda folder: rows.map(
             labeler,
@@ -193,7 +191,7 @@ def label_rows(rows: "Dataset", labeler: Labeler, key: str, *settings: Any, num_
             batch_size=BATCH_ROWS,
             remove_columns=rows.column_names,
             cache_file_name=str(folder / "labels.arrow"),
-            new_fingerprint=key,
+            new_fingerprint=digest(known),
             num_proc=num_proc,
             desc="labels",
         ),

@@ -2,25 +2,26 @@
 
 import csv
 import difflib
-import hashlib
 import inspect
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from atlas.config import DATA_ENDINGS, Source
 from atlas.data.cache import cached, refuse_unwritable
-from atlas.data.formats import refuse_columns, refused
+from atlas.data.formats import detect, refuse_columns, refused
 from atlas.errors import UserError, first_line
-from atlas.files import sha256
+from atlas.files import digest, sha256
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+DETECT_ROWS = 100
 JSON_COLUMNS = ["json", "line", "file"]
 
 
@@ -32,6 +33,12 @@ def content(row: Mapping[str, Any]) -> "str | Mapping[str, Any]":
 def place(row: Mapping[str, Any], name: str, index: int) -> str:
     """Where a row stands: file and line, or its number in the source `name`."""
     return f"{row['file']} line {row['line']}" if list(row) == JSON_COLUMNS else f"{name} row {index}"
+
+
+def format_of(source: Source, rows: Iterable[Mapping[str, Any]]) -> str:
+    """The format of a source, told by the first of its rows. Raises `UserError` where they do not tell it."""
+    first = [content(row) for row in islice(rows, DETECT_ROWS)]
+    return detect(first, source.name, source.columns, source.format)
 
 
 def load_source(source: Source) -> "Dataset":
@@ -81,7 +88,7 @@ def stream_source(source: Source) -> Iterator[Mapping[str, Any]]:
 
 
 def reach(source: Source) -> str:
-    """Make sure that a source can be read, without reading it; what is known of its size. Raises `UserError` otherwise."""
+    """Check that a source can be read, without reading it. Returns name and size; raises `UserError` where it cannot be read."""
     refuse_columns(source.columns, source.format)
     if source.is_local:
         files = data_files(Path(source.name).expanduser())
@@ -136,7 +143,7 @@ def data_files(path: Path) -> list[Path]:
 
 
 def _meant(path: Path) -> str:
-    """A question for the data file or folder that has nearly this name, or nothing."""
+    """The question whether the user meant a data file or folder with nearly this name; empty where there is none."""
     if not os.path.isdir(path.parent):  # noqa: PTH112 (a name may be too long)
         return ""
     there = [found.name for found in path.parent.glob("*") if found.suffix in DATA_ENDINGS or found.is_dir()]
@@ -145,8 +152,7 @@ def _meant(path: Path) -> str:
 
 
 def _refuse_odd_file(path: Path) -> None:
-    """Raise `UserError` for a file without rows, and for a text file that only looks like one of ours: UTF-16, or a CSV file with
-    another separator."""
+    """Raise `UserError` for a file without rows, for text in UTF-16, and for a CSV file with another separator than a comma."""
     if path.suffix == ".parquet":
         from pyarrow import ArrowException, parquet
 
@@ -177,10 +183,6 @@ def _refuse_odd_file(path: Path) -> None:
 def _file(path: Path) -> "Dataset":
     from datasets import Dataset, Features, Value, load_dataset
 
-    # The content, not the name or the time, decides whether a cached copy is used.
-    known = f"{path} {sha256(path)} {inspect.getsource(sys.modules[__name__])}"
-    key = hashlib.sha256(known.encode(errors="surrogateescape")).hexdigest()[:32]
-
     def make(folder: Path) -> "Dataset":
         if path.suffix == ".parquet":
             return load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(folder))
@@ -189,18 +191,20 @@ def _file(path: Path) -> "Dataset":
         return Dataset.from_generator(_text_rows, columns, gen_kwargs=given, split="train", cache_dir=str(folder))
 
     _refuse_odd_file(path)
+    # The content, not the name or the time, decides whether a cached copy is used.
+    known = f"{str(path)!r} {sha256(path)} {inspect.getsource(sys.modules[__name__])}"
     try:
-        rows = cached(key, f"rows of {path}", make)
+        rows = cached(known, f"rows of {path}", make)
     except Exception as error:  # pyarrow and datasets raise about ten kinds, with the true one as the cause
         raise UserError(f"data: the file {path} cannot be read: {error.__cause__ or error}") from None
-    return Dataset(rows.data, rows.info, rows.split, fingerprint=key)
+    return Dataset(rows.data, rows.info, rows.split, fingerprint=digest(known))
 
 
 def _text_rows(path: str) -> Iterator[dict[str, Any]]:
     """Rows as JSON text with file and 1-based line.
 
-    A byte that is not UTF-8 cannot be stored as text, and U+FFFD would be a silent change of the row: such a row is replaced by
-    something that is no JSON and therefore counted.
+    A row with a byte that is not UTF-8 cannot be stored as text, and U+FFFD in its place would change the row without a message. So
+    a note takes its place, and the row is counted as a bad one when it is labelled.
     """
     newline = "" if path.endswith(".csv") else "\n"
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
@@ -270,7 +274,7 @@ def _csv_rows(file: TextIO) -> Iterator[tuple[int, str]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses a cell of more than 128 kB
     reader = csv.DictReader(
         file, strict=True
-    )  # else a quote that is never closed takes in the rows that follow, and says nothing
+    )  # without `strict` a quote that is never closed would take in the rows after it
     try:
         while (names := reader.fieldnames) is not None and not any(name.strip() for name in names):
             reader.fieldnames = None  # a line without a word before the header

@@ -12,7 +12,6 @@ import numpy as np
 from atlas.audit.gate import complaints
 from atlas.config import Config, Source
 from atlas.data import sources
-from atlas.data.formats import detect
 from atlas.data.labeled import Labeled, Part, all_good, shown
 from atlas.data.ledger import SHARED_PROMPT, SourceLedger, counted, percentiles
 from atlas.data.tokenize import NUMBERS, Labeler
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 BATCH_ROWS = 1000  # labelled at once
-DETECT_ROWS = 100  # tell the format
 SHUFFLE_ROWS = 10_000  # rows held in memory, of which the next one is drawn
 
 
@@ -39,17 +37,7 @@ def stream(config: Config, labeler: Labeler, held_out: np.ndarray) -> Labeled:
             "data.train: streaming several sources needs a weight (or rows) for each, since it cannot know how long they are"
         )
     heads = [_head(source, labeler, config, held_out) for source in data.train]
-    # The gate judges the first rows' findings; what they count else is counted anew when they are read.
-    ledgers = tuple(
-        SourceLedger(
-            head.name,
-            0,
-            head.ledger.format,
-            findings=head.ledger.findings,
-            finding_examples=head.ledger.finding_examples,
-        )
-        for head in heads
-    )
+    ledgers = tuple(SourceLedger(head.name, format=head.ledger.format) for head in heads)
     fetched = deque[tuple[int, dict[str, int]]](maxlen=SHUFFLE_ROWS)
 
     def used(row: dict[str, Any]) -> dict[str, Any]:
@@ -83,8 +71,7 @@ def _head(source: Source, labeler: Labeler, config: Config, held_out: np.ndarray
     rows = list(islice(sources.stream_source(source), BATCH_ROWS))
     if not rows:
         raise UserError(f"data: {source.name} holds no rows")
-    first = [sources.content(row) for row in rows[:DETECT_ROWS]]
-    format_name = detect(first, source.name, source.columns, source.format)
+    format_name = sources.format_of(source, rows)
     head = Part(source, rows, Dataset(labeler.table(rows, format_name, None, source.columns)), format_name)
     head.keep(~np.isin(head.of("prompt"), held_out), SHARED_PROMPT)
     head.settle(labeler.max_length)
@@ -147,8 +134,11 @@ def _mixed(parts: list["IterableDataset"], config: Config) -> "IterableDataset":
 
 
 def endless(rows: "IterableDataset") -> "IterableDataset":
-    """Pass after pass, each in another order, as one stream. The trainer then counts its batches from the start, and a resumed run
-    skips as many; where a pass ends, which nobody knows beforehand, no batch is cut short."""
+    """The same rows again and again, each pass in another order, as one stream.
+
+    So the trainer counts its batches from the start of the run, and a resumed run skips as many. The length of a pass is not known
+    beforehand; without its end in the stream, no batch is shorter than the others.
+    """
     from datasets import IterableDataset
 
     def passes() -> Iterator[Any]:

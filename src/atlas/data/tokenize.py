@@ -25,13 +25,7 @@ from atlas.audit import spans, tokens
 from atlas.audit.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, cut, special_token_texts
 from atlas.console import one_line
 from atlas.data import formats, sources
-from atlas.data.formats import (
-    BadRowError,
-    Conversation,
-    conversation,
-    refuse_special_tokens,
-    renamed,
-)
+from atlas.data.formats import BadRowError, Conversation, conversation, refuse_special_tokens, renamed
 from atlas.data.ledger import EMPTY_MASK, FULLY_TRUNCATED
 from atlas.files import digest
 from atlas.models import template
@@ -43,15 +37,15 @@ if TYPE_CHECKING:
 
 REFUSED = "refused by the template"
 TOO_MANY_TURNS = "too many turns"
-# The oracle renders the conversation anew for every answer, so that its time grows with the square of their number: 1.0 s for one
-# row of so many messages, 4.0 s for one of twice as many (a ChatML template, one core).
+# The oracle renders the conversation again for every answer, so its time grows with the square of their number: 1.0 s for a row of
+# 512 messages, 4.0 s for one of 1,024 (a ChatML template, one core).
 MOST_MESSAGES = 512
-# What ends a document in pretraining, by family; the tokenizer's eos has become the chat's stop token.
+# What ends a document in pretraining, by model family; the tokenizer's eos has been set to the chat's stop token.
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
-# transformers keeps the spans of the markers in the compiled template, which threads share: two renderings at a time mix them up
-# (interleaved streams are read in threads; the audit found one row in 900 with its neighbour's spans).
+# transformers keeps the spans of the markers in the compiled template, which threads share, and interleaved streams are read in
+# threads: without this lock the audit found one row in 900 with the spans of another.
 _one_at_a_time = threading.Lock()
 
 _ENCODED_AT_ONCE = 256  # rows
@@ -134,8 +128,8 @@ class Labeler:
         return digest("\0".join(map(digest, parts)))
 
     def label(self, given: Iterable["str | Mapping[str, Any]"], format_name: str = "messages") -> list[LabeledRow]:
-        """Rows of a source (JSON texts or mappings of columns) with all that is known of them, in order."""
-        # The tokenizer's Rust code runs without the interpreter's lock: it encodes some rows while others are rendered or audited.
+        """Rows of a source (JSON texts or columns), labelled and audited, in their order."""
+        # The tokenizer's Rust code runs without the interpreter's lock: it encodes rows while others are rendered or audited.
         with ThreadPoolExecutor(1) as pool:
             waiting, parts = iter(given), []
             while some := [self._rendered(row, format_name) for row in islice(waiting, _ENCODED_AT_ONCE)]:
