@@ -1,11 +1,14 @@
-"""Text that is not ours on its way to a terminal: rows of data, replies, names, messages of libraries, servers and templates."""
+"""Printing text from outside: rows of data, replies, names, messages of libraries, servers and templates.
+
+Such text must not control the terminal, and must not look like a line that atlas printed.
+"""
 
 import re
 import sys
 from typing import TextIO
 
-# All control characters but newline and tab (C0, DEL and C1: a terminal obeys them), those that turn the direction of writing, and
-# lone surrogates, which cannot be printed at all.
+# All control characters except newline and tab (C0, DEL and C1: a terminal obeys them), characters that change the direction of
+# writing, and lone surrogates, which cannot be printed.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -15,17 +18,17 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` of others inside a line of ours, which it cannot end: its newlines as `↵`, its control characters written out."""
+    """`text` for the middle of a line: newlines as `↵`, control characters written out."""
     return re.sub("[\n\u2028\u2029]", "↵", visible(text))
 
 
 def say(text: str, *, file: TextIO | None = None, flush: bool = False) -> None:
-    """Print a line that may hold text of others."""
+    """Print a line that may contain text from outside."""
     print(visible(text), file=file, flush=flush)
 
 
 def quiet_libraries() -> None:
-    """Warnings stay; progress bars go where the output is not a terminal."""
+    """Progress bars only on a terminal; warnings stay."""
     import warnings
 
     import datasets

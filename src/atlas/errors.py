@@ -1,4 +1,4 @@
-"""The one exception for wrong input, and how an entry point turns it into an exit status."""
+"""The exceptions that end a command with one message, and the exit status of each."""
 
 import logging
 import sys
@@ -10,7 +10,7 @@ from atlas.launch import is_main_process, rank
 from atlas.redact import redact
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
-OTHERS_WAIT = 10.0  # seconds
+OTHERS_WAIT = 10.0  # seconds that the other processes of a launch leave the first one to print an error
 
 
 class UserError(Exception):
@@ -18,11 +18,11 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """The job cannot be done, and not because of the input: one message, exit status 1."""
+    """The job failed, but the input is right (network, disk, no progress): one message, exit status 1."""
 
 
 class StoppedError(Exception):
-    """The process was told to stop by the signal `number`, and has saved what there is."""
+    """A signal (`number`) told the process to stop, and the work so far is saved."""
 
     def __init__(self, text: str, number: int) -> None:
         super().__init__(text)
@@ -30,13 +30,13 @@ class StoppedError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line: its first, with the next after a heading, or its kind where it says nothing."""
+    """A library's error in one line: its first, with the next one after a colon; its type if it has no text."""
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{first} {rest[0]}" if first.endswith(":") and rest else first
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
-    """bitsandbytes 0.50 misses an optional kernel on every CPU with AVX512-BF16, whatever it is asked to do."""
+    """bitsandbytes 0.50 warns of a missing optional kernel on every CPU with AVX512-BF16, even when nothing needs it."""
     return "Failed to load CPU gemm_4bit_forward" not in str(record.msg)
 
 
@@ -48,8 +48,8 @@ def run_main(main: Callable[[], int]) -> int:
     except (UserError, RunError) as error:
         sys.stdout.flush()
         if not is_main_process():
-            # Under torchrun every process finds the same error. The launcher ends all as soon as one has ended, so the others leave
-            # the first one time to say it. Who is still there then found an error of its own.
+            # Under torchrun every process gets the same error, and the launcher kills all as soon as one has ended. So the others
+            # wait until the first one has printed it. A process that is alive after that has an error of its own.
             time.sleep(OTHERS_WAIT)
         say(f"error{f' (process {rank()})' * (not is_main_process())}: {redact(str(error))}", file=sys.stderr)
         return WRONG_INPUT if isinstance(error, UserError) else FAILED

@@ -32,7 +32,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The name under which to write what then takes the place of `path`; of what fails nothing is left."""
+    """A temporary name to write to, which then replaces `path`. After an error no temporary file is left."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
@@ -44,8 +44,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(to: Path) -> Iterator[Path]:
-    """The folder in which to write what then becomes `to`; after an error nothing is left. Raises `UserError` where `to` holds
-    something already, and `RunError` where it cannot be written, as on a full disk."""
+    """A temporary folder to write to, which then becomes `to`. After an error nothing is left. Raises `UserError` if `to` is not
+    empty, and `RunError` if it cannot be written (full disk)."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to} exists already, and nothing is overwritten: give another folder with --to")
     part = to.with_name(to.name + ".part")
@@ -61,8 +61,7 @@ def new_folder(to: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path, remedy: str = ROOM) -> Iterator[None]:
-    """The folder of `path`, made where it is not there. A disk that is full, or a folder that cannot be written to, is a `RunError`
-    that names `path`."""
+    """Make the folder of `path`. A full disk or a missing permission inside the `with` is a `RunError` that names `path`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -71,11 +70,11 @@ def writing(path: Path, remedy: str = ROOM) -> Iterator[None]:
 
 
 def can_write(folder: Path, key: str, remedy: str) -> None:
-    """Raises `UserError`, which names `key`, where no file can be written to the folder, or it cannot be made. Makes none."""
+    """Raises `UserError`, with `key` and `remedy`, if the folder cannot be written to or created. Leaves nothing behind."""
     there = existing(folder)
     try:
         if os.path.lexists(folder) and not folder.is_dir():
-            raise UserError(f"{key}: {folder} is no folder, but a file or a link to nothing: {remedy}")
+            raise UserError(f"{key}: {folder} is a file or a broken link, not a folder: {remedy}")
         with suppress(FileNotFoundError):
             folder.stat()  # a part of the path that is a file, or a name that is too long
         with tempfile.TemporaryFile(dir=there):
@@ -102,7 +101,7 @@ def exists(path: str | Path) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """A path that exists, or one that is written as a path; else it is a Hub id."""
+    """Whether a name is a path, not a Hub id: it exists, or starts with `.`, `/` or `~`."""
     return exists(name) or name.startswith((".", "/", "~"))
 
 
@@ -116,7 +115,7 @@ def flush(path: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none that can be read."""
+    """The JSON object in a file; empty if the file cannot be read or holds something else."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

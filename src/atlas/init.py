@@ -22,10 +22,10 @@ def main(arguments: Namespace) -> int:
             file.write((packaged_configs() / like).read_text(encoding="utf-8"))
     except FileExistsError as error:
         there = error.filename or path
-        raise UserError(f"{there} is there already, and nothing is overwritten: name another folder") from None
+        raise UserError(f"{there} exists already, and nothing is overwritten: name another folder") from None
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    print(f"{path} is written: name your data and your model in it, then `atlas audit --config {path}`")
+    print(f"{path} is written. Put the names of your data and your model in it, then run `atlas audit --config {path}`")
     return DONE
 
 

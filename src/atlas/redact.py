@@ -1,10 +1,10 @@
-"""What looks like a token, so that none gets into a config, a log, the manifest or a push."""
+"""Finds tokens and keys in text, so that none gets into a config, a log, the manifest or a push."""
 
 import os
 import re
 
-# A Hub token has 34 characters after hf_, a wandb key is 40 hex digits (from 2025 on wandb_v1_...). Those digits alone are also a
-# commit, so they count only where a name says that they are a key.
+# A Hub token has 34 characters after hf_. A wandb key is 40 hex digits (since 2025 wandb_v1_...), but so is a commit: these digits
+# count only after a word that says that they are a key.
 _SHAPES = {
     "a Hugging Face token": r"(?<![A-Za-z0-9])hf_(?:[a-z]+_)?[A-Za-z0-9]{20,}",
     "an API key (sk-...)": r"(?<![A-Za-z0-9_-])sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}",
@@ -13,7 +13,7 @@ _SHAPES = {
     "a GitHub token": r"(?<![A-Za-z0-9])(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
 }
 _SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
-_SHORTEST = 12  # shorter values of secret variables (`EMPTY`, `none`) are words that occur anywhere
+_SHORTEST = 12  # shorter values (`EMPTY`, `none`) are common words
 
 
 def secret_values() -> dict[str, str]:
@@ -22,7 +22,7 @@ def secret_values() -> dict[str, str]:
 
 
 def find_secret(text: str) -> str | None:
-    """What kind of secret `text` holds, in words that do not repeat it, or None."""
+    """The kind of secret in `text`, or None. The answer does not repeat the secret."""
     for name, value in secret_values().items():
         if value in text:
             return f"the value of {name}"
@@ -30,7 +30,7 @@ def find_secret(text: str) -> str | None:
 
 
 def redact(text: str) -> str:
-    """`text` with `***` for each secret in it."""
+    """`text` with each secret replaced by `***`."""
     for value in secret_values().values():
         text = text.replace(value, "***")
     for shape in _SHAPES.values():

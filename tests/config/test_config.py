@@ -353,9 +353,9 @@ def test_init_writes_a_config_and_never_over_one(tmp_path: Path, monkeypatch, ca
     own = written.replace("name: data.jsonl", "name: qa.csv").replace("# columns:", "columns:")
     (tmp_path / "sft.yaml").write_text(own)
     assert load_config("sft.yaml").config.data.train[0].columns == {"prompt": "question", "response": "answer"}
-    assert init.main([]) == 2 and "sft.yaml is there already" in capsys.readouterr().err
+    assert init.main([]) == 2 and "sft.yaml exists already" in capsys.readouterr().err
     assert (tmp_path / "sft.yaml").read_text() == own
-    assert init.main(["sft.yaml"]) == 2 and "sft.yaml is there already" in capsys.readouterr().err
+    assert init.main(["sft.yaml"]) == 2 and "sft.yaml exists already" in capsys.readouterr().err
     assert init.main(["/proc/none"]) == 2 and "cannot be written" in capsys.readouterr().err
     assert init.main(["--like", "sft_qwen05b_mix.yaml"]) == 0  # its base need not lie beside it
     assert sft.main(["--config", "sft_qwen05b_mix.yaml", "--print-config"]) == 0
@@ -404,8 +404,8 @@ def test_the_wheel_brings_its_configs(tmp_path: Path):
 
 def test_a_base_has_a_base_too(tmp_path: Path):
     mixed = load_config(ROOT / "configs" / "sft_qwen05b_mix.yaml")
-    assert mixed.config.train_value("assistant_only_loss") is True  # of base.yaml, below sft_qwen05b.yaml
-    assert mixed.sources["train.assistant_only_loss"] == "base.yaml"
+    assert mixed.config.train_value("save_total_limit") == 2  # of base.yaml, below sft_qwen05b.yaml
+    assert mixed.sources["train.save_total_limit"] == "base.yaml"
     assert mixed.sources["train.learning_rate"] == "sft_qwen05b.yaml"
     assert [source.name for source in mixed.config.data.train][2:] == ["Open-Orca/OpenOrca"]
     (tmp_path / "a.yaml").write_text("base: b.yaml")

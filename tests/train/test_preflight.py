@@ -157,7 +157,7 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
         ["train.eval_on_start=true"],
         ["train.eval_on_start=True: there is no held"],
     ),
-    "a file": (["output.dir=/dev/null"], ["output.dir: /dev/null is no folder"]),
+    "a file": (["output.dir=/dev/null"], ["output.dir: /dev/null is a file or a broken link"]),
     "below a file": (["output.dir=/dev/null/x"], ["output.dir: nothing can be written to /dev (Not a directory)"]),
     "a name too long": (["output.dir=" + "x" * 300], ["output.dir: nothing can be written to", "File name too long"]),
     "loss": (["train.loss_type=nil"], ["train.loss_type=nil: Invalid `loss_type`"]),
@@ -254,7 +254,7 @@ def test_embeddings_can_be_trained(sft_args: list[str], capsys):
 def test_a_results_folder_that_cannot_be_written_to(sft_args: list[str], tmp_path: Path, capsys):
     """One message before any row is read; a run, which writes nothing there, is only warned."""
     (tmp_path / "results").write_text("a file")
-    no_folder = f"output.results_dir: {tmp_path / 'results'} is no folder, but a file"
+    no_folder = f"output.results_dir: {tmp_path / 'results'} is a file or a broken link"
     for command in (audit.main, report.main, lambda given: sft.main([*given, "--dump-template-audit"])):
         assert command(sft_args) == 2
         said = capsys.readouterr()

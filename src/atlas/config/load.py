@@ -28,13 +28,9 @@ from atlas.redact import find_secret, redact
 _COMMAND_LINE = "command line"
 _DEPTH = 20  # levels of nesting; a config that a person writes has 5
 _PROMPTS = re.compile(r"eval\.tasks.*\.(prompt|until(\[\d+\])?)")  # keys whose text may have several lines
-_CHOICES = (
-    "literal[",
-    "tuple[",
-    "[key]",
-)  # parts of a place that pydantic adds: one type of several, the key of a mapping
+_NOT_KEYS = ("literal[", "tuple[", "[key]")  # what pydantic adds to a place: one type of several, a key of a mapping
 _MEANT = {  # names of older releases and of other tools: the key's name here, in the same section or with its own
-    "warmup_ratio": "train.warmup_steps",  # a number below 1 is a share of all steps
+    "warmup_ratio": "train.warmup_steps (below 1: a share of all steps)",
     "evaluation_strategy": "train.eval_strategy",
     "max_seq_length": "train.max_length",
     "lr": "train.learning_rate",
@@ -202,7 +198,7 @@ def _refuse_secret(text: str, place: str) -> None:
     if secret := find_secret(text):
         raise UserError(
             f"{place}: holds what looks like {secret}. Tokens come from the environment (HF_TOKEN, WANDB_API_KEY) or from "
-            "`hf auth login` and `wandb login`, never from a config or a command line. Take it out; best revoke it too"
+            "`hf auth login` and `wandb login`, never from a config or a command line. Take it out; and revoke it"
         )
 
 
@@ -253,7 +249,7 @@ def _explain(error: ValidationError, sources: Mapping[str, str], path: Path, sch
     for problem in error.errors():
         kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
         loc = [*problem["loc"], context["field"]] if "field" in context else problem["loc"]
-        keys = [part for part in loc if not str(part).startswith(_CHOICES)]
+        keys = [part for part in loc if not str(part).startswith(_NOT_KEYS)]
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in keys)[1:]
         message = problem["msg"].removeprefix("Value error, ")
         where = origin_of(sources, key) or str(path)
