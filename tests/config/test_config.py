@@ -3,10 +3,10 @@
 import dataclasses
 import logging
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -298,13 +298,12 @@ def test_help_and_print_config_are_fast_and_load_no_torch(flags: list[str]):
         "except SystemExit as end: status = end.code\n"
         "assert not status and not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)"
     )
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - began)
-        assert done.returncode == 0, done.stderr
-    assert min(seconds) < 1.0, seconds
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    # CPU time: how long it takes depends on what else the machine does.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_atlas_command_lists_and_refuses():
