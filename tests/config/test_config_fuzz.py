@@ -17,75 +17,16 @@ from atlas.train import preflight, sft
 SFT = SCHEMAS["sft"]
 KEYS = [key for key in all_keys(SFT) if "." in key] + [f"train.{key}" for key in SFT.owned]
 ODD_KEYS = [
-    "",
-    ".",
-    "5",
-    "null",
-    "~",
-    "model",
-    "model.",
-    "model.name.x",
-    "data.train.0.rows",
-    "eval.data.ifeval",
-    "a" * 999,
-    "ä.ö",
+    *("", ".", "5", "null", "~", "model", "model.", "model.name.x", "data.train.0.rows", "eval.data.ifeval"),
+    *("a" * 999, "ä.ö"),
 ]
-# YAML that is no JSON: tags, anchors that hold themselves, dates, keys that are no text, deep nesting, numbers without end.
+# YAML that JSON does not have: tags, anchors that contain themselves, dates, keys that are not text, deep nesting, huge numbers.
 SNIPPETS = [
-    *(
-        "&a [*a]",
-        "&a {x: *a}",
-        "*a",
-        "!!binary x",
-        "!!bool x",
-        "!!set {a, b}",
-        "!!float x",
-        "!a x",
-        "2026-11-21",
-        "2026-99-99",
-    ),
-    *(
-        "{5: x}",
-        "{null: x}",
-        "{[a, b]: x}",
-        "{{a: b}: c}",
-        "{? x}",
-        "? x",
-        "a: b",
-        "[",
-        "}",
-        "@",
-        "`x`",
-        "%x",
-        "|\n  x",
-        "<<: 1",
-    ),
-    *(
-        "[" * 3000 + "]" * 3000,
-        "9" * 5000,
-        "9" * 4000,
-        "0x" + "f" * 5000,
-        "1e999",
-        "-.inf",
-        ".nan",
-        "0o9",
-        "1_0",
-        "\0",
-        "\x85",
-        "\t",
-    ),
-    *(
-        '"\\ud800"',
-        '"\\e[2J"',
-        '"\\u2028"',
-        "a:999999999999999999999%",
-        "a:5",
-        "b:20%",
-        "x" * 5000,
-        "../../x",
-        "/dev/null",
-        "~nobody",
-    ),
+    *("&a [*a]", "&a {x: *a}", "*a", "!!binary x", "!!bool x", "!!set {a, b}", "!!float x", "!a x", "2026-11-21"),
+    *("2026-99-99", "{5: x}", "{null: x}", "{[a, b]: x}", "{{a: b}: c}", "{? x}", "? x", "a: b", "[", "}", "@", "`x`"),
+    *("%x", "|\n  x", "<<: 1", "[" * 3000 + "]" * 3000, "9" * 5000, "9" * 4000, "0x" + "f" * 5000, "1e999", "-.inf"),
+    *(".nan", "0o9", "1_0", "\0", "\x85", "\t", '"\\ud800"', '"\\e[2J"', '"\\u2028"', "a:999999999999999999999%"),
+    *("a:5", "b:20%", "x" * 5000, "../../x", "/dev/null", "~nobody"),
 ]
 SCALARS = (
     st.none()
@@ -188,48 +129,11 @@ NOT_TRIED = {
     *("train.log_level", "train.max_steps", "train.gradient_accumulation_steps", "train.debug", "train.fsdp_config"),
 }
 NUMBERS = st.sampled_from([-1, 0, 1, 2, 3, 17, 10**6, 0.0, 1e-9, 0.5, 1.5, 1e9])
-WORDS = st.sampled_from(
-    [
-        *(
-            "auto",
-            "no",
-            "steps",
-            "epoch",
-            "best",
-            "all",
-            "none",
-            "linear",
-            "constant",
-            "polynomial",
-            "reduce_lr_on_plateau",
-        ),
-        *(
-            "cosine_with_min_lr",
-            "adamw_torch",
-            "sgd",
-            "adafactor",
-            "adamw_8bit",
-            "lion_32bit",
-            "group_by_length",
-            "sequential",
-        ),
-        *(
-            "bfd",
-            "wrapped",
-            "nll",
-            "dft",
-            "all-linear",
-            "eval_loss",
-            "x",
-            "a=1",
-            "a.jsonl",
-            "rendered",
-            "length",
-            "warn",
-            "off",
-        ),
-    ]
-)
+_WORDS = """
+auto no steps epoch best all none linear constant polynomial reduce_lr_on_plateau cosine_with_min_lr adamw_torch sgd adafactor
+adamw_8bit lion_32bit group_by_length sequential bfd wrapped nll dft all-linear eval_loss x a=1 a.jsonl rendered length warn off
+"""
+WORDS = st.sampled_from(_WORDS.split())
 PLAUSIBLE = NUMBERS | WORDS | st.booleans() | st.none() | st.dictionaries(WORDS, NUMBERS | WORDS, max_size=1)
 TRIED = [key for key in KEYS if key not in NOT_TRIED and key.removeprefix("train.") not in SFT.owned]
 NUMERIC = [
