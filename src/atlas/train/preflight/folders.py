@@ -28,7 +28,7 @@ def output(ready: Ready) -> Found:
         refuse_other_runs(folder, Identity.of(ready.loaded, None, "", None))
     ready.folder = folder
     if ready.resume == "never" and (checkpoints(folder) or (folder / "manifest.json").exists()):
-        return "warn", f"{folder} holds a run, which --resume never replaces"
+        return "warn", f"{folder} holds a run: with --resume never, the new one replaces it"
     return str(folder)
 
 
