@@ -313,6 +313,31 @@ def test_thinking_that_the_template_does_not_know_is_lost(base_folder: Path):
     ]
 
 
+def test_a_text_that_another_message_repeats_can_be_lost(base_folder: Path):
+    tokenizer = right(base_folder)
+    template((USER_TURN, "{%- if not loop.first %}" + USER_TURN + "{%- endif %}"))(tokenizer)
+    (labeled,) = Labeler(tokenizer).label([chat("How far is it?", "Far.", "How far is it?", "Far.")])
+    assert [(f.kind, f.text) for f in labeled.audit.findings] == [("lost", "content: How far is it?")]
+
+
+def test_a_call_without_content_is_compared_too(base_folder: Path):
+    tokenizer = right(base_folder)
+    template(("{%- for tool_call in message.tool_calls %}", "{%- for tool_call in [] %}"))(tokenizer)
+    (labeled,) = Labeler(tokenizer).label(
+        [
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "tool_calls": CALLS[:1]},
+                    {"role": "tool", "content": "3"},
+                    answer("3"),
+                ]
+            }
+        ]
+    )
+    assert {f.kind for f in labeled.audit.findings} == {"lost"}
+
+
 def test_what_only_a_template_words_differently_stops_no_run(base_folder: Path, tmp_path: Path, capfd):
     from atlas.audit.gate import gate
 
@@ -343,7 +368,8 @@ def test_token_across_the_boundary_is_a_straddle(base_folder: Path):
     whole = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
     labels = [i if m else -100 for i, m in zip(whole["input_ids"], whole["assistant_masks"], strict=True)]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    (audit,) = Oracle(tokenizer).audit([AuditRow(messages, None, text, whole["input_ids"], labels)])
+    oracle = Oracle(tokenizer)
+    (audit,) = oracle.audit([AuditRow(messages, text, oracle.turns(messages, None, text), whole["input_ids"], labels)])
     assert [(f.kind, f.text) for f in audit.findings] == [("straddle", "\n\n")]
 
 
@@ -418,9 +444,7 @@ def test_property_one_wrong_label_is_found_at_its_place(rows: list[dict], seed: 
     at = rng.randrange(len(victim.ids))
     was_trained = victim.labels[at] != -100
     victim.labels[at] = -100 if was_trained else victim.ids[at]
-    audits = labeler.oracle.audit(
-        [AuditRow(r.parsed.messages, r.parsed.tools, r.text, r.ids, r.labels) for r in labeled]
-    )
+    audits = labeler.oracle.audit([AuditRow(r.parsed.messages, r.text, r.turns, r.ids, r.labels) for r in labeled])
     for row, audit in zip(labeled, audits, strict=True):
         if row is not victim:
             assert not audit.findings
@@ -441,7 +465,7 @@ def test_shifted_or_foreign_labels_are_found(base_folder: Path):
     shifted = [-100, *row.labels[:-1]]
     foreign = [label if label == -100 else label + 1 for label in row.labels]
     for labels, expected in ((shifted, {"leak", "missing", "text"}), (foreign, {"text"})):
-        (audit,) = labeler.oracle.audit([AuditRow(row.parsed.messages, None, row.text, row.ids, labels)])
+        (audit,) = labeler.oracle.audit([AuditRow(row.parsed.messages, row.text, row.turns, row.ids, labels)])
         assert {f.kind for f in audit.findings} <= expected and audit.findings
 
 

@@ -6,14 +6,14 @@ stop token, is what the model has to produce. That is compared byte by byte, tok
 uses. The comparison is done for a whole batch at once, so that auditing every row costs a fraction of tokenizing it.
 """
 
-import json
 import os.path
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from atlas.audit.content import differences, excerpt
 from atlas.audit.tokens import token_bytes
 from atlas.errors import UserError
 from atlas.models.template import Renderer, stop_token
@@ -86,13 +86,9 @@ KINDS = {
     ),
 }
 NOTES = tuple(name for name, kind in KINDS.items() if kind.is_note)
-# Where an assistant message keeps its thinking (transformers knows the same three).
-_THINKING = ("reasoning_content", "thinking", "reasoning")
-# A shorter text may stand in what a template adds to an answer by chance.
-_SHORTEST_FOREIGN = 8
-# In how many places a rendering is said to differ from its row: the search for each takes as long as the row, which may hold
-# thousands of messages.
+# So many differences of one row are enough: the search for each takes as long as the row, which may hold hundreds of messages.
 _ENOUGH = 20
+_KINDS_OF_TOKENS = ("", "leak", "missing", "straddle", "text")
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ class Finding:
     text: str
 
     def as_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "turn": self.turn, "start": self.start, "end": self.end, "text": self.text}
+        return asdict(self)
 
 
 def where(finding: dict[str, Any]) -> str:
@@ -144,23 +140,23 @@ class Turn(NamedTuple):
 
 
 class AuditRow(NamedTuple):
-    """One row as training sees it: conversation, the whole rendered text, and the ids and labels after truncation."""
+    """One row as training sees it: conversation, rendered text, what `Oracle.turns` says of it, ids and labels after truncation."""
 
     messages: Sequence[dict[str, Any]]
-    tools: list[Any] | None
     text: str
+    turns: Sequence[Turn]
     ids: Sequence[int]
     labels: Sequence[int]
 
 
 class RowAudit(NamedTuple):
-    """What the audit found out about one row."""
+    """What the audit found in one row."""
 
     findings: list[Finding]
     spans: list[tuple[int, int]]
-    """Bytes of the row's text that have to be generated, one span per assistant turn whose span could be found out."""
+    """Bytes of the row's text that have to be generated, one span per assistant turn."""
     cut_stops: int
-    """Answers whose stop token was lost to `max_length`: a count, not a defect by itself."""
+    """Answers that lost their stop token to `max_length`: a count, not a defect by itself."""
     cut_answers: int
     """Answers of which nothing is left."""
 
@@ -191,27 +187,19 @@ class Oracle:
                 text = unicodedata.normalize(form, text)  # type: ignore[arg-type]  # one of the four names above
         return text
 
-    def turns(self, rows: Sequence[tuple[Sequence[dict[str, Any]], list[Any] | None, str]]) -> list[list[Turn]]:
-        """For each (messages, tools, rendered text) the assistant turns with what has to be generated in them."""
-        wanted: list[tuple[Sequence[dict[str, Any]], list[Any] | None, bool]] = []
-        for messages, tools, _ in rows:
-            for index, message in enumerate(messages):
-                if message["role"] == "assistant":
-                    if index:
-                        wanted.append((messages[:index], tools, True))
-                    if index + 1 < len(messages):
-                        wanted.append((messages[: index + 1], tools, False))
-        rendered = iter([self.renderer.text(*request) for request in wanted])
+    def turns(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, text: str) -> list[Turn]:
+        """What has to be generated in each assistant turn of a conversation that is rendered as `text`. Raises
+        `TemplateRefusedError`."""
         found = []
-        for messages, _, text in rows:
-            turns = []
-            for index, message in enumerate(messages):
-                if message["role"] == "assistant":
-                    # Before the first message there is no prompt to render: its header alone is what the model would see.
-                    prompt = next(rendered) if index else text[: text.find(self.header)] + self.header
-                    with_turn = next(rendered) if index + 1 < len(messages) else text
-                    turns.append(self._turn(index, text, prompt, with_turn))
-            found.append(turns)
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                # Before the first message there is no prompt to render: its header alone is what the model would see.
+                prompt = text[: text.find(self.header)] + self.header
+                if index:
+                    prompt = self.renderer.text(messages[:index], tools, prompt=True)
+                is_last = index + 1 == len(messages)
+                with_turn = text if is_last else self.renderer.text(messages[: index + 1], tools)
+                found.append(self._turn(index, text, prompt, with_turn))
         return found
 
     def _turn(self, index: int, text: str, prompt: str, with_turn: str) -> Turn:
@@ -229,18 +217,18 @@ class Oracle:
             end = at + len(self.stop) if own else _common_prefix(text, with_turn)
         return Turn(index, start, max(start, end), problem)
 
-    def audit(self, rows: Sequence[AuditRow], all_turns: Sequence[Sequence[Turn]] | None = None) -> list[RowAudit]:
-        """The findings of each row (see `KINDS`), in the rows' order. `all_turns`: what `turns` gave for them, if known."""
+    def audit(self, rows: Sequence[AuditRow]) -> list[RowAudit]:
+        """The findings of each row (see `KINDS`), in the rows' order.
+
+        The tokens of all rows stand on one axis, and the bytes that they spell on another. A label is right where the token is
+        trained and all of its bytes have to be generated, or where it is not trained and none of its bytes has.
+        """
         import numpy as np
 
-        if all_turns is None:
-            all_turns = self.turns([(row.messages, row.tools, row.text) for row in rows])
-        found: list[RowAudit] = []
-        findings: list[list[Finding]] = [[] for _ in rows]
-        tokens = sum(len(row.ids) for row in rows)
-        ids = np.fromiter(chain.from_iterable(row.ids for row in rows), dtype=np.int32, count=tokens)
-        labels = np.fromiter(chain.from_iterable(row.labels for row in rows), dtype=np.int32, count=tokens)
-        supervised = labels != IGNORED
+        counts = [len(row.ids) for row in rows]
+        bounds = np.cumsum([0, *counts])  # the first token of each row, and the end of the last row
+        ids = np.fromiter(chain.from_iterable(row.ids for row in rows), np.int32, sum(counts))
+        labels = np.fromiter(chain.from_iterable(row.labels for row in rows), np.int32, sum(counts))
         lengths = self._lengths[ids]
         ends = np.cumsum(lengths, dtype=np.int32)  # int32: a batch holds less than 2 GiB of text
         starts = ends - lengths
@@ -248,173 +236,70 @@ class Oracle:
         spelled = self._blob[
             np.repeat(self._offsets[ids] - starts, lengths) + np.arange(lengths.sum(), dtype=np.int32)
         ].tobytes()
+        trained = labels != IGNORED
+        trained_in_row = np.diff(_sums(trained)[bounds])
+        wanted = np.zeros(len(spelled), bool)  # the bytes that have to be generated
 
-        span_starts: list[int] = []  # all rows' answers on one axis of bytes
-        span_ends: list[int] = []
-        row_first_token = np.cumsum([0, *(len(row.ids) for row in rows)])
-        base = 0
-        sizes = np.diff(np.append(np.int32(0), ends)[row_first_token]).tolist()  # bytes of each row
-        for number, (row, turns, size) in enumerate(zip(rows, all_turns, sizes, strict=True)):
-            pieces, boundaries = self._pieces(row.text, turns)
-            if b"".join(pieces)[:size] != spelled[base : base + size]:
-                findings[number].append(
-                    Finding("text", -1, 0, size, spelled[base : base + size].decode(errors="replace")[:80])
-                )
-            findings[number] += _unlike(row, boundaries, len(self.stop))
-            spans = []
-            for turn, start, end in boundaries:
-                if turn.problem:
-                    findings[number].append(
-                        Finding(turn.problem, turn.message, start, end, _excerpt(row.text[turn.start :]))
-                    )
-                spans.append((start, end))
-                if start < size:
-                    span_starts.append(base + start)
-                    span_ends.append(base + min(end, size))
-            cut_stops, cut_answers = sum(end > size for _, end in spans), sum(start >= size for start, _ in spans)
-            found.append(RowAudit(findings[number], spans, cut_stops, cut_answers))
-            base += size
+        found = []
+        first_bytes = np.append(0, ends)[bounds].tolist()
+        for row, (base, limit), any_trained in zip(rows, pairwise(first_bytes), trained_in_row, strict=True):
+            audit = self._read(row, spelled[base:limit])
+            if row.ids and not any_trained:
+                audit.findings.insert(0, Finding("empty", -1, 0, 0, excerpt(row.text)))
+            for start, end in audit.spans:
+                wanted[base + start : min(base + end, limit)] = True
+            found.append(audit)
 
-        inside, overlaps = _against(np.array(span_starts), np.array(span_ends), starts, ends)
-        kinds = np.zeros(len(ids), dtype=np.int8)  # 0 clean, else index into names
-        names = ["", "leak", "missing", "straddle", "text"]
-        kinds[supervised & ~overlaps] = 1
-        kinds[~supervised & inside] = 2
-        kinds[overlaps & ~inside] = 3
-        kinds[supervised & (labels != ids)] = 4
-        counts = np.diff(np.append(0, np.cumsum(supervised))[row_first_token])
-        flagged = np.unique(np.searchsorted(row_first_token, np.flatnonzero(kinds), side="right") - 1)
-        for number in flagged:
-            first, last = int(row_first_token[number]), int(row_first_token[number + 1])
-            offset = int(starts[first])
-            turn_spans = [(t.message, s, e) for t, s, e in self._pieces(rows[number].text, all_turns[number])[1]]
-            for kind, token_from, token_to in _runs(kinds[first:last]):
-                start, end = int(starts[first + token_from]) - offset, int(ends[first + token_to - 1]) - offset
-                text = spelled[offset + start : offset + end].decode(errors="replace")
-                index = next(
-                    (i for i, s, e in reversed(turn_spans) if s <= end), turn_spans[0][0] if turn_spans else -1
-                )
-                findings[number].append(Finding(names[kind], index, start, end, _excerpt(text)))
-        for number, row in enumerate(rows):
-            if row.ids and not counts[number]:
-                # Nothing at all is supervised: one finding says it, not one per answer.
-                findings[number][:] = [f for f in findings[number] if f.kind != "missing"]
-                findings[number].insert(0, Finding("empty", -1, 0, 0, _excerpt(row.text)))
+        sums = _sums(wanted)
+        generated = sums[ends] - sums[starts]  # how many bytes of each token
+        kinds = np.zeros(len(ids), np.int8)  # an index into _KINDS_OF_TOKENS; 0: the label is right
+        kinds[trained & (generated == 0)] = 1
+        kinds[~trained & (generated > 0)] = 2
+        kinds[(generated > 0) & (generated < lengths)] = 3
+        kinds[trained & (labels != ids)] = 4
+        edges = np.union1d(np.flatnonzero(np.diff(kinds)) + 1, bounds).tolist()
+        for first, last in pairwise(edges):  # neighbours of one kind in one row are one finding
+            if not (kind := _KINDS_OF_TOKENS[kinds[first]]):
+                continue
+            number = int(np.searchsorted(bounds, first, side="right")) - 1
+            if kind == "missing" and not trained_in_row[number]:
+                continue  # the finding `empty` says it all
+            turns, audit, base = rows[number].turns, found[number], first_bytes[number]
+            start, end = int(starts[first]) - base, int(ends[last - 1]) - base
+            begun = [turn.message for turn, span in zip(turns, audit.spans, strict=True) if span[0] <= end]
+            message = begun[-1] if begun else turns[0].message if turns else -1
+            text = spelled[base + start : base + end].decode(errors="replace")
+            audit.findings.append(Finding(kind, message, start, end, excerpt(text)))
         return found
 
-    def _pieces(self, text: str, turns: Sequence[Turn]) -> tuple[list[bytes], list[tuple[Turn, int, int]]]:
-        """The normalised text cut at the turns' boundaries, and the turns with their byte ranges in it."""
-        pieces, boundaries, size, ahead = [], [], 0, iter(turns)
-        for piece, is_turn in cut(text, [(turn.start, turn.end) for turn in turns]):
+    def _read(self, row: AuditRow, spelled: bytes) -> RowAudit:
+        """What a row shows without its labels. `spelled` are the bytes of its tokens: a part of the text where the row was cut."""
+        pieces, spans, size = [], [], 0
+        for piece, is_turn in cut(row.text, [(turn.start, turn.end) for turn in row.turns]):
             pieces.append(self.normalize(piece).encode())
             if is_turn:
-                boundaries.append((next(ahead), size, size + len(pieces[-1])))
+                spans.append((size, size + len(pieces[-1])))
             size += len(pieces[-1])
-        return pieces, boundaries
+        findings = []
+        if b"".join(pieces)[: len(spelled)] != spelled:
+            findings.append(Finding("text", -1, 0, len(spelled), excerpt(spelled.decode(errors="replace"))))
+        places = {turn.message: span for turn, span in zip(row.turns, spans, strict=True)}
+        for message, kind, what in islice(differences(row.messages, row.text, row.turns, self.stop), _ENOUGH):
+            findings.append(Finding(kind, message, *places.get(message, (0, 0)), what))
+        for turn in row.turns:
+            if turn.problem:
+                findings.append(
+                    Finding(turn.problem, turn.message, *places[turn.message], excerpt(row.text[turn.start :]))
+                )
+        cut_stops = sum(end > len(spelled) for _, end in spans)
+        return RowAudit(findings, spans, cut_stops, sum(start >= len(spelled) for start, _ in spans))
 
 
-def _unlike(row: AuditRow, boundaries: Sequence[tuple[Turn, int, int]], stop: int) -> list[Finding]:
-    """In what the rendering differs from the row: `lost`, `foreign`, `trimmed` and `rewritten`. `stop`: length of its text.
+def _sums(values: "np.ndarray") -> "np.ndarray":
+    """The sum of the values before each of them, and of all."""
+    import numpy as np
 
-    A message is looked for where it has to be: an answer in its own span, the others between the answers around them. Only where
-    it is not there as it stands does this take time.
-    """
-    found: list[Finding] = []
-    text, at, since, ahead = row.text, 0, 0, iter([*boundaries, None])
-    following = next(ahead)
-    for index, message in enumerate(row.messages):
-        if len(found) >= _ENOUGH:
-            break
-        content = message.get("content") or ""
-        if following is None or following[0].message != index:
-            turn, start, end = None, 0, 0
-            limit = len(text) if following is None or following[0].problem else following[0].start
-            if (place := text.find(content, at, limit)) >= 0:
-                at = place + len(content)
-                continue
-            area = text
-        else:
-            (turn, start, end), following = following, next(ahead)
-            before, since, place = row.messages[since:index], index, text.find(content, at) if turn.problem else -1
-            at = max(at, turn.end if place < 0 else place + len(content))
-            more = len(message) > 2 and any(message.get(key) for key in ("tool_calls", *_THINKING))
-            whole = turn.end - turn.start == len(content) + stop and text.startswith(content, turn.start)
-            if (whole or place >= 0) and not more:
-                continue
-            # An answer may begin in the prompt, as one that opens with `<think>` does where the prompt ends with it.
-            area = text if turn.problem else text[max(0, turn.start - len(content)) : turn.end]
-
-        def add(kind: str, what: str, missing: str, where: tuple[int, int, int] = (index, start, end)) -> None:
-            found.append(Finding(kind, *where, f"{what}: {_excerpt(missing)}"))
-
-        if turn is None and (place := text.find(content.strip(), at, limit)) >= 0:
-            at = place + len(content.strip())
-            add("trimmed", "content", content)
-            continue
-        # A text that other messages have too must stand there as often.
-        often = 1 if turn and not turn.problem else sum(other.get("content") == content for other in row.messages)
-        if content and area.count(content) < often:
-            _compare_content(content, area, add)
-        if turn is None:
-            continue
-        if more:
-            thinking = next((message[key] for key in _THINKING if isinstance(message.get(key), str)), "")
-            if thinking.strip() not in area:
-                add("lost", "thinking", thinking)
-            for call in message.get("tool_calls") or []:
-                _compare_call(call, area, add)
-        elif not turn.problem and content in area:
-            begin = text.find(content, max(0, turn.start - len(content)), turn.end)
-            rest = text[turn.start : max(begin, turn.start)] + text[begin + len(content) : turn.end]
-            for other in before:
-                theirs = (other.get("content") or "").strip()
-                if len(theirs) >= _SHORTEST_FOREIGN and theirs in rest:
-                    add("foreign", f"the {other['role']}'s", theirs)
-    return found
-
-
-def _compare_content(content: str, area: str, add: Callable[[str, str, str], None]) -> None:
-    """What became of a content that is not in `area` as it stands."""
-    if content.strip() in area:
-        add("trimmed", "content", content)
-    elif json.dumps(content, ensure_ascii=False)[1:-1] in area or json.dumps(content)[1:-1] in area:
-        add("rewritten", "content as JSON", content)
-    elif "</think>" in content and content.rpartition("</think>")[2].strip() in area:
-        add("lost", "thinking", content)
-    else:
-        add("lost", "content", content)
-
-
-def _compare_call(call: Any, area: str, add: Callable[[str, str, str], None]) -> None:
-    """What became of a tool call: its name and its arguments, an object or its JSON text."""
-    call = call.get("function") or call
-    name, given = str(call.get("name") or ""), call.get("arguments")
-    if name not in area:
-        add("lost", "name of a call", name)
-    as_text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-    if given in (None, {}, "", "{}") or as_text in area:
-        return
-    try:
-        parts = _parts(json.loads(as_text))
-    except ValueError:  # arguments that are no JSON are text
-        parts = [as_text]
-    missing = [
-        part
-        for part in parts
-        if not any(
-            form in area for form in (part.strip(), json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
-        )
-    ]
-    add(*("lost", "arguments of a call", missing[0]) if missing else ("rewritten", "arguments of a call", as_text))
-
-
-def _parts(value: Any) -> list[str]:
-    """The names and values in a value of JSON, as texts; those that every template writes in its own way (`true`) are left out."""
-    if isinstance(value, dict):
-        return [*value, *chain.from_iterable(map(_parts, value.values()))]
-    if isinstance(value, list):
-        return [*chain.from_iterable(map(_parts, value))]
-    return [] if value is None or isinstance(value, bool) else [value if isinstance(value, str) else json.dumps(value)]
+    return np.concatenate(([0], np.cumsum(values, dtype=np.int32)))
 
 
 def _common_prefix(a: str, b: str) -> int:
@@ -426,38 +311,6 @@ def _generation_prompt(tokenizer: "PreTrainedTokenizerBase") -> str:
     user = [{"role": "user", "content": "a"}]
     without, prompt = (Renderer(tokenizer).text(user, prompt=asked) for asked in (False, True))
     return prompt[len(without) :] if prompt.startswith(without) else ""
-
-
-def _against(
-    span_starts: "np.ndarray", span_ends: "np.ndarray", starts: "np.ndarray", ends: "np.ndarray"
-) -> tuple["np.ndarray", "np.ndarray"]:
-    """For each token [start, end): does it lie inside one answer, does it overlap one? Answers are sorted and disjoint."""
-    import numpy as np
-
-    if not len(span_starts):
-        nothing = np.zeros(len(starts), dtype=bool)
-        return nothing, nothing
-    previous = (
-        np.searchsorted(span_starts, starts, side="right") - 1
-    )  # the last answer that begins at or before the token
-    following = np.searchsorted(span_starts, starts, side="right")
-    until = np.where(previous >= 0, span_ends[previous], -1)
-    next_start = np.append(span_starts, np.iinfo(np.int64).max)[following]
-    inside = (starts < until) & (ends <= until)
-    return inside, (starts < until) | (next_start < ends)
-
-
-def _runs(kinds: "np.ndarray") -> list[tuple[int, int, int]]:
-    """(kind, first, end) of each stretch of equal non-zero values."""
-    import numpy as np
-
-    edges = np.flatnonzero(np.diff(kinds)) + 1
-    bounds = [0, *edges.tolist(), len(kinds)]
-    return [(int(kinds[a]), a, b) for a, b in pairwise(bounds) if a < b and kinds[a]]
-
-
-def _excerpt(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def tokenizer_findings(

@@ -8,15 +8,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes (openai/gpt-2, src/encoder.py, bytes_to_unicode), inverted."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    table.update({chr(256 + index): byte for index, byte in enumerate(others)})
-    return table
-
-
 def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
     """Every id of the vocabulary with its bytes: joined over a sequence they are the text, also inside a character.
 
@@ -27,7 +18,9 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
     decoder = repr(tokenizer.backend_tokenizer.decoder)  # its JSON form would be that of the whole vocabulary
     vocabulary = tokenizer.get_vocab()
     if "ByteLevel(" in decoder:
-        to_bytes = {ord(char): chr(byte) for char, byte in _byte_level_alphabet().items()}
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        to_bytes = {ord(char): chr(byte) for byte, char in bytes_to_unicode().items()}
         return {
             index: added[index] if index in added else token.translate(to_bytes).encode("latin-1")
             for token, index in vocabulary.items()

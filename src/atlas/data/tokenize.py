@@ -21,7 +21,7 @@ from importlib.metadata import version
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
 
-from atlas.audit import spans, tokens
+from atlas.audit import content, spans, tokens
 from atlas.audit.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, cut, special_token_texts
 from atlas.console import one_line
 from atlas.data import formats, sources
@@ -116,7 +116,7 @@ class Labeler:
     @cached_property
     def fingerprint(self) -> str:
         """Changes with everything that the labels depend on: tokenizer, template, settings and this code."""
-        modules = (formats, sources, spans, tokens, template, sys.modules[__name__])
+        modules = (content, formats, sources, spans, tokens, template, sys.modules[__name__])
         parts = (
             self._backend_sha256,
             str(self.tokenizer.chat_template),
@@ -218,7 +218,7 @@ class Labeler:
             row = LabeledRow(parsed, self.renderer.text(messages, tools))
         if self.oracle is not None:
             try:
-                (row.turns,) = self.oracle.turns([(messages, tools, row.text)])
+                row.turns = self.oracle.turns(messages, tools, row.text)
             except TemplateRefusedError as error:
                 raise BadRowError(REFUSED, f"the prompt of an answer: {error.problem}") from None
         if self.mask == "rendered":
@@ -258,8 +258,8 @@ class Labeler:
                 row.ids, row.labels, row.supervised, row.lost = [], [], 0, 0
         if self.audited and self.oracle is not None:
             kept = [(row, row.parsed) for row in rows if not row.reason and row.parsed and row.parsed.text is None]
-            given = [AuditRow(of.messages, of.tools, row.text, row.ids, row.labels) for row, of in kept]
-            for (row, _), audit in zip(kept, self.oracle.audit(given, [row.turns for row, _ in kept]), strict=True):
+            given = [AuditRow(of.messages, row.text, row.turns, row.ids, row.labels) for row, of in kept]
+            for (row, _), audit in zip(kept, self.oracle.audit(given), strict=True):
                 row.audit = audit
 
 
