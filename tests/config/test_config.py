@@ -397,6 +397,8 @@ def test_the_wheel_brings_its_configs(tmp_path: Path):
     here = render_config(load_config(ROOT / "configs" / "sft_pocket.yaml")).splitlines()[0]
     for name in ("sft_pocket.yaml", "configs/sft_pocket.yaml"):  # the second is the default of `atlas pocket`
         assert here in atlas("sft", "--config", name, "--print-config")
+    pages = {path.name for path in (tmp_path / "installed" / "atlas" / "pages").glob("*.jinja")}
+    assert pages == {path.name for path in (ROOT / "src" / "atlas" / "pages").glob("*.jinja")} and len(pages) >= 3
     brought = {path.name for path in (tmp_path / "installed" / "atlas" / "configs").iterdir()}
     assert brought == {path.name for path in (ROOT / "configs").iterdir()}
 
