@@ -53,7 +53,7 @@ def test_two_processes_train_and_measure_each_row_once(sft_args: list[str], rows
     for _ in range(2):
         assert preflight.main(asked) == 2
         message = capfd.readouterr().err
-        assert "it was trained by 2 processes, this launch has 1" in message
+        assert "it was trained by 2 processes. This launch has 1" in message
         assert "torchrun --nproc_per_node 2" in message and "--resume never" in message
         (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)
     # As many as before: the same run, broken off in the second epoch.
