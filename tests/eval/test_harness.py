@@ -124,13 +124,13 @@ def test_own_limits_of_the_model_do_not_apply(lab: base.PocketPaths, loaded: tup
     assert len(free[1]) == 8 and max(r.tokens for r in free[1]) > 2
 
 
-def test_null_padded_kwargs_and_random_checkers_are_repeatable(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
-    """The json reader pads kwargs with nulls; a letter that is not given is drawn at random."""
+def test_random_checkers_are_repeatable(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
+    """A letter that is not given is drawn at random. Kwargs differ from row to row, and may be null."""
     data = write(
         tmp_path / "eval.jsonl",
         prompt(7, world.NO_COMMA, "keywords:existence", kwargs=[{}, {"keywords": ["fox"]}]),
         prompt(9, LETTER, kwargs=[{"let_relation": "at least", "let_frequency": 2}]),
-        prompt(8, world.BULLETS, kwargs=[{"num_bullets": 2}]),
+        prompt(8, world.BULLETS, kwargs=[{"num_bullets": 2, "keywords": None}]),
     )
     results = []
     for seed in range(4):
@@ -143,6 +143,13 @@ def test_null_padded_kwargs_and_random_checkers_are_repeatable(tmp_path: Path, l
 def test_kwargs_may_all_be_empty(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
     data = write(tmp_path / "eval.jsonl", prompt(1, world.NO_COMMA), prompt(2, world.LOWER))
     assert len(run_ifeval(*loaded, data, max_gen_toks=4)[1]) == 2
+
+
+def test_a_prompt_has_the_same_date_every_day(lab: base.PocketPaths, loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}" + tokenizer.chat_template
+    _, (record,) = run_ifeval(model, tokenizer, lab.eval, max_gen_toks=1, limit=1)
+    assert record.prompt.startswith("26 July 2024<|im_start|>")
 
 
 def test_adapter_and_its_tokenizer_are_used(lab: base.PocketPaths, tmp_path: Path) -> None:
