@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig
 import atlas
 from atlas.eval import generate, harness
 from atlas.eval import run as evaluation
+from atlas.eval.store import read_metrics
 from atlas.models import load, merge
 from atlas.models.tokenizer import stop_ids
 from atlas.pocket.base import PocketPaths
@@ -229,8 +230,8 @@ def test_the_revision_of_the_base_is_that_of_the_training(
     assert "trained on another base model than 'ann/base' holds now" in capsys.readouterr().err
     does = commands(lab, Path("ann/base"), folder, tmp_path)
     assert does["eval"]() == 0 and does["merge"]() == 0
-    (row,) = evaluation.read_metrics(tmp_path)["runs"]
-    assert row["model_revision"] == pinned
+    (row,) = read_metrics(tmp_path).runs
+    assert row.model_revision == pinned
     assert json.loads((tmp_path / "merged" / "merge.json").read_text())["base_revision"] == pinned
 
 
@@ -285,7 +286,7 @@ def test_four_bits_are_those_of_the_training(
         )
         return real(model, *given, **named)
 
-    monkeypatch.setattr(harness, "run_task", spy)
+    monkeypatch.setattr(evaluation, "run_task", spy)
     config = ["--config", str(ROOT / "configs" / "sft_pocket.yaml"), f"model.name={trained_run.base}"]
     config += [
         f"eval.data.ifeval={lab.eval}",
@@ -297,8 +298,8 @@ def test_four_bits_are_those_of_the_training(
     assert evaluation.main([*config, "eval.tasks=[{name: ifeval, max_gen_toks: 4}]", "--adapter", str(folder)]) == 0
     states = [state for state in states if state is not None]
     assert states and {(state.quant_type, state.nested) for state in states} == {("fp4", False)}
-    (row,) = evaluation.read_metrics(tmp_path)["runs"]
-    assert row["quantization"] == "fp4 without double quantisation" in capsys.readouterr().out
+    (row,) = read_metrics(tmp_path).runs
+    assert row.quantization == "fp4 without double quantisation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
