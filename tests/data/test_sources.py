@@ -68,17 +68,9 @@ def test_a_bad_row_is_named_with_its_own_file_and_line(base_folder: Path, tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "good", "bad"),
     [
-        ("trailing_comma.json", '[{"instruction": "a", "output": "b"},]', 1, 1),
-        ("broken_item.json", '[{"instruction": "a", "output": "b"}, {"instruction": "c",]', 1, 1),
-        ("unclosed.json", '[{"instruction": "a", "output": "b"}', 1, 1),
-        ("unclosed_after_comma.json", '[{"instruction": "a", "output": "b"},\n', 1, 1),
-        ("garbage_after.json", '[{"instruction": "a", "output": "b"}] and more', 1, 1),
-        ("two_arrays.json", '[{"instruction": "a", "output": "b"}]\n[{"instruction": "c", "output": "d"}]', 1, 1),
-        ("no_comma.json", '[{"instruction": "a", "output": "b"}\n {"instruction": "c", "output": "d"}]', 1, 1),
         ("big_number.json", '[{"instruction": "a", "output": "b"}, {"n": ' + "9" * 5000 + "}]", 1, 1),
         ("big_number.jsonl", '{"instruction": "a", "output": "b"}\n{"n": ' + "9" * 5000 + "}", 1, 1),
         ("header_again.csv", "instruction,output\na,b\ninstruction,output\nc,d\n", 2, 1),
-        ("open_quote.csv", 'instruction,output\na,b\nc,"d\ne,f\n', 1, 1),
         ("odd_line_ends.jsonl", '{"instruction": "a\u2028\u2029\x85", "output": "b"}\n\u2028\n', 1, 1),
         ("open_end.jsonl", '{"instruction": "a", "output": "b"}\r\n{"instruction": "c", "output": "d"}', 2, 0),
         ("ragged.csv", "instruction,output\na,b\nc\nd,e,f\n", 1, 2),
@@ -107,6 +99,31 @@ def test_odd_files(name: str, content: str | bytes, good: int, bad: int, base_fo
         return
     found, dropped, _ = used(base_folder, path, "data.max_bad_fraction=1")
     assert (found, sum(dropped.values())) == (good, bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("trailing_comma.json", '[{"instruction": "a", "output": "b"},]', 1),
+        ("broken_item.json", '[{"instruction": "a", "output": "b"},\n{"instruction": "c",]', 1),
+        ("unclosed.json", '[{"instruction": "a", "output": "b"}', 1),
+        ("unclosed_after_comma.json", '[{"instruction": "a", "output": "b"},\n', 1),
+        ("garbage_after.json", '[{"instruction": "a", "output": "b"}] and more', 1),
+        ("two_arrays.json", '[{"instruction": "a", "output": "b"}]\n[{"instruction": "c", "output": "d"}]', 1),
+        ("no_comma.json", '[\n{"instruction": "a", "output": "b"}\n {"instruction": "c", "output": "d"}]', 2),
+        ("open_quote.csv", 'instruction,output\na,b\nc,"d\ne,f\n', 3),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mistake_that_hides_the_rows_after_it_is_refused(
+    streaming: bool, name: str, content: str, line: int, base_folder: Path, tmp_path: Path
+):
+    """One bad row in the count would stand for thousands that are lost."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name} line {line}: .* and no row after it: mend the file there"):
+        label(
+            base_folder, tmp_path / name, f"data.streaming={streaming}", "train.max_steps=1", "data.max_bad_fraction=1"
+        )
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from atlas.config import DATA_ENDINGS, Source
+from atlas.console import one_line
 from atlas.data.cache import cached, refuse_unwritable
 from atlas.data.formats import detect, refuse_columns, refused
 from atlas.errors import UserError, first_line
@@ -196,6 +197,8 @@ def _file(path: Path) -> "Dataset":
     try:
         rows = cached(known, f"rows of {path}", make)
     except Exception as error:  # pyarrow and datasets raise about ten kinds, with the true one as the cause
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
         raise UserError(f"data: the file {path} cannot be read: {error.__cause__ or error}") from None
     return Dataset(rows.data, rows.info, rows.split, fingerprint=digest(known))
 
@@ -236,7 +239,7 @@ def _is_array(file: TextIO) -> bool:
 def _array_items(file: TextIO) -> Iterator[tuple[int, str]]:
     """The items of a JSON array as they are written, each with the line on which it starts. The file may be larger than memory.
 
-    After a mistake items cannot be told apart: the rest of the file is one bad row.
+    Raises `UserError` at a mistake, because items cannot be told apart after it and would be lost.
     """
     decoder = json.JSONDecoder(parse_int=len)  # only where an item ends is asked here: no number is too long for that
     text, at, line, is_first, ended = "", 0, 1, True, False
@@ -261,7 +264,8 @@ def _array_items(file: TextIO) -> Iterator[tuple[int, str]]:
                 text, at, ended = text[at:] + chunk, 0, not chunk
                 continue
             if not is_last or start < len(text):
-                yield line, refused("not JSON", f"{getattr(error, 'msg', error)}: {text[at : at + 60]}")
+                problem = f"{getattr(error, 'msg', error)}: {one_line(text[at : at + 60])}"
+                raise _broken_off(file, line, f"the JSON array cannot be read ({problem})") from None
             return
         line += text.count("\n", at, start)
         yield line, text[start:end]
@@ -297,4 +301,12 @@ def _csv_rows(file: TextIO) -> Iterator[tuple[int, str]]:
         except StopIteration:
             return
         except csv.Error as error:
+            if "unexpected end" in str(error):  # a quote that is never closed has taken in all rows after it
+                raise _broken_off(file, line, "a quote is never closed") from None
             yield line, refused("not CSV", str(error))
+
+
+def _broken_off(file: TextIO, line: int, problem: str) -> UserError:
+    return UserError(
+        f"data: {file.name} line {line}: {problem}, and no row after it: mend the file there, or save it as JSON Lines"
+    )
