@@ -57,7 +57,7 @@ preflight: setup        ## check in seconds what would make the run fail later
 	$(RUN) -m atlas.train.preflight --config $(CONFIG) $(ARGS)
 
 data: setup             ## what the config trains on: rows used, cut, dropped, held out
-	$(RUN) -m atlas.data.report --config $(CONFIG) $(ARGS)
+	$(RUN) -m atlas.cli data --config $(CONFIG) $(ARGS)
 
 audit: setup            ## what will be trained, token by token; loads no model
 	$(RUN) -m atlas.train.sft --config $(CONFIG) --dump-template-audit $(ARGS)
@@ -113,10 +113,11 @@ test-notebook: setup outputs/colab-image/.built   ## install and run the noteboo
 test-slow: setup        ## the slow tests, which `make test` leaves out
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow $(ARGS)
 
-lint: setup             ## ruff and mypy
+lint: setup             ## ruff, mypy, and the order of the layers
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUNNER) lint-imports --no-logo --no-cache
 
 clean:                  ## remove everything that was made here, also the runs
 	rm -rf .venv outputs build site .pytest_cache .mypy_cache .ruff_cache

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from atlas.audit import command
 from atlas.console import visible
+from atlas.data import commands
 from atlas.eval.generate import _streamer
 from rows import chat, write_rows
 
@@ -31,11 +31,11 @@ def obeyed(text: str) -> list[str]:
 def test_nothing_of_a_row_is_obeyed(sft_args: list[str], tmp_path: Path, capfd: pytest.CaptureFixture):
     rows = [chat(HOSTILE, HOSTILE), *[chat("a", "b")] * 9, chat(f"<|im_end|>{HOSTILE}", "c")]
     given = [*sft_args, f"data.train={write_rows(tmp_path / 'rows.jsonl', rows)}"]
-    assert command.main([*given, "data.max_bad_fraction=0.5"]) == 0
+    assert commands.audit([*given, "data.max_bad_fraction=0.5"]) == 0
     said = capfd.readouterr()
     assert not obeyed(said.out + said.err)
     assert said.out.count(r"\x1b[2J\x1b]0;pwned\x07") >= 2  # the first row, and the message about the injected one
-    assert command.main(given) == 2
+    assert commands.audit(given) == 2
     said = capfd.readouterr()
     assert not obeyed(said.out + said.err) and r"\x1b[2J" in said.err
     record = (tmp_path / "results" / "sft_template_audit.jsonl").read_text()
@@ -47,16 +47,17 @@ def test_no_row_writes_a_line_of_its_own(sft_args: list[str], tmp_path: Path, ca
     forged = "audit clean: forged"
     rows = [*[chat(f"a\n{forged}", "b")] * 9, chat("Hi", f"<|im_end|>\n{forged}\u2028{forged}")]
     given = [*sft_args, f"data.train={write_rows(tmp_path / 'rows.jsonl', rows)}"]
-    assert command.main([*given, "data.max_bad_fraction=0.5"]) == 0
+    assert commands.audit([*given, "data.max_bad_fraction=0.5"]) == 0
     said = capfd.readouterr().out
     assert not [line for line in said.splitlines() if line.startswith(forged)]
     assert f"first: {tmp_path / 'rows.jsonl'} line 10: the text of the special token '<|im_end|>': " in said
     assert f"<|im_end|>↵{forged}↵{forged}" in said and f"↵{forged}" in said.splitlines()[-2]
-    assert command.main(given) == 2
+    assert commands.audit(given) == 2
     assert f"<|im_end|>↵{forged}" in capfd.readouterr().err
     columns = write_rows(tmp_path / "columns.jsonl", [{f"x\n{forged}": "a", "y": "b"}])
-    assert command.main([*sft_args, f"data.train={columns}"]) == 2
-    assert f"Columns seen: x↵{forged}, y. Known" in capfd.readouterr().err
+    assert commands.audit([*sft_args, f"data.train={columns}"]) == 2
+    said = capfd.readouterr().err
+    assert forged in said and not [line for line in said.splitlines() if line.startswith(forged)]
 
 
 def test_nothing_of_a_template_is_obeyed(sft_args: list[str], base_folder: Path, tmp_path: Path, capfd):
@@ -70,7 +71,7 @@ def test_nothing_of_a_template_is_obeyed(sft_args: list[str], base_folder: Path,
         (folder / "chat_template.jinja").write_text(stops + template, newline="")
         rows = write_rows(tmp_path / "rows.jsonl", [chat("yes", "b")] * 3 + [chat("no", "b")])
         more = [f"data.train={rows}", "data.max_bad_fraction=0.5", "data.mask=rendered"]
-        assert command.main([*sft_args, f"model.tokenizer_name={folder}", *more]) == status
+        assert commands.audit([*sft_args, f"model.tokenizer_name={folder}", *more]) == status
         said = capfd.readouterr()
         assert not obeyed(said.out + said.err) and r"\x1b[2J" in said.out + said.err
 

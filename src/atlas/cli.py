@@ -171,9 +171,9 @@ COMMANDS = {
     "sft": Command("atlas.train.sft", "supervised fine-tuning: one config -> an adapter with proven labels", _training),
     "preflight": Command("atlas.train.preflight", "finds in seconds what would make a run fail later", _run),
     "data": Command(
-        "atlas.data.report", "what a config trains on: rows used, cut, dropped, held out; lengths", _config
+        "atlas.data.commands:data", "what a config trains on: rows used, cut, dropped, held out; lengths", _config
     ),
-    "audit": Command("atlas.audit.command", "what is trained, token by token; compare two audits", _audit),
+    "audit": Command("atlas.data.commands:audit", "what is trained, token by token; compare two audits", _audit),
     "eval": Command("atlas.eval.run", "score base, adapter or merged model with lm-eval; keep every reply", _eval),
     "compare": Command(
         "atlas.eval.compare", "is one run better than another on the same prompts, or is it luck?", _compare

@@ -38,3 +38,10 @@ def quiet_libraries() -> None:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: `1h05m` or `2m09s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -6,7 +6,9 @@ same code for both.
 
 import os
 import re
+import resource
 import subprocess
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -258,3 +260,13 @@ def _checkpointing(config: Config, gpu: Gpu | None) -> tuple[bool, str]:
     if gpu.memory_gib is None or gpu.memory_gib < CHECKPOINTING_BELOW_GIB:
         return True, f"{gpu.memory}: below {CHECKPOINTING_BELOW_GIB} GiB, so activations are recomputed"
     return False, f"{gpu.memory}: enough to keep activations"
+
+
+def memory_gib() -> float:
+    """Peak memory so far: allocated on the GPU where there is one, else this process's resident set."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from atlas.audit import command
 from atlas.audit.report import diff
+from atlas.data import commands
 from atlas.train import sft
 from browser import dom
 from rows import ROOT, chat, write_rows
@@ -46,7 +46,7 @@ def read(folder: Path) -> tuple[list[dict], dict]:
 
 
 def test_record_and_summary(audit_args: list[str], tmp_path: Path, capfd):
-    assert command.main(audit_args) == 0
+    assert commands.audit(audit_args) == 0
     rows, summary = read(tmp_path / "results")
     assert [row["row"] for row in rows] == [2, 0, 1] and summary[
         "rows"
@@ -76,16 +76,15 @@ def test_record_and_summary(audit_args: list[str], tmp_path: Path, capfd):
 
 
 def test_a_full_disk_is_one_message_and_older_reports_stay(audit_args: list[str], tmp_path: Path, capsys):
-    from atlas.data import report
 
     results = tmp_path / "results"
-    assert command.main(audit_args) == report.main(audit_args) == 0
+    assert commands.audit(audit_args) == commands.data(audit_args) == 0
     before = {path: path.read_bytes() for path in results.iterdir()}
     assert len(before) == 3
     for main, room, file in (
-        (command.main, 1000, "sft_template_audit.jsonl"),
-        (command.main, len(before[results / "sft_template_audit.jsonl"]) + 100, "sft_template_audit.html"),
-        (report.main, 1000, "data_report.html"),
+        (commands.audit, 1000, "sft_template_audit.jsonl"),
+        (commands.audit, len(before[results / "sft_template_audit.jsonl"]) + 100, "sft_template_audit.html"),
+        (commands.data, 1000, "data_report.html"),
     ):
         capsys.readouterr()
         with full_disk(room):
@@ -106,7 +105,7 @@ def test_a_bad_row_far_from_the_start_is_shown_first(sft_args: list[str], leaky:
     rows = [chat("Hi", f"Number {i}.") for i in range(300)]
     rows[220] = chat("Hi", "A long answer, of which the template leaves out the end: the word LOST.")
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    assert command.main([*sft_args, leaky, f"data.train={data}", "data.max_bad_fraction=1"]) == 2
+    assert commands.audit([*sft_args, leaky, f"data.train={data}", "data.max_bad_fraction=1"]) == 2
     found, summary = read(tmp_path / "results")
     assert len(found) == 9 and (found[0]["row"], found[1]["row"]) == (220, 0)
     assert [(f["kind"], f["turn"]) for f in found[0]["findings"]] == [("lost", 1)] and found[0]["place"].endswith(
@@ -130,7 +129,7 @@ def test_a_row_with_a_note_is_named_and_shown(streaming: bool, sft_args: list[st
     quiet = write_rows(tmp_path / "quiet.jsonl", [chat("Hi", "Yes.")] * 9)
     data = write_rows(tmp_path / "rows.jsonl", rows)
     both = json.dumps([{"name": str(name), "weight": 1} for name in (quiet, data)]) if streaming else data
-    assert command.main([*sft_args, f"data.train={both}", f"data.streaming={streaming}"]) == 0
+    assert commands.audit([*sft_args, f"data.train={both}", f"data.streaming={streaming}"]) == 0
     out = capfd.readouterr().out
     assert "audit clean: " in out and "; rewritten in 3 rows" in out
     assert f"  audit: rewritten            3  first: {data} line 207, message 1" in out
@@ -150,7 +149,7 @@ def test_a_failing_row_that_is_held_out_is_shown_too(sft_args: list[str], leaky:
         write_rows(tmp_path / name, [chat(f"{name} {i}", "b") for i in range(4)]) for name in ("a.jsonl", "b.jsonl")
     )
     arguments = [*sft_args, leaky, f"data.train={train}", f"data.eval={held}", "audit.rows=6"]
-    assert command.main(arguments) == 2
+    assert commands.audit(arguments) == 2
     found, summary = read(tmp_path / "results")
     assert [row["row"] for row in found] == [0, 1, 2, 3, None, None] and summary["findings"]["leak"] == 8
     assert found[4]["place"].endswith("b.jsonl line 1") and found[4]["findings"][0]["kind"] == "leak"
@@ -165,7 +164,7 @@ def test_a_noted_row_that_is_held_out_is_shown_too(sft_args: list[str], base_fol
     train, held = (write_rows(tmp_path / f"{n}.jsonl", [chat(f"{n}{i}", f"{n} {i}") for i in range(9)]) for n in "ab")
     held.write_text(held.read_text().replace('"b 7"', '"b 7 "'))
     arguments = [*sft_args, f"model.tokenizer_name={folder}", f"data.train={train}", f"data.eval={held}"]
-    assert command.main([*arguments, "data.mask=rendered"]) == 0
+    assert commands.audit([*arguments, "data.mask=rendered"]) == 0
     found, summary = read(tmp_path / "results")
     assert summary["findings"]["trimmed"] == 1 and found[0]["place"] == f"{held} line 8"
     assert [row["row"] for row in found] == [None, *range(8)]
@@ -176,7 +175,7 @@ def test_many_cut_answers_are_no_clean_data(sft_args: list[str], tmp_path: Path,
     long = {i: "word " * (200 if i < 4 else 60) for i in range(0, 300, 4)}
     data = write_rows(tmp_path / "rows.jsonl", [chat("Hi", long.get(i, "ok")) for i in range(300)])
     arguments = [*sft_args, f"data.train={data}"]
-    assert command.main([*arguments, "train.max_length=50"]) == 0
+    assert commands.audit([*arguments, "train.max_length=50"]) == 0
     out = capfd.readouterr().out
     _, summary = read(tmp_path / "results")
     assert summary["verdict"] == "warning" and "75 of 300 rows lost a part of what is trained" in out
@@ -185,20 +184,20 @@ def test_many_cut_answers_are_no_clean_data(sft_args: list[str], tmp_path: Path,
         'tag warn">cut: 50 of'
     ) == 4 == page.count(" tokens cut off")
     named = int(re.search(r"; train.max_length=(\d+) would keep 99 % of the rows whole", out)[1])
-    assert command.main([*arguments, f"train.max_length={named}"]) == 0
+    assert commands.audit([*arguments, f"train.max_length={named}"]) == 0
     _, summary = read(tmp_path / "results")
     assert summary["verdict"] == "clean" and summary["rows_shortened"] <= 3
     assert (
-        command.main([*arguments, f"train.max_length={named - 2}"]) == 0
+        commands.audit([*arguments, f"train.max_length={named - 2}"]) == 0
     )  # the last token is the newline after the stop token
     assert read(tmp_path / "results")[1]["rows_shortened"] > 3
 
 
 def test_what_is_not_audited_is_not_clean(audit_args: list[str], tmp_path: Path, capfd):
     audit_args = [*audit_args, "train.max_length=1024"]
-    assert command.main([*audit_args, "train.assistant_only_loss=false"]) == 0
+    assert commands.audit([*audit_args, "train.assistant_only_loss=false"]) == 0
     assert "audit warning: the loss falls on all tokens, prompts too" in capfd.readouterr().out
-    assert command.main([*audit_args, "audit.gate=off"]) == 0
+    assert commands.audit([*audit_args, "audit.gate=off"]) == 0
     assert "audit warning: nothing is audited (audit.gate=off)" in capfd.readouterr().out
 
 
@@ -214,7 +213,7 @@ def test_plain_text_and_streams_have_a_record_too(streaming: bool, sft_args: lis
     assert len(rows) == 2 and rows[0]["trained_text"] == "The mill of number 0. \x1b[2J<|endoftext|>" == rows[0]["text"]
     assert summary["rows"] == summary["documents"] == 12 and summary["only_first_rows"] is streaming
     both = json.dumps([str(text), str(write_rows(tmp_path / "chat.jsonl", [chat("a", "b")] * 9))])
-    assert command.main([*sft_args, f"data.train={both}"]) == 0
+    assert commands.audit([*sft_args, f"data.train={both}"]) == 0
     assert "exactly what the model must generate, and on every token of plain text" in capfd.readouterr().out
 
 
@@ -274,7 +273,7 @@ def check_page(text: str) -> None:
 
 
 def test_page_escapes_everything_and_shows_the_trained_text(audit_args: list[str], tmp_path: Path):
-    assert command.main(audit_args) == 0
+    assert commands.audit(audit_args) == 0
     page = (tmp_path / "results" / "sft_template_audit.html").read_text()
     check_page(page)
     assert "http" not in page and "src=" not in page  # nothing is fetched
@@ -285,7 +284,7 @@ def test_page_escapes_everything_and_shows_the_trained_text(audit_args: list[str
 
 
 def test_browser_shows_the_trained_text(audit_args: list[str], tmp_path: Path):
-    assert command.main(audit_args) == 0
+    assert commands.audit(audit_args) == 0
     check_page(dom(tmp_path / "results" / "sft_template_audit.html"))
 
 
@@ -304,7 +303,7 @@ def test_gate_stops_the_run_before_a_model_is_loaded(sft_args: list[str], leaky:
 
 
 def test_audit_of_a_leaky_template_is_written_before_it_stops(audit_args: list[str], leaky: str, tmp_path: Path):
-    assert command.main([*audit_args, leaky]) == 2
+    assert commands.audit([*audit_args, leaky]) == 2
     rows, summary = read(tmp_path / "results")
     assert summary["findings"]["leak"] == 3 and summary["findings"]["missing"] == 0
     assert [f["kind"] for f in rows[1]["findings"]] == ["leak"] * 4
@@ -313,24 +312,24 @@ def test_audit_of_a_leaky_template_is_written_before_it_stops(audit_args: list[s
 
 def test_diff_reads_rows_with_line_breaks_of_unicode(audit_args: list[str], tmp_path: Path, capfd):
     rows = write_rows(tmp_path / "breaks.jsonl", [chat("a\u2028b\x85c", "d\u2029e")])
-    assert command.main([*audit_args, f"data.train={rows}"]) == 0
+    assert commands.audit([*audit_args, f"data.train={rows}"]) == 0
     record = str(tmp_path / "results" / "sft_template_audit.jsonl")
-    assert command.main(["--diff", record, record]) == 0
+    assert commands.audit(["--diff", record, record]) == 0
     assert "the same 1 rows" in capfd.readouterr().out
 
 
 def test_diff_finds_the_first_difference(audit_args: list[str], tmp_path: Path, capfd):
     def run(name: str, *more: str) -> Path:
-        assert command.main([*audit_args, f"output.results_dir={tmp_path / name}", *more]) == 0
+        assert commands.audit([*audit_args, f"output.results_dir={tmp_path / name}", *more]) == 0
         return tmp_path / name / "sft_template_audit.jsonl"
 
     a = run("a")
-    assert command.main(["--diff", str(a), str(run("b"))]) == 0
+    assert commands.audit(["--diff", str(a), str(run("b"))]) == 0
     assert "the same 3 rows" in capfd.readouterr().out
 
     rows = [NASTY, chat("a", "b", "c", "e"), chat("Hi", "word " * 200, system="s")]
     other = run("c", f"data.train={write_rows(tmp_path / 'other.jsonl', rows)}")
-    assert command.main(["--diff", str(a), str(other)]) == 1
+    assert commands.audit(["--diff", str(a), str(other)]) == 1
     out = capfd.readouterr().out
     assert "row 1, token" in out and "'d' (id" in out and "'e' (id" in out and "trained" in out
 
@@ -343,7 +342,7 @@ def test_diff_finds_the_first_difference(audit_args: list[str], tmp_path: Path, 
     _, message = diff(whole, cut)
     assert "max_length: 160 and 130" in message and "row 2, token 130" in message and "the row ends" in message
 
-    assert command.main(["--diff", str(a), str(ROOT / "README.md")]) == 2
+    assert commands.audit(["--diff", str(a), str(ROOT / "README.md")]) == 2
     assert "is no template audit" in capfd.readouterr().err
 
 

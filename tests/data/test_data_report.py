@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from atlas.audit.command import dump_audit
 from atlas.config import load_config
-from atlas.data import report
+from atlas.data import commands, report
+from atlas.data.commands import dump_audit
 from atlas.hub.card import write_card
 from atlas.hub.push import files_to_push
 from atlas.train.sft import train
@@ -37,7 +37,7 @@ def test_report_says_what_became_of_every_row(base_folder: Path, tmp_path: Path,
     given = arguments(
         base_folder, path, tmp_path, "data.max_bad_fraction=0.1", "data.deduplicate=true", "data.eval_rows=5"
     )
-    assert report.main([*given, "train.max_length=64"]) == 0
+    assert commands.data([*given, "train.max_length=64"]) == 0
     out = capsys.readouterr().out
     assert "61 rows read, 54 used" in out and "unknown role" in out and "data held out (5 rows" in out
     page = (tmp_path / report.REPORT).read_text(encoding="utf-8")
@@ -120,13 +120,13 @@ def test_histograms_count_every_used_row_once(base_folder: Path, tmp_path: Path)
 
 
 def test_a_stream_is_read_through(base_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    assert report.main(arguments(base_folder, rows_file, tmp_path, "data.streaming=true")) == 0
+    assert commands.data(arguments(base_folder, rows_file, tmp_path, "data.streaming=true")) == 0
     assert "120 rows read, 120 used," in capsys.readouterr().out
 
 
 def test_the_recipe_for_mixed_data_runs_on_real_rows(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     files = [shared / "alpaca/alpaca_2000.jsonl", shared / "dolly/dolly_1000.jsonl"]
-    status = report.main(
+    status = commands.data(
         [
             "--config",
             str(ROOT / "configs" / "sft_qwen05b_mix.yaml"),

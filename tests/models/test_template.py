@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from atlas.data import report
+from atlas.data import commands
 from atlas.errors import UserError
 from atlas.eval import generate
 from atlas.eval import run as evaluation
@@ -127,7 +127,7 @@ def with_template(base: Path, template: str, folder: Path) -> Path:
 def test_whatever_a_template_raises_is_one_message(template: str, base_folder: Path, sft_args, tmp_path: Path, capfd):
     folder = with_template(base_folder, template, tmp_path / "model")
     config = [*sft_args, f"model.name={folder}"]
-    for command in (sft.main, report.main):
+    for command in (sft.main, commands.data):
         assert command(config) == 2
     assert generate.main(["--model", str(folder), "Hi"]) == 2
     out, err = capfd.readouterr()
@@ -162,7 +162,7 @@ def test_rows_that_a_template_breaks_on_are_counted(base_folder: Path, sft_args,
     rows = write_rows(tmp_path / "r.jsonl", [chat(text, "Yes.") for text in ["Hi", "boom", "hush", "Ho"] * 3])
     folder = with_template(base_folder, broken + silent, tmp_path / "model")
     data = [f"model.name={folder}", f"data.train={rows}", "data.max_bad_fraction=0.6", "data.mask=rendered"]
-    assert report.main([*sft_args, *data]) == 0
+    assert commands.data([*sft_args, *data]) == 0
     out, err = capfd.readouterr()
     assert "Traceback" not in err and re.search(r"refused by the template\D+6\b|6\D+refused by the template", out), out
     assert "ZeroDivisionError: division by zero" in out

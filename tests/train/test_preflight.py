@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from atlas.audit import command as audit
 from atlas.config import load_config
-from atlas.data import report
+from atlas.data import commands
 from atlas.train import preflight, sft
 from atlas.train.preflight import machine
 from hub_commands import WANDB, WRITE, atlas
@@ -223,7 +222,7 @@ def test_a_loss_on_all_tokens_is_said_everywhere(sft_args: list[str], tmp_path: 
     assert "ok    loss           on the assistant's content" in capsys.readouterr().out
     assert preflight.main(asked) == 0
     assert "warn  loss           on ALL tokens, prompts too" in capsys.readouterr().out
-    assert audit.main(asked) == 0
+    assert commands.audit(asked) == 0
     assert "LOSS ON ALL TOKENS, prompts too, and nothing is audited" in capsys.readouterr().out
     assert sft.main(asked) == 0
     out = capsys.readouterr().out
@@ -239,7 +238,7 @@ def test_a_config_of_three_keys_trains_on_answers_alone(
     own.write_text(
         f"{base or ''}model: {{name: {base_folder}}}\ndata: {{train: {rows_file}}}\noutput: {{dir: {tmp_path}}}\n"
     )
-    assert audit.main(["--config", str(own), f"output.results_dir={tmp_path / 'results'}"]) == 0
+    assert commands.audit(["--config", str(own), f"output.results_dir={tmp_path / 'results'}"]) == 0
     out = capsys.readouterr().out
     share = float(out.split("tokens (")[1].split("%")[0])
     assert "audit clean: the loss falls on exactly" in out and 10 < share < 80
@@ -255,11 +254,11 @@ def test_a_results_folder_that_cannot_be_written_to(sft_args: list[str], tmp_pat
     """One message before any row is read; a run, which writes nothing there, is only warned."""
     (tmp_path / "results").write_text("a file")
     no_folder = f"output.results_dir: {tmp_path / 'results'} is a file or a broken link"
-    for command in (audit.main, report.main, lambda given: sft.main([*given, "--dump-template-audit"])):
+    for command in (commands.audit, commands.data, lambda given: sft.main([*given, "--dump-template-audit"])):
         assert command(sft_args) == 2
         said = capsys.readouterr()
         assert said.err.startswith(f"error: {no_folder}") and "output.results_dir=..." in said.err and not said.out
-    assert audit.main([*sft_args, "output.results_dir=/proc/results"]) == 2
+    assert commands.audit([*sft_args, "output.results_dir=/proc/results"]) == 2
     assert "output.results_dir: nothing can be written to /proc" in capsys.readouterr().err
     assert preflight.main(sft_args) == 0
     assert re.search(f"  warn  results +{re.escape(no_folder)}", capsys.readouterr().out)

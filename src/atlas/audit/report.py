@@ -9,17 +9,19 @@ from dataclasses import asdict
 from itertools import groupby, pairwise, zip_longest
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atlas.audit.spans import IGNORED, KINDS, NOTES, where
 from atlas.audit.tokens import token_bytes
+from atlas.config.schema import TEXT
 from atlas.console import one_line
-from atlas.data.formats import TEXT
-from atlas.data.labeled import Labeled
 from atlas.errors import UserError
 from atlas.files import digest, write_text, writing
 from atlas.models.template import PINNED_DATE, TemplateRefusedError
 from atlas.pages import counted, render, short
+
+if TYPE_CHECKING:
+    from atlas.data.labeled import Labeled
 
 AUDIT_FILE = "sft_template_audit.jsonl"
 AUDIT_PAGE = "sft_template_audit.html"
@@ -31,7 +33,7 @@ _MARKED = {"leak", "missing", "straddle", "history", "stop", "foreign"}  # findi
 _DIGESTS = 4096  # rows, or blocks of rows, whose digests the summary holds, so that a difference can be placed
 
 
-def write_audit(labeled: Labeled, folder: Path) -> Path:
+def write_audit(labeled: "Labeled", folder: Path) -> Path:
     """Write `sft_template_audit.jsonl` and `.html` to `folder` and print the short form; returns the first's path.
 
     One line per recorded row, failing ones first, then one with `summary` for all rows; see docs/audit.md for the fields.
@@ -48,12 +50,12 @@ def write_audit(labeled: Labeled, folder: Path) -> Path:
     return path
 
 
-def write_page(labeled: Labeled, folder: Path) -> None:
+def write_page(labeled: "Labeled", folder: Path) -> None:
     """Write only `sft_template_audit.html` to `folder`. It quotes rows of the data, so it is never pushed."""
     write_text(folder / AUDIT_PAGE, page(list(_records(labeled)), summarize(labeled)))
 
 
-def _records(labeled: Labeled) -> Iterator[dict[str, Any]]:
+def _records(labeled: "Labeled") -> Iterator[dict[str, Any]]:
     tokenizer = labeled.labeler.tokenizer
     table = token_bytes(tokenizer)
     for place, given, format_name, number in labeled.shown:
@@ -81,7 +83,7 @@ def _records(labeled: Labeled) -> Iterator[dict[str, Any]]:
         }
 
 
-def _role_spans(labeled: Labeled, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[dict[str, Any]]:
+def _role_spans(labeled: "Labeled", messages: list[dict[str, Any]], tools: list[Any] | None) -> list[dict[str, Any]]:
     """Bytes of the text that each message adds to the rendering of the messages before it."""
     labeler = labeled.labeler
     normalize = labeler.oracle.normalize if labeler.oracle else str
@@ -105,7 +107,7 @@ def _trained_text(pieces: list[bytes], mask: list[int]) -> str:
     return "…".join(stretch.decode(errors="replace") for stretch in stretches)
 
 
-def summarize(labeled: Labeled) -> dict[str, Any]:
+def summarize(labeled: "Labeled") -> dict[str, Any]:
     """One object about all rows: verdict, counts per finding, share of trained tokens, lengths, what `max_length` took, hashes.
 
     For a stream that has not been read yet it is about the first rows.
@@ -190,7 +192,7 @@ def public(summary: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in summary.items() if name not in ("sources", "digests")}
 
 
-def for_manifest(labeled: Labeled) -> dict[str, Any]:
+def for_manifest(labeled: "Labeled") -> dict[str, Any]:
     """The summary's core: verdict, counts per finding, where the labels come from, how many rows were audited."""
     summary = summarize(labeled)
     kept = ("verdict", "verdict_text", "mask", "findings", "rows_cut", "rows_shortened", "date")

@@ -15,6 +15,7 @@ DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 TaskName = Literal["ifeval", "gsm8k", "mmlu", "truthfulqa_mc2"]
 _Chat = Literal["messages", "sharegpt", "alpaca", "dolly", "openorca", "prompt-response", "prompt-completion"]
+TEXT: Literal["text"] = "text"  # the format of plain documents
 Format = _Chat | Literal["preference", "text"]
 
 

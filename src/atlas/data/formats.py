@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from atlas.config.schema import TEXT
 from atlas.console import one_line
 from atlas.errors import UserError
 
-TEXT = "text"  # the format of plain documents
 ROLES = ("system", "user", "assistant", "tool")
 
 

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 from atlas.cli import command
 from atlas.console import quiet_libraries, say, visible
 from atlas.errors import DONE, UserError
+from atlas.eval.harness import set_generation
 from atlas.hub_client import split_revision
+from atlas.models import load
+from atlas.models.adapters import find_adapter
 from atlas.models.template import chat_prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 CHAT_HELP = "an empty line or /quit ends, /reset starts anew"
 
@@ -65,10 +68,6 @@ def _main(arguments: Namespace) -> int:
 def _load(adapter: str | None, model: str | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     import torch
 
-    from atlas.eval.harness import set_generation
-    from atlas.models import load
-    from atlas.models.adapters import find_adapter
-
     tuned = find_adapter(adapter) if adapter is not None else None
     if model is not None:
         base, revision = split_revision(model)
@@ -91,13 +90,6 @@ def reply(
     arguments: Namespace,
 ) -> str:
     """Print the reply while it is generated, and return it without its stop token."""
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            # A terminal would obey control characters; a file gets the text as it is.
-            super().on_finalized_text(visible(text) if sys.stdout.isatty() else text, stream_end)
-
     prompt = tokenizer(chat_prompt(tokenizer, messages), add_special_tokens=False, return_tensors="pt")
     length = prompt["input_ids"].shape[1]
     room = getattr(model.config, "max_position_embeddings", None)
@@ -107,7 +99,7 @@ def reply(
     output = model.generate(
         **prompt.to(model.device),
         max_new_tokens=arguments.max_new_tokens,
-        streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=_streamer(tokenizer),
         **sampling,
     )
     generated = output[0, length:].tolist()
@@ -115,6 +107,17 @@ def reply(
         print(f"[cut at {arguments.max_new_tokens} tokens]", file=sys.stderr)
     text: str = tokenizer.decode(generated, skip_special_tokens=True)
     return text
+
+
+def _streamer(tokenizer: "PreTrainedTokenizerBase") -> "TextStreamer":
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            # A terminal would obey control characters; a file gets the text as it is.
+            super().on_finalized_text(visible(text) if sys.stdout.isatty() else text, stream_end)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 main = command("generate")(_main)

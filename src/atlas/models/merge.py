@@ -10,6 +10,8 @@ from atlas.console import quiet_libraries
 from atlas.errors import DONE, RunError, first_line
 from atlas.files import new_folder, write_json
 from atlas.hub_client import split_revision
+from atlas.models.adapters import find_adapter
+from atlas.models.load import load_base, load_model
 from atlas.models.template import chat_prompt
 
 if TYPE_CHECKING:
@@ -49,9 +51,6 @@ def merge(adapter: str, to: Path, dtype: str = "auto", base: str | None = None) 
 def _merge(adapter: str, to: Path, dtype: str, base: str | None) -> dict[str, Any]:
     import torch
     from transformers import GenerationConfig
-
-    from atlas.models.adapters import find_adapter
-    from atlas.models.load import load_base, load_model
 
     quiet_libraries()
     tuned = find_adapter(adapter)

@@ -17,10 +17,16 @@ from typing import Any
 
 from atlas.cli import command
 from atlas.config import Config, load_config
+from atlas.data.commands import dump_audit
 from atlas.errors import DONE, FAILED, UserError
+from atlas.eval.compare import comparison, show
+from atlas.eval.run import Target, evaluate
 from atlas.files import write_json, writing
+from atlas.models.adapters import find_adapter
 from atlas.pocket import world
+from atlas.pocket.base import build
 from atlas.scores import LABELS, Run, shown, text_table
+from atlas.train import sft
 
 
 @command("pocket")
@@ -45,13 +51,6 @@ def main(arguments: Namespace) -> int:
         nonlocal clock
         seconds[name] = round(time.perf_counter() - clock, 1)
         clock = time.perf_counter()
-
-    from atlas.audit.command import dump_audit
-    from atlas.eval.compare import comparison, show
-    from atlas.eval.run import Target, evaluate
-    from atlas.models.adapters import find_adapter
-    from atlas.pocket.base import build
-    from atlas.train import sft
 
     print("== base model: a tokenizer and about 1 M parameters, pretrained on plain text of a small invented world")
     base = str(build(Path(loaded.config.model.name).parent, arguments.seed).base)

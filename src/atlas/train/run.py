@@ -17,12 +17,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from atlas.cli import Main, command
 from atlas.config import LoadedConfig, load_config, render_config
-from atlas.console import quiet_libraries, say
+from atlas.console import duration, quiet_libraries, say
+from atlas.device import Machine, choose_device, memory_gib
 from atlas.errors import DONE, FAILED, RunError, StoppedError
 from atlas.files import flush, sha256, write_json
+from atlas.hub.card import write_card
+from atlas.hub.push import push
 from atlas.launch import is_main_process
 from atlas.lock import held
+from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm
+from atlas.models.load import load_base_model_and_tokenizer
 from atlas.train.arguments import left_out
+from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest, newest
+from atlas.train.folder import STAGING, own
+from atlas.train.manifest import build_manifest
+from atlas.train.preflight import preflight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,14 +66,12 @@ def phase_command(phase: str, train: Train) -> Main:
 def _main(phase: str, train: Train, arguments: Namespace) -> int:
     loaded = load_config(arguments.config, arguments.overrides, phase)
     if arguments.print_config:
-        from atlas.device import Machine, choose_device
-
         print(render_config(loaded, choose_device(loaded.config, Machine.without_torch()).decided), end="")
         return DONE
     # On a shared machine OpenMP's spinning barriers make small steps 6-13x slower; read once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if arguments.dump_template_audit:
-        from atlas.audit.command import dump_audit
+        from atlas.data.commands import dump_audit
 
         dump_audit(loaded)
         return DONE
@@ -79,8 +86,6 @@ def _main(phase: str, train: Train, arguments: Namespace) -> int:
         return FAILED
     output = loaded.config.output
     if output.hub_repo is not None and is_main_process():
-        from atlas.hub.push import push
-
         push(run.folder, output.hub_repo, private=output.hub_private, access_checked=True)
     return DONE
 
@@ -105,7 +110,6 @@ def open_run(phase: "Phase", loaded: LoadedConfig, resume: str) -> "Iterator[Run
     model is loaded."""
     started = time.perf_counter()
     quiet_libraries()
-    from atlas.train.preflight import preflight
 
     ready = preflight(loaded, resume)
     say(f"preflight\n{ready.table()}", flush=True)
@@ -146,8 +150,6 @@ class Run:
         where the folder holds another run."""
         from accelerate import PartialState
 
-        from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest
-
         config, arguments = self.loaded.config, self.ready.arguments
         with PartialState().local_main_process_first():  # one process prepares, the others read its cache
             self.rows = self.phase.rows(config, self.ready.tokenizer)
@@ -164,7 +166,6 @@ class Run:
 
     def load_base_model(self) -> "PreTrainedModel":
         """The quantised base model of the config; the tokenizer is set to match it."""
-        from atlas.models.load import load_base_model_and_tokenizer
 
         model, self.tokenizer = load_base_model_and_tokenizer(self.loaded.config, self.ready.plan, self.ready.tokenizer)
         return model
@@ -172,8 +173,6 @@ class Run:
     def trainer(self, model: "PreTrainedModel") -> "Resumable":
         """The phase's trainer, with the adapter in float32 on `model`."""
         from transformers import PrinterCallback, ProgressCallback, set_seed
-
-        from atlas.models.adapters import cast_trainable_to_fp32
 
         set_seed(
             self.ready.arguments.seed
@@ -200,7 +199,6 @@ class Run:
         `RunError` where the run has diverged."""
         from atlas.train.callbacks.log_line import LogLine
         from atlas.train.callbacks.save_in_time import SaveInTime
-        from atlas.train.checkpoints import newest
         from atlas.train.resume import EvaluationCutError
 
         settings, log = self.loaded.config.checkpoint, LogLine()
@@ -232,8 +230,6 @@ class Run:
     def close(self, trainer: "Resumable") -> FinishedRun:
         """Save adapter, tokenizer, reports, manifest and card. Raises `RunError` where they cannot be written; the last checkpoint
         stays."""
-        from atlas.train.callbacks.log_line import duration
-        from atlas.train.manifest import build_manifest
 
         result = self._result(trainer)
         manifest = build_manifest(
@@ -261,9 +257,6 @@ class Run:
         return FinishedRun(self.folder, trainer, manifest)
 
     def _result(self, trainer: "Resumable") -> dict[str, Any]:
-        from atlas.models.adapters import lora_b_norm
-        from atlas.train.callbacks.log_line import memory_gib
-
         history = trainer.state.log_history
         losses, eval_losses = ([line[key] for line in history if key in line] for key in ("loss", "eval_loss"))
         best = trainer.state.best_global_step if self.ready.arguments.load_best_model_at_end else None
@@ -286,8 +279,6 @@ class Run:
 
     def _save(self, trainer: "Resumable", manifest: dict[str, Any]) -> None:
         """The manifest comes after the files that it speaks of: it says that the run is finished."""
-        from atlas.hub.card import write_card
-        from atlas.train.folder import STAGING, own
 
         staging = self.folder / STAGING
         try:
@@ -316,8 +307,6 @@ class Run:
             raise self._not_saved(error) from None
 
     def _not_saved(self, error: Exception) -> RunError:
-        from atlas.train.checkpoints import newest
-
         last = newest(self.folder, self.identity.start)
         whole = f"{last} is whole" if last else "There is no checkpoint"
         again = f"{self._again(last)} again, which resumes from it" if last else "the same command again"

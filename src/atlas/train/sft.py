@@ -12,8 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atlas.audit.gate import gate
+from atlas.audit.report import for_manifest, line, public, summarize, write_page
 from atlas.config import Config, LoadedConfig
 from atlas.console import say
+from atlas.data.report import write_report
+from atlas.files import write_json
 from atlas.train.phase import Phase, Rows
 from atlas.train.run import FinishedRun, open_run, phase_command
 
@@ -39,8 +43,6 @@ class LabeledRows(Rows):
     """Conversations with labels on what the assistant says, audited byte by byte."""
 
     def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase") -> None:
-        from atlas.audit.gate import gate
-        from atlas.audit.report import line, summarize
         from atlas.data.prepare import prepare
 
         self.labeled = prepare(config, tokenizer)
@@ -60,8 +62,6 @@ class LabeledRows(Rows):
         self.labeled.took(rows)
 
     def manifest(self) -> dict[str, Any]:
-        from atlas.audit.report import for_manifest
-
         labeled = self.labeled
         data = {
             "fingerprint": labeled.fingerprint,
@@ -72,10 +72,6 @@ class LabeledRows(Rows):
         return {"data": data, "audit": for_manifest(labeled)}
 
     def write(self, folder: Path) -> None:
-        from atlas.audit.report import public, summarize, write_page
-        from atlas.data.report import write_report
-        from atlas.files import write_json
-
         write_report(self.labeled, folder)
         write_page(self.labeled, folder)
         write_json(folder / "audit_summary.json", public(summarize(self.labeled)))

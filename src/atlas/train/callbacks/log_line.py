@@ -1,12 +1,12 @@
 """One line of progress per `train.logging_steps`."""
 
-import resource
-import sys
 import time
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from atlas.console import duration
+from atlas.device import memory_gib
 
 
 class LogLine(TrainerCallback):
@@ -55,17 +55,3 @@ class LogLine(TrainerCallback):
         ]
         print("  ".join(parts), flush=True)
         self._last = (now, tokens, supervised)
-
-
-def memory_gib() -> float:
-    """Peak memory so far: allocated on the GPU where there is one, else this process's resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
