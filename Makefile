@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons test test-slow test-notebook lint sft sft-smoke data audit eval compare config preflight bench kill matrix figures picture docs clean
+.PHONY: help setup pocket lessons test test-slow test-notebook lint sft sft-smoke data audit eval compare config preflight bench kill layers matrix figures picture docs clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -80,6 +80,9 @@ bench: setup            ## benchmarks of audit and data preparation (ROWS, TOKEN
 
 kill: setup             ## kill thirty runs with SIGKILL, resume them, and compare each with a run left alone (about 25 minutes)
 	$(RUN) benchmarks/kills.py $(ARGS)
+
+layers: setup           ## for maintainers: the matrix of imports in docs/architecture.md
+	$(RUN) benchmarks/layers.py
 
 matrix: setup           ## the audit's verdict on every chat template that TRL ships
 	$(RUN) benchmarks/matrix.py

@@ -58,3 +58,14 @@ def test_what_was_measured_here_is_taken_over_on_request_alone(tmp_path: Path, m
     assert tables.main(["--collect"]) == 0 and "a loom, " in (tmp_path / "README.md").read_text()
     entries = json.loads((tmp_path / "figures" / "benchmarks.json").read_text())
     assert set(entries) == {"new", *json.loads((ROOT / "figures" / "benchmarks.json").read_text())}
+
+
+def test_the_layers_of_the_docs_are_those_of_the_source():
+    """Their order; the numbers change with every line. `make layers` renews them."""
+    import layers
+
+    page = layers.PAGE.read_text(encoding="utf-8")
+    drawn = [line for line in page.split(layers.BEGIN)[1].split(layers.END)[0].splitlines() if line.startswith("| **")]
+    assert [line.split("**")[1] for line in drawn] == [*layers.layers(), layers.LOWEST]
+    for number, line in enumerate(layers.matrix().splitlines()[2:]):
+        assert not any(cell.strip() for cell in line.split("|")[3 : 3 + number]), line  # nothing points up
