@@ -224,10 +224,7 @@ class HubServer:
         found = self._repo(user, repo)
         sha, files = self._at(found, rev)
         about = {"id": repo, "modelId": repo, "sha": sha, "private": found.private, "tags": []}
-        raise _Reply(
-            200,
-            about | {"siblings": [_about(path, entry) for path, entry in files.items()]},
-        )
+        raise _Reply(200, about | {"siblings": [_about(path, entry) for path, entry in files.items()]})
 
     def preupload(self, user: User, body: bytes, repo: str, rev: str) -> None:
         files = self._at(self._repo(user, repo, write=True), rev)[1]

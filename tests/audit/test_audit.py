@@ -395,10 +395,7 @@ def test_truncation_is_counted_not_flagged(base_folder: Path):
 
 
 TEXT = st.text(
-    st.one_of(
-        st.sampled_from(" \n\t\r　.,!?-*`{}%<>|\"'aAzZ09é🙂你"),
-        st.characters(exclude_categories=["Cs"]),
-    ),
+    st.one_of(st.sampled_from(" \n\t\r　.,!?-*`{}%<>|\"'aAzZ09é🙂你"), st.characters(exclude_categories=["Cs"])),
     max_size=40,
 ).filter(lambda text: "<|" not in text)
 

@@ -32,10 +32,7 @@ ROWS = {
         },
         [("system", "s"), ("user", "a"), ("assistant", None), ("tool", "1"), ("assistant", "b")],
     ),
-    "alpaca": (
-        {"instruction": "Add.", "input": "1 2", "output": "3"},
-        [("user", "Add.\n\n1 2"), ("assistant", "3")],
-    ),
+    "alpaca": ({"instruction": "Add.", "input": "1 2", "output": "3"}, [("user", "Add.\n\n1 2"), ("assistant", "3")]),
     "dolly": (
         {"instruction": "Why?", "context": "", "response": "So.", "category": "open_qa"},
         [("user", "Why?"), ("assistant", "So.")],

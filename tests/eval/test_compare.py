@@ -59,13 +59,7 @@ def add_run(results: Path, name: str, passed: np.ndarray, **changes: Any) -> dic
         "mean_tokens": 5.0,
         "records_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    noted = {
-        "dtype": "float32",
-        "quantization": None,
-        "hardware": "CPU",
-        "batch_size": 16,
-        "template_sha256": "t",
-    }
+    noted = {"dtype": "float32", "quantization": None, "hardware": "CPU", "batch_size": 16, "template_sha256": "t"}
     row = {
         "name": name,
         **{key: changes.pop(key, value) for key, value in noted.items()},

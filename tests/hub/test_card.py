@@ -94,11 +94,7 @@ def test_scores_of_this_adapter_and_no_other(run: Path):
     assert "/home/ann" not in (run / "scores.json").read_text()
     assert "gsm8k" not in text and "No score" not in text
     (result,) = ModelCard(text).data.eval_results
-    assert (result.dataset_type, result.metric_type, result.metric_value) == (
-        "google/IFEval",
-        "prompt_strict",
-        0.1235,
-    )
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("google/IFEval", "prompt_strict", 0.1235)
 
     # Scores travel with the folder, so that a card made where the results are not is the same, byte for byte.
     moved = run.rename(run.parent / "moved")
