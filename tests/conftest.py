@@ -18,6 +18,7 @@ for name in ("WANDB_API_KEY", "WANDB_MODE", "HF_TOKEN"):
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 from hub_commands import serving  # noqa: E402
 from hub_server import HubServer  # noqa: E402
@@ -86,13 +87,16 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> "PocketPaths":
-    """A small pocket lab: a base model that has begun to learn words, rows and prompts."""
+    """A small pocket lab: a base model that has begun to learn words, rows and prompts. The workers of a run share it."""
     from atlas.pocket import base
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"DOCUMENTS": 400, "STEPS": 60, "TRAINING_ROWS": 8, "HELD_OUT_PROMPTS": 24}.items():
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of the worker is one below
+    with pytest.MonkeyPatch.context() as patch, FileLock(folder / "lab.lock"):
+        for name, value in {"DOCUMENTS": 300, "STEPS": 30, "TRAINING_ROWS": 8, "HELD_OUT_PROMPTS": 24}.items():
             patch.setattr(base, name, value)
-        return base.build(tmp_path_factory.mktemp("lab") / "pocket")
+        return base.build(folder / "lab")
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ import contextlib
 import os
 import re
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hub_server import HubServer, User
+from runs import Started
 
 WRITE, READ, BOB, WRONG = (f"hf_{letter * 34}" for letter in "wrbx")
 
@@ -31,14 +30,14 @@ def serving(folder: Path) -> Iterator[HubServer]:
 class Done:
     """A command that has come to its end. `message` is what stands on stderr."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        began = time.monotonic()
-        self.out, self.message = process.communicate(timeout=120)
-        self.status, self.seconds = process.returncode, time.monotonic() - began
+    def __init__(self, started: Started, signal: int | None = None) -> None:
+        self.status = started.end(signal)
+        self.seconds = time.monotonic() - started.began
+        self.out, self.message = started.said()
         assert "Traceback" not in self.message, self.message
-        if self.status:
+        if self.status and signal is None:
             assert self.message.count("error: ") == 1, self.message  # one message, and no other noise
-            assert self.message.startswith("error: ") or "sft" in process.args  # transformers has its notes
+            assert self.message.startswith("error: ") or "sft" in started.command  # transformers has its notes
 
     @property
     def revision(self) -> str:
@@ -54,21 +53,12 @@ class Done:
         return shlex.split(found[1])
 
 
-def start(hub: HubServer, *command: str, token: str | None = WRITE, **env: str) -> "subprocess.Popen[str]":
-    """`python -m atlas.cli ...`, or any other python command that starts with a dash."""
+def start(hub: HubServer, *command: str, token: str | None = WRITE, **env: str) -> Started:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "WANDB_"))}
     home = hub.store.parent.parent / f"home of {hub.users[token].name if token in hub.users else None}"
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "ATLAS_RETRY_SECONDS": "0.05", "OMP_NUM_THREADS": "1"}
     settings |= {"HF_DATASETS_CACHE": os.environ["HF_DATASETS_CACHE"], **({"HF_TOKEN": token} if token else {}), **env}
-    arguments = command if command[0].startswith("-") else ("-m", "atlas.cli", *command)
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=inherited | settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=hub.store.parent,
-    )
+    return Started(*command, environment=inherited | settings, folder=hub.store.parent)
 
 
 def atlas(hub: HubServer, *command: str, **options: Any) -> Done:

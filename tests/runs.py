@@ -1,9 +1,14 @@
 """Runs of a few seconds on the tiny model."""
 
 import contextlib
+import importlib
+import multiprocessing
 import os
 import resource
 import shutil
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -110,3 +115,74 @@ class TrainedRun(NamedTuple):
     base: Path
     text: str
     logits: "torch.Tensor"
+
+
+# Each process is a copy of one that has imported all of this: the imports of `atlas sft` take seven seconds, a copy takes none.
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "lm_eval.api.model",
+    "atlas.train.sft_trainer",
+)
+# These read the environment when they are imported, so a copy reads it anew.
+SETTINGS = ("huggingface_hub.constants", "datasets.config")
+SERVER = multiprocessing.get_context(
+    "forkserver"
+)  # not fork: the threads of OpenMP and of the stand-in do not survive it
+SERVER.set_forkserver_preload([*LIBRARIES, *SETTINGS])
+
+
+def _run(command: tuple[str, ...], environment: dict[str, str], folder: Path, output: list[Path]) -> None:
+    from huggingface_hub import constants, hf_api
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number, path in enumerate(output, 1):
+        os.dup2(os.open(path, os.O_WRONLY), number)
+    sys.stdout.reconfigure(line_buffering=True)
+    for name in SETTINGS:
+        importlib.reload(sys.modules[name])
+    hf_api.api.endpoint = constants.ENDPOINT
+    if command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        exec(compile(command[1], "-c", "exec"), {"__name__": "__main__"})
+    else:
+        from atlas.cli import main
+
+        sys.argv = ["atlas", *command]
+        sys.exit(main())
+
+
+class Started:
+    """A process that runs `atlas ...`, or `-c CODE ...` as python has it. What it says goes to files."""
+
+    def __init__(self, *command: str, environment: dict[str, str] | None = None, folder: Path = ROOT) -> None:
+        self.command = command
+        self.files = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
+        arguments = (command, environment or dict(os.environ), folder, self.files)
+        self.process = SERVER.Process(target=_run, args=arguments)
+        self.began = time.monotonic()
+        self.process.start()
+
+    def said(self) -> list[str]:
+        """What stands on stdout and stderr until now."""
+        return [file.read_text(encoding="utf-8") for file in self.files]
+
+    def wait_for(self, text: str) -> None:
+        while text not in self.said()[0]:
+            assert self.process.is_alive(), self.said()
+            time.sleep(0.01)
+
+    def end(self, signal: int | None = None) -> int:
+        """Send the signal, wait for the process to end, and give its exit status as a shell does."""
+        if signal is not None:
+            os.kill(self.process.pid, signal)
+        self.process.join(120)
+        status = self.process.exitcode
+        assert status is not None, self.said()
+        return 128 - status if status < 0 else status

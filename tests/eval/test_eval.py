@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from atlas.config import load_config
 from atlas.eval import compare, run, store
 from atlas.pocket import base
 from rows import ROOT, write_rows
-from runs import full_disk
+from runs import Started, full_disk
 
 
 @pytest.fixture(scope="module")
@@ -371,16 +369,10 @@ def test_killed_in_the_second_task_it_goes_on(lab: base.PocketPaths, tmp_path: P
     def given(results: Path) -> list[str]:
         return arguments(lab, results, "--base", "--name", "b", data, tasks)
 
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "atlas.eval.run", *given(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "gsm8k, 6 prompts" in line:
-            time.sleep(0.1)
-            process.send_signal(signal.SIGKILL)
-            break
-    assert process.wait() == -signal.SIGKILL
+    started = Started("eval", *given(tmp_path / "killed"))
+    started.wait_for("gsm8k, 6 prompts")
+    time.sleep(0.1)
+    assert started.end(signal.SIGKILL) == 128 + signal.SIGKILL
     (row,) = rows_of(tmp_path / "killed")
     assert list(row["tasks"]) == ["ifeval"]
     before = run.records_file(tmp_path / "killed", "b", "ifeval").stat().st_mtime_ns
@@ -404,12 +396,12 @@ def test_ifeval_of_the_real_prompts_scores_the_same_in_batches(
     data = f"eval.data.ifeval={shared / 'ifeval' / 'ifeval_input_data.jsonl'}"
     for size in (1, 16):
         given = arguments(
-            lab, tmp_path / str(size), "--base", "--name", "b", data, f"eval.batch_size={size}", "--limit", "60"
+            lab, tmp_path / str(size), "--base", "--name", "b", data, f"eval.batch_size={size}", "--limit", "24"
         )
         assert run.main(given) == 0
     files = [run.records_file(tmp_path / size, "b", "ifeval").read_bytes() for size in ("1", "16")]
     assert files[0] == files[1]
-    assert len(files[0].splitlines()) == 60
+    assert len(files[0].splitlines()) == 24
 
 
 def test_generation_config_without_the_stop_token_does_no_harm(lab: base.PocketPaths, tmp_path: Path):

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -213,13 +214,11 @@ def test_push_without_network_or_in_offline_mode(hub: HubServer, run: Path):
 
 def test_a_push_that_is_told_to_stop_says_how_to_finish_it(hub: HubServer, run: Path):
     hub.fail("commit", times=FOREVER)
-    process = start(hub, "push", str(run), REPO, ATLAS_RETRY_SECONDS="60")
-    assert process.stdout is not None
-    assert "next try in 60.0 s" in process.stdout.readline()
-    process.terminate()
-    _, message = process.communicate(timeout=30)
-    assert process.returncode == 143 and "Traceback" not in message
-    assert "the push was stopped" in message and f"atlas push {shlex.quote(str(run))} {REPO}" in message
+    started = start(hub, "push", str(run), REPO, ATLAS_RETRY_SECONDS="60")
+    started.wait_for("next try in 60.0 s")
+    done = Done(started, signal.SIGTERM)
+    assert done.status == 143 and "the push was stopped" in done.message
+    assert f"atlas push {shlex.quote(str(run))} {REPO}" in done.message
 
 
 @pytest.mark.parametrize("seconds", ["nan", "-1", "inf", "soon", ""])
@@ -271,7 +270,8 @@ def test_training_does_not_start_where_the_push_could_not_end_well(hub: HubServe
     assert nobody.status == 1 and "step " not in nobody.out and not (hub.store.parent / "nobody").exists()
     assert "the Hub cannot be reached" in nobody.message and "--no-push-to-hub" in nobody.message
 
-    out, messages = known.communicate(timeout=120)
+    done = Done(known)
+    out, messages = done.out, done.message
     *refused, last = out.split("exit status ")[:-1]
     for (_, repo, _, said), message, text in zip(REFUSED.values(), messages.split("----\n"), refused, strict=False):
         assert "Traceback" not in message and message.count("error: ") == 1

@@ -1,19 +1,18 @@
 """A second phase, of some fifty lines, has what the first one has: preflight, kill and resume, push."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import phase_plain
-from hub_commands import atlas, start
+from hub_commands import atlas
 from hub_server import HubServer
 from rows import write_rows
-from runs import environment
+from runs import Started
+
+RUN = "import sys, phase_plain; sys.exit(phase_plain.main(sys.argv[1:]))"
 
 
 @pytest.fixture
@@ -52,18 +51,9 @@ def test_it_has_preflight(plain_args: list[str], tmp_path: Path, capfd):
 def test_killed_and_resumed_it_gives_the_same_adapter(plain_args: list[str], tmp_path: Path, capfd):
     alone = phase_plain.main([*plain_args, f"output.dir={tmp_path / 'alone'}"])
     assert alone == 0
-    script = str(Path(phase_plain.__file__))
-    process = subprocess.Popen(
-        [sys.executable, script, *plain_args],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    next(line for line in process.stdout if line.startswith("step  5/12"))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    started = Started("-c", RUN, *plain_args)
+    started.wait_for("step  5/12")
+    started.end(signal.SIGKILL)
     assert not (tmp_path / "out" / "manifest.json").exists()
     capfd.readouterr()
     assert phase_plain.main(plain_args) == 0
@@ -78,11 +68,8 @@ def test_killed_and_resumed_it_gives_the_same_adapter(plain_args: list[str], tmp
 
 
 def test_it_pushes(plain_args: list[str], hub: HubServer, tmp_path: Path):
-    folder = Path(phase_plain.__file__).parent
-    path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
-    process = start(hub, "-m", "phase_plain", *plain_args, "output.hub_repo=ann/plain", PYTHONPATH=path)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    done = atlas(hub, "-c", RUN, *plain_args, "output.hub_repo=ann/plain")
+    assert done.status == 0, done.message
     assert atlas(hub, "pull", "ann/plain", "--to", str(tmp_path / "pulled")).status == 0
     assert (tmp_path / "pulled" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "out" / "adapter_model.safetensors"

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -325,13 +324,14 @@ def test_a_run_that_goes_on_needs_no_room_for_what_it_has(sft_args: list[str], m
     assert "make room" in capsys.readouterr().err
 
 
-def test_a_bitsandbytes_that_cannot_be_imported(sft_args: list[str], tmp_path: Path):
+def test_a_bitsandbytes_that_cannot_be_imported(sft_args: list[str], tmp_path: Path, monkeypatch, capsys):
     (tmp_path / "bitsandbytes.py").write_text("raise RuntimeError('CUDA Setup failed despite GPU being available')")
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", "atlas.train.preflight", *sft_args]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "cannot be imported (CUDA Setup failed despite GPU being available)" in done.stderr
-    assert "quantization.load_in_4bit=false" in done.stderr and done.stdout.count("  fail  ") == 1
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    assert preflight.main(sft_args) == 2
+    out, err = capsys.readouterr()
+    assert "cannot be imported (CUDA Setup failed despite GPU being available)" in err
+    assert "quantization.load_in_4bit=false" in err and out.count("  fail  ") == 1
 
 
 def test_the_memory_of_a_quantised_model(sft_args: list[str]):

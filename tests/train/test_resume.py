@@ -2,8 +2,6 @@
 
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,48 +10,45 @@ import pytest
 from atlas.train import sft
 from atlas.train.checkpoints import checkpoints
 from rows import write_rows
-from runs import BASIC, broken_off, environment, trace, train
+from runs import BASIC, Started, broken_off, trace, train
 
-KINDS = {
-    "padded, NF4, dropout": [],
-    "packed": ["train.packing=true", "train.max_length=256"],
-    "accumulation": ["train.gradient_accumulation_steps=3"],
-    "not quantised": ["quantization.load_in_4bit=false"],
-    # 40 rows: an epoch has 5 steps of 4 x 2; the log's lines do not fall on checkpoints.
-    "epochs": [
-        "data.train={rows}:40",
-        "train.gradient_accumulation_steps=4",
-        "train.max_steps=12",
-        "train.logging_steps=4",
-    ],
+# What is trained, and after which of its steps it is broken off.
+KINDS: dict[str, tuple[list[str], list[int]]] = {
+    "padded, NF4, dropout": ([], [4, 7]),  # in the middle, and at the end
+    "packed": (["train.packing=true", "train.max_length=256"], [4]),
+    "accumulation": (["train.gradient_accumulation_steps=3"], [4]),
+    "not quantised": (["quantization.load_in_4bit=false"], [4]),
+    # 40 rows: an epoch has 5 steps of 4 x 2; the log's lines do not fall on checkpoints. At and past the end of an epoch.
+    "epochs": (
+        ["data.train={rows}:40", "train.gradient_accumulation_steps=4", "train.max_steps=12", "train.logging_steps=4"],
+        [5, 6],
+    ),
     # 20 rows: a pass is no whole number of steps, and step 4 already reaches into the second.
-    "a stream, past the first pass": [
-        "data.streaming=true",
-        "data.train={rows}:20",
-        "train.gradient_accumulation_steps=3",
-    ],
-    "rows of like length, past the first epoch": [
-        "train.train_sampling_strategy=group_by_length",
-        "data.train={rows}:8",
-    ],
-    "gradient checkpointing, held-out data": [
-        "train.gradient_checkpointing=true",
-        "data.train={rows}:40",
-        "data.eval_rows=4",
-        "train.eval_strategy=epoch",
-        "train.per_device_train_batch_size=6",
-        "train.max_steps=13",
-    ],
+    "a stream, past the first pass": (
+        ["data.streaming=true", "data.train={rows}:20", "train.gradient_accumulation_steps=3"],
+        [4],
+    ),
+    "rows of like length, past the first epoch": (
+        ["train.train_sampling_strategy=group_by_length", "data.train={rows}:8"],
+        [4, 6],
+    ),
+    "gradient checkpointing, held-out data": (
+        [
+            *("train.gradient_checkpointing=true", "data.train={rows}:24", "data.eval_rows=4", "train.max_steps=9"),
+            *("train.eval_strategy=epoch", "train.per_device_train_batch_size=6"),
+        ],
+        [4, 6],
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_run_equals_the_unbroken_one(kind: str, sft_args: list[str], rows_file: Path, tmp_path: Path):
-    arguments = [*sft_args, *BASIC, *(text.format(rows=rows_file) for text in KINDS[kind])]
+    asked, steps = KINDS[kind]
+    arguments = [*sft_args, *BASIC, *(text.format(rows=rows_file) for text in asked)]
     whole = train(arguments)
     adapter, lines = trace(whole)
     assert len({line["loss"] for line in lines if "loss" in line}) > 2
-    steps = [5, 6, 12] if kind == "epochs" else [4, 6, 7]  # at and past the end of an epoch, and the last one
     for step in steps:
         folder = broken_off(whole.folder, tmp_path / f"broken-{step}", step)
         resumed = train(arguments, f"output.dir={folder}")
@@ -74,21 +69,15 @@ def test_an_evaluation_changes_nothing_of_the_training(sft_args: list[str], rows
     assert often == plain and sum("eval_loss" in line for line in lines) == 4
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "atlas.train.sft", *arguments]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def stopped(arguments: list[str], line: str, seconds: float, number: signal.Signals) -> tuple[str, str]:
     """What a run says that is told to stop so many seconds after it has said `line`; within 10 seconds it has to be gone."""
-    process = start(arguments)
-    assert process.stdout is not None
-    next(said for said in process.stdout if said.startswith(line))
+    started = Started("sft", *arguments)
+    started.wait_for(line)
     time.sleep(seconds)
     told = time.monotonic()
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and time.monotonic() - told < 10, (out, err)
+    status = started.end(number)
+    out, err = started.said()
+    assert status == 128 + number and time.monotonic() - told < 10, (out, err)
     return out, err
 
 
@@ -121,7 +110,7 @@ def test_a_stop_signal_cuts_an_evaluation_which_the_resumed_run_makes_up(
 ):
     from atlas.pocket import world
 
-    held_out = write_rows(tmp_path / "held_out.jsonl", world.conversations(2, 500))
+    held_out = write_rows(tmp_path / "held_out.jsonl", world.conversations(2, 250))
     slow = [
         f"data.eval={held_out}",
         "train.eval_strategy=epoch",
@@ -130,8 +119,8 @@ def test_a_stop_signal_cuts_an_evaluation_which_the_resumed_run_makes_up(
     ]
     arguments = [*sft_args, *slow, "train.max_steps=-1", "lora.lora_dropout=0.1"]
     folder = tmp_path / "stopped"
-    out, err = stopped([*arguments, f"output.dir={folder}"], "step 4/8", 0.5, signal.SIGTERM)
-    assert "held-out loss" not in out and f"{folder / 'checkpoint-4'} is whole" in err
+    out, err = stopped([*arguments, f"output.dir={folder}"], "step 4/8", 0.2, signal.SIGTERM)
+    assert "held-out loss" not in out.partition("step 4/8")[2] and f"{folder / 'checkpoint-4'} is whole" in err
     resumed, whole = train(arguments, f"output.dir={folder}"), train(arguments)
     assert trace(resumed) == trace(whole) and sum("eval_loss" in line for line in trace(whole)[1]) == 2
 
