@@ -1,7 +1,7 @@
 """The layers of the source as a matrix of imports, into docs/architecture.md: `make layers`.
 
 import-linter's graph (grimp) counts which module imports which. A row imports from the columns. The rows stand in the order of
-the layers, so that an import of a higher layer would stand right of the diagonal; `make lint` allows none.
+the layers, so that an import of a higher layer would stand left of the diagonal; `make lint` allows none.
 """
 
 import tomllib
