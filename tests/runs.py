@@ -117,6 +117,7 @@ class TrainedRun(NamedTuple):
     logits: "torch.Tensor"
 
 
+# Tests that start one are in the group "processes", so that one worker has them all.
 # Each process is a copy of one that has imported all of this: the imports of `atlas sft` take seven seconds, a copy takes none.
 LIBRARIES = (
     "torch",

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ def right(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@cache
+def loaded(folder: Path) -> PreTrainedTokenizerBase:
+    """As `right`, for tests that change nothing in it: a vocabulary of 151,000 tokens takes a second to read."""
+    return right(folder)
+
+
 def kinds(tokenizer: PreTrainedTokenizerBase, rows: list[dict], **settings: object) -> Counter:
     """Rows per kind of finding, and reasons of rows that dropped out."""
     found: Counter = Counter(finding.kind for finding in tokenizer_findings(tokenizer))
@@ -38,6 +45,7 @@ def kinds(tokenizer: PreTrainedTokenizerBase, rows: list[dict], **settings: obje
     return found
 
 
+@pytest.mark.xdist_group("real tokenizers")
 @pytest.mark.parametrize("mask", ["markers", "rendered"])
 @pytest.mark.parametrize("kind", ["own", "Qwen2.5", "Qwen2.5-Instruct"])
 def test_right_templates_are_clean(kind: str, mask: str, base_folder: Path, request: pytest.FixtureRequest):
@@ -46,10 +54,8 @@ def test_right_templates_are_clean(kind: str, mask: str, base_folder: Path, requ
     else:
         name = "instruct" if "Instruct" in kind else "base"
         folder = request.getfixturevalue("shared") / f"qwen2.5-tokenizer-{name}"
-    tokenizer = right(folder)
-    for tools in (None, TOOLS):
-        rows = [{"messages": messages, "tools": tools} for messages, _ in CONVERSATIONS.values()]
-        assert not kinds(tokenizer, rows, mask=mask)
+    rows = [{"messages": messages, "tools": tools} for messages, _ in CONVERSATIONS.values() for tools in (None, TOOLS)]
+    assert not kinds(loaded(folder), rows, mask=mask)
 
 
 def test_both_ways_to_the_labels_agree(base_folder: Path):
@@ -59,7 +65,9 @@ def test_both_ways_to_the_labels_agree(base_folder: Path):
     assert [(r.ids, r.labels) for r in by_markers] == [(r.ids, r.labels) for r in rendered]
 
 
-def test_all_real_conversations_are_clean(shared: Path):
+@pytest.mark.xdist_group("real tokenizers")
+@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+def test_real_conversations_are_clean(every: int, shared: Path):
     from atlas.data.formats import conversation
 
     def messages(prompt: str, reply: str) -> dict:
@@ -78,7 +86,7 @@ def test_all_real_conversations_are_clean(shared: Path):
             rows += [{"messages": row["prompt"] + row[side]} for side in ("chosen", "rejected")]
     assert len(rows) == 349 + 2000 + 1000 + 2 * (299 + 207) and all(conversation(row) for row in rows)
     for kind in ("base", "instruct"):
-        assert not kinds(right(shared / f"qwen2.5-tokenizer-{kind}"), rows)
+        assert not kinds(loaded(shared / f"qwen2.5-tokenizer-{kind}"), rows[::every])
 
 
 def test_trls_own_training_template_leaks_both_newlines_and_nothing_else(base_folder: Path):
@@ -413,7 +421,7 @@ def conversations(draw: st.DrawFn) -> dict:
     return {"messages": messages}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(conversations(), min_size=1, max_size=5))
 def test_property_right_templates_are_clean_and_train_the_answers(rows: list[dict], base_folder: Path):
     tokenizer = right(base_folder)
@@ -430,7 +438,7 @@ def test_property_right_templates_are_clean_and_train_the_answers(rows: list[dic
             assert trained == "".join(text + "<|im_end|>" for text in normalized)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(conversations(), min_size=1, max_size=4), seed=st.integers(0, 2**32))
 def test_property_one_wrong_label_is_found_at_its_place(rows: list[dict], seed: int, base_folder: Path):
     tokenizer = right(base_folder)

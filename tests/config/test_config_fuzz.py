@@ -101,7 +101,7 @@ def check_printed(items: list[tuple[str, str]], overrides: list[tuple[str, str]]
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=150, deadline=None, suppress_health_check=QUIET)
 @given(items=st.lists(ITEMS, max_size=2), overrides=st.lists(ITEMS, max_size=1))
 def test_any_value_of_any_key(items: Any, overrides: Any, tmp_path: Path, capsys: Any):
     check_printed(items, overrides, tmp_path, capsys)

@@ -162,7 +162,7 @@ def fuzz(labeler: Labeler, folder: Path, examples: int) -> None:
 
 
 def test_hostile_rows_are_used_or_counted(labeler: Labeler, tmp_path: Path):
-    fuzz(labeler, tmp_path, 500)
+    fuzz(labeler, tmp_path, 200)
 
 
 @pytest.mark.slow

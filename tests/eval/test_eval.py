@@ -362,6 +362,7 @@ def test_few_shot_examples_must_be_there(lab: base.PocketPaths, tmp_path: Path, 
     assert "5 few-shot examples are asked for" in capsys.readouterr().err
 
 
+@pytest.mark.xdist_group("processes")
 def test_killed_in_the_second_task_it_goes_on(lab: base.PocketPaths, tmp_path: Path, capsys: pytest.CaptureFixture):
     data = f"eval.data={{ifeval: {lab.eval}, gsm8k: {gsm8k(tmp_path / 'g')}}}"
     tasks = "eval.tasks=[{name: ifeval, max_gen_toks: 16}, {name: gsm8k, num_fewshot: 2, max_gen_toks: 100}]"

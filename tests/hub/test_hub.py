@@ -19,6 +19,7 @@ from hub_server import FOREVER, HubServer
 from rows import ROOT
 from runs import TrainedRun
 
+pytestmark = pytest.mark.xdist_group("processes")
 REPO = "ann/tuned"
 LFS = {"HF_HUB_DISABLE_XET": "1"}
 PUSHED = {

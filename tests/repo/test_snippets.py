@@ -18,6 +18,7 @@ from atlas.train import sft
 from rows import ROOT, chat, write_rows
 from runs import run_arguments
 
+pytestmark = pytest.mark.xdist_group("snippets")  # they share a run
 ANSWER = "It is Mira."
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)

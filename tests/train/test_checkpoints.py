@@ -8,8 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -20,8 +18,9 @@ from atlas.errors import UserError
 from atlas.files import sha256
 from atlas.hub.push import push
 from atlas.lock import HOLDER, held, refuse_if_held
+from atlas.train import checkpoints as checkpoints_of
 from atlas.train import preflight, sft
-from atlas.train.checkpoints import SEAL, Identity, checkpoint_to_resume, checkpoints, damage
+from atlas.train.checkpoints import SEAL, Identity, checkpoint_to_resume, checkpoints, damage, seal
 from atlas.train.run import FinishedRun
 from rows import chat, write_rows
 from runs import BASIC, Started, broken_off, full_disk, run_arguments, trace, train
@@ -283,25 +282,23 @@ def test_what_somebody_has_changed_since_is_left_alone(whole: tuple[list[str], F
 
 
 def test_a_stopped_run_that_began_anew_resumes_with_the_command_it_names(
-    whole: tuple[list[str], FinishedRun], tmp_path: Path, capfd
+    whole: tuple[list[str], FinishedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
 ):
     """Over a finished run of another config, whose steps are higher."""
     arguments, run = whole
     folder = Path(shutil.copytree(run.folder, tmp_path / "out"))
-    slow = ["train.max_steps=5", "train.gradient_accumulation_steps=20", "train.save_total_limit=2"]
-    other = [*arguments, *slow, f"output.dir={folder}"]
+    fewer = ["train.max_steps=5", "train.save_total_limit=2"]
+    other = [*arguments, *fewer, f"output.dir={folder}"]
 
-    def stop() -> None:
-        while not (contents := read(folder / "checkpoint-2" / SEAL)) or contents["start"] == before["start"]:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def seal_and_stop(path: Path, run: Identity, step: int) -> None:
+        seal(path, run, step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = read(folder / "checkpoint-2" / SEAL)
-    thread = threading.Thread(target=stop)
-    thread.start()
     capfd.readouterr()
-    assert sft.main([*other, "--resume", "never"]) == 143
-    thread.join()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints_of, "seal", seal_and_stop)
+        assert sft.main([*other, "--resume", "never"]) == 143
     message = capfd.readouterr().err
     found = re.search(r"the same command with --resume (\S+) resumes from it", message)
     assert found, message
@@ -309,7 +306,7 @@ def test_a_stopped_run_that_began_anew_resumes_with_the_command_it_names(
     resumed = read(folder / "manifest.json")["result"]
     assert resumed["resumed_from"] == Path(found[1]).name
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-5", "checkpoint-4"]
-    alone = train([*arguments, *slow], f"output.dir={tmp_path / 'alone'}")
+    alone = train([*arguments, *fewer], f"output.dir={tmp_path / 'alone'}")
     assert (folder / "adapter_model.safetensors").read_bytes() == trace(alone)[0]
 
     # Killed, not stopped: nothing was said, and the command without the flag goes on as well, over the finished run.
@@ -318,9 +315,9 @@ def test_a_stopped_run_that_began_anew_resumes_with_the_command_it_names(
     shutil.copytree(alone.folder / "checkpoint-4", folder / "checkpoint-4", dirs_exist_ok=True)
     assert preflight.main(other) == 2  # of it nobody has said that it may
     assert "holds a finished run" in capfd.readouterr().err
-    seal = read(folder / "checkpoint-4" / SEAL)
+    contents = read(folder / "checkpoint-4" / SEAL)
     rewrite(folder / "checkpoint-4" / SEAL, over=sha256(folder / "manifest.json"))
-    assert seal["over"] is None and preflight.main(other) == 0
+    assert contents["over"] is None and preflight.main(other) == 0
 
 
 HOLD = "import sys; from atlas.lock import held; from pathlib import Path\n"
@@ -382,6 +379,7 @@ def test_another_base_model_of_the_same_name(sft_args: list[str], base_folder: P
     assert f"resume from {tmp_path / 'out' / 'checkpoint-3'}" in capfd.readouterr().out
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_full_disk_ends_nothing_that_can_go_on(whole: tuple[list[str], FinishedRun], tmp_path: Path, capsys):
     """Where a file system of fixed size can be mounted. Others fill it while the run begins, but for two checkpoints, not three."""
     arguments, run = whole

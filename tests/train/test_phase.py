@@ -48,6 +48,7 @@ def test_it_has_preflight(plain_args: list[str], tmp_path: Path, capfd):
     assert "tokenizer.json was not written by atlas" in capfd.readouterr().err
 
 
+@pytest.mark.xdist_group("processes")
 def test_killed_and_resumed_it_gives_the_same_adapter(plain_args: list[str], tmp_path: Path, capfd):
     alone = phase_plain.main([*plain_args, f"output.dir={tmp_path / 'alone'}"])
     assert alone == 0
@@ -67,6 +68,7 @@ def test_killed_and_resumed_it_gives_the_same_adapter(plain_args: list[str], tmp
     assert "this run is finished" in capfd.readouterr().out
 
 
+@pytest.mark.xdist_group("processes")
 def test_it_pushes(plain_args: list[str], hub: HubServer, tmp_path: Path):
     done = atlas(hub, "-c", RUN, *plain_args, "output.hub_repo=ann/plain")
     assert done.status == 0, done.message

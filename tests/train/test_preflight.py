@@ -373,6 +373,7 @@ def wandb_server() -> Iterator[str]:
     server.shutdown()
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_key_that_wandb_does_not_know(
     hub: HubServer,
     wandb_server: str,
@@ -402,6 +403,7 @@ for repo, ignored in (("ann/base", []), ("ann/bare", ["*.safetensors"])):
 """
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_base_model_that_does_not_fit_the_cache(hub: HubServer, base_folder: Path, sft_args: list[str]):
     assert atlas(hub, "-c", UPLOAD, str(base_folder)).status == 0
     files = hub.repos["ann/base"].commits[hub.repos["ann/base"].head]
@@ -419,6 +421,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.xdist_group("processes")
 def test_names_of_the_hub(hub: HubServer, base_folder: Path, sft_args: list[str], tmp_path: Path):
     assert atlas(hub, "-c", UPLOAD, str(base_folder)).status == 0
     asked = [*sft_args, "output.hub_repo=ann/tuned"]

@@ -81,6 +81,7 @@ def stopped(arguments: list[str], line: str, seconds: float, number: signal.Sign
     return out, err
 
 
+@pytest.mark.xdist_group("processes")
 # Of the two, which go the same way but for their name and status, the one that machines send is always tried.
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stop_signal_saves_and_leaves(number: signal.Signals, sft_args: list[str], rows_file: Path, tmp_path: Path):
@@ -105,6 +106,7 @@ def test_a_stop_signal_saves_and_leaves(number: signal.Signals, sft_args: list[s
     assert trace(resumed) == trace(whole)
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_stop_signal_cuts_an_evaluation_which_the_resumed_run_makes_up(
     sft_args: list[str], rows_file: Path, tmp_path: Path
 ):
