@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from atlas.config import config_hash
-from atlas.data.formats import FORMATS, BadRowError, conversation, detect
+from atlas.data.formats import FORMATS, conversation, detect
 from atlas.data.labeled import Labeled
 from atlas.errors import UserError
 from rows import config, label, write_rows
@@ -204,34 +204,6 @@ def test_content_parts_of_text_are_their_text(base_folder: Path, tmp_path: Path)
     ]
     labeled, _ = label(base_folder, write_rows(tmp_path / "a.jsonl", parts))
     assert labeled.dataset[0] == labeled.dataset[1]
-
-
-@pytest.mark.parametrize(
-    ("name", "row", "reason"),
-    [
-        ("alpaca", {"instruction": "a"}, "no messages"),
-        ("alpaca", {"instruction": "a", "output": None}, "no messages"),
-        ("alpaca", {"instruction": 3, "output": "b"}, "not text"),
-        ("alpaca", {"instruction": "a", "output": ["b"]}, "not text"),
-        ("alpaca", {"instruction": float("nan"), "input": "x", "output": "b"}, "not text"),
-        ("dolly", {"instruction": "a", "context": "c", "response": {}}, "not text"),
-        ("openorca", {"system_prompt": 3, "question": "a", "response": "b"}, "not text"),
-        ("sharegpt", {"conversations": "x"}, "no messages"),
-        ("sharegpt", {"conversations": ["x"]}, "no messages"),
-        ("sharegpt", {"conversations": []}, "empty"),
-        ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "unknown role"),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "x"}]}, "no assistant turn"),
-        ("sharegpt", {"conversations": [{"from": "gpt", "value": None}]}, "not text"),
-        ("sharegpt", {"conversations": [{"from": "function_call", "value": "f(x)"}]}, "not JSON"),
-        ("sharegpt", {"conversations": [{"from": "function_call", "value": '{"x": 1}'}]}, "not text"),
-        ("prompt-completion", {"prompt": [{"role": "user"}], "completion": "b"}, "not text"),
-        ("preference", {"prompt": "a", "chosen": "b"}, "no messages"),
-    ],
-)
-def test_malformed_rows_have_a_reason(name: str, row: dict, reason: str):
-    with pytest.raises(BadRowError) as error:
-        conversation(row, name)
-    assert error.value.reason == reason
 
 
 def test_sources_of_several_formats_make_one_data_set(base_folder: Path, tmp_path: Path, capfd):

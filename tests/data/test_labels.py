@@ -136,35 +136,9 @@ def test_unusable_files(base_folder: Path, tmp_path: Path, content: str | None, 
         label(base_folder, path)
 
 
-def test_other_file_kinds_and_bytes(base_folder: Path, tmp_path: Path):
+def test_a_file_of_another_kind(base_folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"neither of \.jsonl, \.json, \.csv, \.parquet"):
         label(base_folder, write_rows(tmp_path / "rows.txt", ["x"]))
-    path = tmp_path / "bytes.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(chat("a", "b")).encode() + b"\r\n\xff\xfe{}\n")
-    labeled, _ = label(base_folder, path, "data.max_bad_fraction=0.5")
-    assert (labeled.ledgers[0].used, labeled.ledgers[0].dropped) == (1, {"not JSON": 1})
-
-
-def test_parquet_gives_the_same_labels(base_folder: Path, rows_file: Path, tmp_path: Path):
-    from datasets import Dataset
-
-    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    assert label(base_folder, tmp_path / "rows.parquet")[0].fingerprint == label(base_folder, rows_file)[0].fingerprint
-
-
-def test_rows_are_drawn_with_the_data_seed(base_folder: Path, rows_file: Path):
-    def stream(*overrides: str) -> str:
-        return label(base_folder, f"{rows_file}:30", *overrides)[0].fingerprint
-
-    assert len(label(base_folder, f"{rows_file}:30")[0].dataset) == 30
-    assert stream() == stream() != stream("data.seed=1")
-
-
-def test_sources_are_joined(base_folder: Path, rows_file: Path, tmp_path: Path):
-    other = write_rows(tmp_path / "more.jsonl", [chat("a", "b")])
-    labeled, _ = label(base_folder, [{"name": str(rows_file), "rows": 10}, str(other)])
-    assert [ledger.used for ledger in labeled.ledgers] == [10, 1] and len(labeled.dataset) == 11
 
 
 def test_cache_depends_on_content_template_and_settings(base_folder: Path, tmp_path: Path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from atlas.cli import main as atlas_main
 from atlas.models.adapters import find_adapter
-from runs import TrainedRun
+from runs import TrainedRun, full_disk
 
 
 def merge(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -108,13 +107,8 @@ def test_weights_that_float16_cannot_hold(trained_run: TrainedRun, tmp_path: Pat
 
 def test_a_full_disk_leaves_nothing_behind(trained_run: TrainedRun, tmp_path: Path, monkeypatch, capfd):
     """Files may not grow beyond a part of the model's size: writing fails in the middle."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    size = (trained_run.base / "model.safetensors").stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limit[1]))
-    try:
+    with full_disk((trained_run.base / "model.safetensors").stat().st_size // 2):
         status = merge(monkeypatch, trained_run.folder, "--to", tmp_path / "merged")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     err = capfd.readouterr().err
     assert status == 1 and "merged cannot be written" in err and "make room" in err and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []

@@ -115,6 +115,7 @@ def too_big(folder: Path) -> None:
 
 
 MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["vocabulary files"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["holds no model.safetensors"]),
     "half of them": (lambda f: os.truncate(f / "model.safetensors", 9000), ["model.safetensors is damaged"]),
     "a shard missing": (in_shards, ["model-00002-of-00002.safetensors is missing"]),
@@ -132,8 +133,9 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 def test_a_base_model_that_cannot_be_trained(name: str, base_folder: Path, sft_args: list[str], tmp_path: Path, capsys):
     damage, parts = MODELS[name]
     model = damaged_model(base_folder, tmp_path / "model", damage)
+    tokenizer = model if name == "no tokenizer" else base_folder
     began = time.monotonic()
-    assert preflight.main([*sft_args, f"model.name={model}", f"model.tokenizer_name={base_folder}"]) == 2
+    assert preflight.main([*sft_args, f"model.name={model}", f"model.tokenizer_name={tokenizer}"]) == 2
     assert time.monotonic() - began < 20
     out, err = capsys.readouterr()
     assert "  fail  " in out and err.count("error: ") == 1 and "Traceback" not in err
