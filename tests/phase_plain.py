@@ -18,9 +18,6 @@ class PlainRows(Rows):
         self.dataset = rows.map(lambda row: tokenizer(row["text"]), remove_columns=rows.column_names)
         self.fingerprint = hashlib.sha256(str(self.dataset["input_ids"][:]).encode()).hexdigest()
 
-    def manifest(self):
-        return {"data": {"fingerprint": self.fingerprint, "sources": []}}
-
 
 class PlainTrainer(Resumable, Trainer):
     def __init__(self, model, peft_config=None, processing_class=None, **more):

@@ -60,7 +60,7 @@ def parse(name: str, argv: Sequence[str] | None) -> Namespace:
     return arguments
 
 
-def _positive(text: str) -> int:
+def _number_from_1(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return int(text)
@@ -88,7 +88,7 @@ def _run(parser: ArgumentParser) -> None:
 def _training(parser: ArgumentParser) -> None:
     _run(parser)
     # At least 1: transformers takes 0 and below for "not set" and would train whole epochs.
-    parser.add_argument("--max-steps", type=_positive, metavar="N", help="stop after N steps (train.max_steps)")
+    parser.add_argument("--max-steps", type=_number_from_1, metavar="N", help="stop after N steps (train.max_steps)")
     parser.add_argument("--dump-template-audit", action="store_true", help="write the audit of the data and stop")
     parser.add_argument("--print-config", action="store_true", help="print the config with the source of each value")
 
@@ -117,7 +117,7 @@ def _eval(parser: ArgumentParser) -> None:
     what.add_argument("--merged", metavar=_MODEL, help="score a whole model")
     parser.add_argument("--name", help="its name in the results (default: from model or adapter)")
     parser.add_argument("--tasks", help="comma-separated, instead of eval.tasks")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N prompts of each task")
+    parser.add_argument("--limit", type=_number_from_1, metavar="N", help="only the first N prompts of each task")
     parser.add_argument("--replace", action="store_true", help="discard other results of the same name")
 
 

@@ -173,7 +173,7 @@ class Metrics(Stored):
 
     model_config = ALL_KEYS
 
-    version: Literal[1] = Field(default=1, alias="schema")
+    version: Literal[1] = Field(alias="schema")
     runs: list[Run] = []
 
 

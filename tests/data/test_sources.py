@@ -11,7 +11,7 @@ from atlas.config import Source
 from atlas.data import sources
 from atlas.data.sources import load_source
 from atlas.errors import UserError
-from rows import label, write_rows
+from rows import chat, label, write_rows
 
 ALPACA = [{"instruction": f"Say {i}, é 你.", "input": "", "output": f"\n{i:03d}"} for i in range(6)]
 
@@ -80,6 +80,7 @@ def test_a_bad_row_is_named_with_its_own_file_and_line(base_folder: Path, tmp_pa
         ("empty_lines.csv", "\r\n \n,\ninstruction,output\na,b\n", 1, 0),
         ("nul.csv", "instruction,output\na,b\nc\0,d\n", 1, 1),
         ("quotes.csv", 'instruction,output\n"a\nb","c ""d"""\n', 1, 0),
+        ("empty_prompt.jsonl", json.dumps({"prompt": [], "response": chat("q", "a")["messages"]}), 1, 0),
     ],
 )
 def test_odd_files(name: str, content: str, good: int, bad: int, base_folder: Path, tmp_path: Path):
@@ -93,12 +94,13 @@ def test_odd_files(name: str, content: str, good: int, bad: int, base_folder: Pa
     ("name", "content", "line"),
     [
         ("trailing_comma.json", '[{"instruction": "a", "output": "b"},]', 1),
-        ("broken_item.json", '[{"instruction": "a", "output": "b"},\n{"instruction": "c",]', 1),
+        ("broken_item.json", '[{"instruction": "a", "output": "b"},\n{"instruction": "c",]', 2),
+        ("inside_an_item.json", '[\n{"instruction": "a",\n"output": b}\n]', 3),
         ("unclosed.json", '[{"instruction": "a", "output": "b"}', 1),
-        ("unclosed_after_comma.json", '[{"instruction": "a", "output": "b"},\n', 1),
+        ("unclosed_after_comma.json", '[{"instruction": "a", "output": "b"},\n', 2),
         ("garbage_after.json", '[{"instruction": "a", "output": "b"}] and more', 1),
-        ("two_arrays.json", '[{"instruction": "a", "output": "b"}]\n[{"instruction": "c", "output": "d"}]', 1),
-        ("no_comma.json", '[\n{"instruction": "a", "output": "b"}\n {"instruction": "c", "output": "d"}]', 2),
+        ("two_arrays.json", '[{"instruction": "a", "output": "b"}]\n[{"instruction": "c", "output": "d"}]', 2),
+        ("no_comma.json", '[\n{"instruction": "a", "output": "b"}\n {"instruction": "c", "output": "d"}]', 3),
         ("open_quote.csv", 'instruction,output\na,b\nc,"d\ne,f\n', 3),
     ],
 )

@@ -119,6 +119,11 @@ def test_verdicts(results: Path, capsys: pytest.CaptureFixture):
     )
 
 
+def test_a_run_is_not_compared_with_itself(results: Path, capsys: pytest.CaptureFixture):
+    assert run(results, "base", "base") == 2
+    assert "compare needs different runs: 'base' stands twice" in capsys.readouterr().err
+
+
 def test_page_and_plots_are_the_same_bytes_each_time(results: Path):
     def outputs() -> dict[str, bytes]:
         assert run(results, "base", "tuned", "again") == 0
@@ -317,7 +322,19 @@ def test_a_damaged_metrics_file_is_one_message(results: Path, capsys: pytest.Cap
         damage(metrics)
         file.write_text(json.dumps(metrics))
         assert str(results) in one_message(results, capsys), kind
-    texts = ("", "{", "null", "7", "[]", '{"schema": 1, "runs": []} x', "\x00\xff", "[" * 100_000)
+    texts = (
+        "",
+        "{",
+        "{}",
+        '{"loss": 0.3}',
+        '{"runs": []}',
+        "null",
+        "7",
+        "[]",
+        '{"schema": 1, "runs": []} x',
+        "\x00\xff",
+        "[" * 100_000,
+    )
     for text in (*texts, '{"schema": 1' + "0" * 5000 + "}"):
         file.write_text(text, encoding="latin-1")
         assert "metrics.json cannot be read (" in one_message(results, capsys), text[:50]

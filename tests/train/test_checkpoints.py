@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from atlas.errors import UserError
-from atlas.files import sha256
+from atlas.files import read_object, sha256
 from atlas.hub.push import push
 from atlas.lock import HOLDER, held, refuse_if_held
 from atlas.train import checkpoints as checkpoints_of
@@ -117,6 +119,48 @@ def test_a_checkpoint_that_was_never_finished_is_written_again(
     out = capfd.readouterr().out
     assert f"not resumed from {folder / 'checkpoint-4'}: it was never finished" in out
     assert f"resume from {folder / 'checkpoint-3'}" in out and damage(folder / "checkpoint-4") is None
+
+
+LEFT = {  # of a checkpoint, by a kill
+    "before its seal was in place": lambda c: (shutil.rmtree(c), c.mkdir(), (c / f"{SEAL}.tmp").write_text("{")),
+    "while it was removed": lambda c: [path.unlink() for path in c.iterdir() if path.name != SEAL],
+    "with a lost seal": lambda c: (c / SEAL).unlink(),
+    "with half a seal": lambda c: os.truncate(c / SEAL, 300),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_what_a_kill_leaves_of_a_checkpoint_is_written_again_whole(
+    kind: str, whole: tuple[list[str], FinishedRun], tmp_path: Path
+):
+    arguments, run = whole
+    folder = broken_off(run.folder, tmp_path / "out", 4)
+    LEFT[kind](folder / "checkpoint-4")
+    assert trace(train(arguments, f"output.dir={folder}")) == trace(run)
+    assert damage(folder / "checkpoint-4") is None
+
+
+def test_a_stop_in_the_last_step_keeps_the_best_adapter(sft_args: list[str], rows_file: Path, tmp_path: Path):
+    """The evaluation that is made up for finds that the last step is the best one; no save follows that could note it."""
+    arguments = [
+        *[*sft_args, "train.max_steps=2", "train.gradient_accumulation_steps=40", f"data.train={rows_file}:240"],
+        *["train.save_strategy=steps", "train.save_steps=1", "train.load_best_model_at_end=true"],
+        *["train.eval_strategy=steps", "train.eval_steps=1", f"data.eval={rows_file}:8", "train.warmup_steps=0"],
+    ]
+    folder = tmp_path / "out"
+
+    def stop() -> None:
+        while "step" not in read_object(folder / "checkpoint-1" / SEAL):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert sft.main(arguments) == 143
+    thread.join()
+    resumed, alone = train(arguments), train(arguments, f"output.dir={tmp_path / 'alone'}")
+    assert alone.manifest["result"]["best_step"] == resumed.manifest["result"]["best_step"] == 2
+    assert trace(resumed) == trace(alone)
 
 
 def test_where_no_checkpoint_is_whole_the_start_from_0_is_said(

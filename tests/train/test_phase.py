@@ -42,6 +42,8 @@ def test_it_has_preflight(plain_args: list[str], tmp_path: Path, capfd):
     assert "unknown key 'train.packing'" in capfd.readouterr().err
     assert phase_plain.main([*plain_args, "train.optim=adamw_bnb_9bit"]) == 2
     assert "train.optim=adamw_bnb_9bit" in capfd.readouterr().err
+    assert phase_plain.main([*plain_args, "--dump-template-audit"]) == 2
+    assert "the data of phase 'plain' have no audit" in capfd.readouterr().err
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tokenizer.json").write_text("{}")
     assert phase_plain.main(plain_args) == 2

@@ -262,13 +262,17 @@ def _explain(error: ValidationError, sources: Mapping[str, str], path: Path, sch
         elif kind == "train_field":
             lines.append(f"{where}: {key} {message}")
         elif kind in ("model_type", "dict_type", "mapping_type"):
-            lines.append(f"{where}: {key} must be a mapping, got {type(given).__name__} {_short(given)}")
+            lines.append(f"{where}: {key} must be a mapping, got {_kind(given)} {_short(given)}")
         elif kind != "too_short" or not given:  # else: of items that another line finds wrong
             shown = (
                 "" if isinstance(given, Mapping) else f", got {_short(given)}"
             )  # else several keys together are wrong
             lines.append(f"{where}: {key}: {message[0].lower()}{message[1:]}{shown}")
     return "\n       ".join(lines)
+
+
+def _kind(value: object) -> str:
+    return "list" if isinstance(value, tuple) else type(value).__name__
 
 
 def _fields(section: str) -> dict[str, FieldInfo]:

@@ -94,7 +94,7 @@ def _is_list_of_objects(value: Any) -> bool:
 
 def _said(role: str, content: Any) -> list[Any]:
     """A text as one message; a list of messages as it is."""
-    if content and _is_list_of_objects(content) and "role" in content[0]:
+    if _is_list_of_objects(content) and (not content or "role" in content[0]):
         return list(content)
     return [{"role": role, "content": content}]
 

@@ -191,7 +191,7 @@ def label_rows(rows: "Dataset", labeler: Labeler, known: str, *settings: Any, nu
             batch_size=BATCH_ROWS,
             remove_columns=rows.column_names,
             cache_file_name=str(folder / "labels.arrow"),
-            new_fingerprint=digest(known),
+            new_fingerprint=digest(known)[:32],  # with num_proc datasets adds to it, and 64 is its limit
             num_proc=num_proc,
             desc="labels",
         ),

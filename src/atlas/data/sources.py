@@ -264,7 +264,9 @@ def _array_items(file: TextIO) -> Iterator[tuple[int, str]]:
                 text, at, ended = text[at:] + chunk, 0, not chunk
                 continue
             if not is_last or start < len(text):
-                problem = f"{getattr(error, 'msg', error)}: {one_line(text[at : at + 60])}"
+                found = getattr(error, "pos", start)  # of a JSONDecodeError: where in the item the mistake is
+                line += text.count("\n", at, found)
+                problem = f"{getattr(error, 'msg', error)}: {one_line(text[found : found + 60])}"
                 raise _broken_off(file, line, f"the JSON array cannot be read ({problem})") from None
             return
         line += text.count("\n", at, start)

@@ -102,6 +102,8 @@ def comparison(results: Path, names: Sequence[str], task: str | None = None) -> 
     """
     if len(names) < 2:
         raise UserError("compare needs two runs: atlas compare A B")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"compare needs different runs: {twice!r} stands twice")
     with locked(results):
         loaded = [_load(results, name, task) for name in names]
     (a, of_a), *others = loaded

@@ -49,7 +49,7 @@ def read_metrics(results: Path) -> Metrics:
     path = results / METRICS
     try:
         if not path.exists():
-            return Metrics()
+            return Metrics(schema=1)
         metrics = Metrics.model_validate_json(path.read_bytes())
         names = [run.name for run in metrics.runs]
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -141,7 +141,7 @@ def store(results: Path, run: Run, task: str, scored: Task, records: Sequence[Re
         scored.records_sha256 = digest(lines)
         run.tasks[task] = scored
         run.date = datetime.now(UTC).isoformat(timespec="seconds")
-        metrics = Metrics(runs=[*(by_name | {run.name: run}).values()])
+        metrics = Metrics(schema=1, runs=[*(by_name | {run.name: run}).values()])
         with writing(results / METRICS, _AGAIN):
             write_text(results / METRICS, metrics.model_dump_json(indent=1, by_alias=True) + "\n")
 

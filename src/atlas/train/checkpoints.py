@@ -65,7 +65,9 @@ def begin(folder: Path, run: Identity) -> None:
         folder.unlink()
     others = _others_files(folder) if folder.is_dir() else []
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SEAL, {"format": _FORMAT, "start": run.start, "others": others})
+    # Their times tell a file that stays from one that the save writes over: of an older checkpoint with a lost seal.
+    times = {name: (folder / name).lstat().st_mtime_ns for name in others}
+    write_json(folder / SEAL, {"format": _FORMAT, "start": run.start, "others": times})
     for path in folder.rglob("*"):
         if path.is_file() and path.relative_to(folder).as_posix() not in (SEAL, *others):
             path.unlink()
@@ -73,10 +75,11 @@ def begin(folder: Path, run: Identity) -> None:
 
 def seal(folder: Path, run: Identity, step: int) -> None:
     """Bring the files of a written checkpoint to the disk, then list them in its seal."""
-    others = {SEAL, *read_object(folder / SEAL)["others"]}
+    times = read_object(folder / SEAL)["others"]
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if (name := path.relative_to(folder).as_posix()) not in others:
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SEAL):
+        name = path.relative_to(folder).as_posix()
+        if path.lstat().st_mtime_ns != times.get(name):
             flush(path)
             files[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     contents = {"format": _FORMAT, "step": step, **asdict(run), "versions": versions(), "files": files}
@@ -91,6 +94,10 @@ def discard(folder: Path) -> None:
     elif names := _others_files(folder):
         _say_once(f"{folder} is not removed: atlas has not written {', '.join(names[:3])} in it")
     else:
+        # The seal goes last: it tells whose a folder is that a kill leaves half removed.
+        for path in folder.rglob("*"):
+            if path.is_file() and path != folder / SEAL:
+                path.unlink()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -111,10 +118,10 @@ def _others_files(checkpoint: Path) -> list[str]:
     """The files in a checkpoint that atlas has not written, as far as its seal can tell."""
     contents = read_object(checkpoint / SEAL)
     found = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir()]
-    if "others" in contents:  # not finished
+    if "others" in contents:  # not finished: all that has come since is a part of it
         return [name for name in contents["others"] if name in found]
-    known = {SEAL, *(contents["files"] if isinstance(contents.get("files"), dict) else ())}
-    return sorted(name for name in found if name not in known)
+    known = contents["files"] if isinstance(contents.get("files"), dict) else ()
+    return sorted(name for name in found if name not in known and not name.startswith(SEAL))  # nor its `.tmp`
 
 
 @cache
@@ -127,7 +134,8 @@ def foreign(checkpoint: Path) -> str | None:
     contents = read_object(checkpoint / SEAL)
     if contents.get("format", _FORMAT) != _FORMAT:
         return f"is of another version of atlas (format {contents['format']}, this one writes {_FORMAT})"
-    if contents or any(checkpoint.glob(PROGRESS.format(rank="*"))) or not any(checkpoint.iterdir()):
+    own = (SEAL + "*", PROGRESS.format(rank="*"))  # a kill can leave one of them alone, or a `.tmp` of it
+    if contents or any(path for name in own for path in checkpoint.glob(name)) or not any(checkpoint.iterdir()):
         return None
     return "is not a checkpoint of atlas"
 
@@ -136,7 +144,8 @@ def finished_manifest(output_dir: Path, run: Identity) -> dict[str, Any] | None:
     """The manifest in `output_dir` if it is of this run and its adapter is whole, else None."""
     manifest = read_object(output_dir / "manifest.json")
     adapter = output_dir / "adapter_model.safetensors"
-    if _difference(_of_manifest(manifest), run) or not adapter.is_file():
+    there = all((output_dir / name).is_file() for name in (adapter.name, "adapter_config.json", "tokenizer.json"))
+    if _difference(_of_manifest(manifest), run) or not there:
         return None
     return manifest if sha256(adapter) == manifest.get("adapter_sha256") else None
 
@@ -224,6 +233,8 @@ def _chosen(folder: Path, run: Identity) -> Path:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
+    if not folder.is_dir():
+        return "there is no such folder"
     contents = read_object(folder / SEAL)
     if not contents:
         return f"not a whole checkpoint of atlas: {SEAL} is missing or damaged"

@@ -49,6 +49,6 @@ def refuse_foreign(output_dir: Path, resume: str) -> None:
     if found:
         more = f", and {len(found) - 3} more" if len(found) > 3 else ""
         raise UserError(
-            f"output.dir: {output_dir} holds files that this run would write over or remove, but atlas has not written them:\n"
+            f"output.dir: {output_dir} holds files that this run would write over or remove, but they are not its own:\n"
             f"       {'; '.join(found[:3])}{more}\n       Set another output.dir, or move these files away"
         )

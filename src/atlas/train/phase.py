@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from atlas.config import Config
+from atlas.config import Config, LoadedConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -31,8 +31,8 @@ class Rows(Protocol):
         """Told at the end how many rows the trainer used: a stream has read more of them."""
 
     def manifest(self) -> dict[str, Any]:
-        """Its part of manifest.json; plain JSON types."""
-        return {}
+        """Its part of manifest.json; plain JSON types, with a `fingerprint` and a list of `sources` under `data`."""
+        return {"data": {"fingerprint": self.fingerprint, "sources": []}}
 
     def write(self, folder: Path) -> None:
         """Write the reports on these rows beside the adapter."""
@@ -57,6 +57,8 @@ class Phase:
     """(dataset, arguments) -> the dataset in the order and form in which the trainer takes it."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that are the same in each run of the phase."""
+    audit: Callable[[LoadedConfig], Path] | None = None
+    """Writes the audit of the data and returns its path, for `--dump-template-audit`; None: there is no audit."""
     checks: Mapping[str, Callable[[Config], tuple[str, str]]] = field(default_factory=dict)
     """Its own lines of preflight: name -> (status, text)."""
 

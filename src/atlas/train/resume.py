@@ -182,8 +182,8 @@ class Resumable(Trainer):
             self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
         elif self.state.best_global_step:
             self.state.best_model_checkpoint = str(best)  # the folder may have been moved since
-        if progress["evaluation_due"]:
-            self._determine_best_metric(self._evaluate(None, None), None)
+        if progress["evaluation_due"] and self._determine_best_metric(self._evaluate(None, None), None):
+            self.state.best_model_checkpoint = str(checkpoint)  # no later save may come that notes it
 
     # Evaluation
 

@@ -19,7 +19,7 @@ from atlas.cli import Main, command
 from atlas.config import LoadedConfig, load_config, render_config
 from atlas.console import duration, quiet_libraries, say
 from atlas.device import Machine, choose_device, memory_gib
-from atlas.errors import DONE, FAILED, RunError, StoppedError
+from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError
 from atlas.files import flush, sha256, write_json
 from atlas.hub.card import write_card
 from atlas.hub.push import push
@@ -31,6 +31,7 @@ from atlas.train.arguments import left_out
 from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest, newest
 from atlas.train.folder import STAGING, own
 from atlas.train.manifest import build_manifest
+from atlas.train.phase import phase_of
 from atlas.train.preflight import preflight
 
 if TYPE_CHECKING:
@@ -71,9 +72,10 @@ def _main(phase: str, train: Train, arguments: Namespace) -> int:
     # On a shared machine OpenMP's spinning barriers make small steps 6-13x slower; read once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if arguments.dump_template_audit:
-        from atlas.data.commands import dump_audit
-
-        dump_audit(loaded)
+        audit = phase_of(loaded.config).audit
+        if audit is None:
+            raise UserError(f"--dump-template-audit: the data of phase {phase!r} have no audit")
+        audit(loaded)
         return DONE
     with contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(None):
         run = train(loaded, arguments.resume)
@@ -153,6 +155,8 @@ class Run:
         config, arguments = self.loaded.config, self.ready.arguments
         with PartialState().local_main_process_first():  # one process prepares, the others read its cache
             self.rows = self.phase.rows(config, self.ready.tokenizer)
+            if not isinstance(self.rows.fingerprint, str):
+                raise TypeError(f"phase {self.phase.name}: the fingerprint of its rows is not a text")
             self.train_dataset = self.phase.arrange(self.rows.dataset, arguments)
         if (arguments.world_size > 1 or arguments.dataloader_drop_last) and not config.data.streaming:
             print(left_out(len(self.train_dataset), arguments))

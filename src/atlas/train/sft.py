@@ -95,6 +95,12 @@ def _arrange(rows: "Dataset | IterableDataset", arguments: "SFTConfig") -> "Data
     return arrange(rows, arguments)
 
 
+def _audit(loaded: LoadedConfig) -> Path:
+    from atlas.data.commands import dump_audit
+
+    return dump_audit(loaded)
+
+
 def _loss(config: Config) -> tuple[str, str]:
     if not config.train_value("assistant_only_loss"):
         return "warn", "on ALL tokens, prompts too, and nothing is audited: train.assistant_only_loss is false"
@@ -115,6 +121,7 @@ SFT = Phase(
     ),
     # The labels are made already, so TRL has nothing to prepare.
     fixed={"assistant_only_loss": False, "dataset_kwargs": {"skip_prepare_dataset": True}},
+    audit=_audit,
     checks={"loss": _loss},
 )
 
