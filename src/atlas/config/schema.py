@@ -269,7 +269,7 @@ class Config(_Section):
     def _known_phase(cls, value: str) -> str:
         if value not in SCHEMAS:
             near = difflib.get_close_matches(value[:100], SCHEMAS, n=1, cutoff=0)[0]
-            raise ValueError(f"there is no such phase; did you mean {near!r}?")
+            raise ValueError(f"there is no such phase; did you mean {near!r}? (phases: {', '.join(SCHEMAS)})")
         return value
 
     @field_validator("train")
