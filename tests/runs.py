@@ -117,24 +117,14 @@ class TrainedRun(NamedTuple):
     logits: "torch.Tensor"
 
 
-# Tests that start one are in the group "processes", so that one worker has them all.
-# Each process is a copy of one that has imported all of this: the imports of `atlas sft` take seven seconds, a copy takes none.
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "datasets",
-    "peft",
-    "trl",
-    "bitsandbytes",
-    "lm_eval.api.model",
-    "atlas.train.sft_trainer",
-)
+# A process of a test is a copy of one that has imported all of this: `atlas sft` takes seven seconds for that, a copy no time.
+# Tests that start processes are in the group "processes", so that one worker has them all. The server does not fork this process,
+# because the threads of OpenMP and of the stand-in for the Hub do not survive a fork.
+LIBRARIES = ("torch", "transformers", "datasets", "peft", "trl", "bitsandbytes", "lm_eval.api.model")
 # These read the environment when they are imported, so a copy reads it anew.
 SETTINGS = ("huggingface_hub.constants", "datasets.config")
-SERVER = multiprocessing.get_context(
-    "forkserver"
-)  # not fork: the threads of OpenMP and of the stand-in do not survive it
-SERVER.set_forkserver_preload([*LIBRARIES, *SETTINGS])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([*LIBRARIES, *SETTINGS, "atlas.train.sft_trainer", "atlas.train.preflight"])
 
 
 def _run(command: tuple[str, ...], environment: dict[str, str], folder: Path, output: list[Path]) -> None:
@@ -144,7 +134,7 @@ def _run(command: tuple[str, ...], environment: dict[str, str], folder: Path, ou
     os.environ.update(environment)
     os.chdir(folder)
     for number, path in enumerate(output, 1):
-        os.dup2(os.open(path, os.O_WRONLY), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout.reconfigure(line_buffering=True)
     for name in SETTINGS:
         importlib.reload(sys.modules[name])
@@ -164,7 +154,8 @@ class Started:
 
     def __init__(self, *command: str, environment: dict[str, str] | None = None, folder: Path = ROOT) -> None:
         self.command = command
-        self.files = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
+        self.place = tempfile.TemporaryDirectory()
+        self.files = [Path(self.place.name, name) for name in ("out", "err")]
         arguments = (command, environment or dict(os.environ), folder, self.files)
         self.process = SERVER.Process(target=_run, args=arguments)
         self.began = time.monotonic()
@@ -172,7 +163,7 @@ class Started:
 
     def said(self) -> list[str]:
         """What stands on stdout and stderr until now."""
-        return [file.read_text(encoding="utf-8") for file in self.files]
+        return [file.read_text(encoding="utf-8") if file.exists() else "" for file in self.files]
 
     def wait_for(self, text: str) -> None:
         while text not in self.said()[0]:

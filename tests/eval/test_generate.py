@@ -103,14 +103,13 @@ def test_a_seed_makes_sampling_repeat(lab: PocketPaths, capsys):
     assert sampled(1) == sampled(1) != sampled(2)
 
 
-def test_a_conversation_remembers_until_it_is_reset(reference: Reference, lab: PocketPaths, monkeypatch, capsys):
-    lines = [QUESTION, "And who is with her?", "/reset", QUESTION, ""]
+def test_a_conversation_remembers_until_it_is_reset(trained_run: TrainedRun, monkeypatch, capsys):
+    reference, follow_up = Reference(trained_run.base, trained_run.folder), "And who is with her?"
+    lines = [QUESTION, follow_up, "/reset", QUESTION, ""]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
-    assert generate.main(["--model", str(lab.base), "--max-new-tokens", "6"]) == 0
-    first, again = (reference.reply([user(text)], 6)[0] for text in lines[:2])
-    then = reference.reply([user(QUESTION), {"role": "assistant", "content": first}, user("And who is with her?")], 6)[
-        0
-    ]
+    assert generate.main(["--adapter", str(trained_run.folder), "--max-new-tokens", "6"]) == 0
+    first, again = (reference.reply([user(text)], 6)[0] for text in (QUESTION, follow_up))
+    then = reference.reply([user(QUESTION), {"role": "assistant", "content": first}, user(follow_up)], 6)[0]
     assert again != then  # it matters what was said before
     assert capsys.readouterr().out == f"{first}\n{then}\n{first}\n"
 

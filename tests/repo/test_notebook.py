@@ -103,8 +103,12 @@ def test_the_stop_button_stops_the_command_once_and_lets_it_save(cells: dict[str
         if text == "begun\n" and file is None
         else print(text, *rest, file=file)
     )
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where a shell runs the suite in the background
     with pytest.raises(RuntimeError, match="exit status 130 of"):
         cells["run"](sys.executable, "-c", saves)
+    signal.signal(signal.SIGINT, before)
     assert "saved" in capsys.readouterr().out
 
 

@@ -110,7 +110,7 @@ def in_shards(folder: Path) -> None:
 
 def too_big(folder: Path) -> None:
     path = folder / "config.json"
-    huge = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 100, "layer_types": None}
+    huge = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 8, "layer_types": None}
     path.write_text(json.dumps(json.loads(path.read_text()) | huge))
 
 

@@ -184,11 +184,11 @@ def test_recipe_config_with_a_qwen_shaped_model(tokenizer: str, shared: Path, tm
             [
                 f"model.name={tmp_path / 'model'}",
                 f"model.tokenizer_name={shared / f'qwen2.5-tokenizer-{tokenizer}'}",
-                f"data.train={shared / 'multiturn' / 'oasst_en_multiturn.jsonl'}",
+                f"data.train={shared / 'multiturn' / 'oasst_en_multiturn.jsonl'}:40",
                 f"output.dir={tmp_path / 'out'}",
                 "train.max_steps=1",
                 "train.per_device_train_batch_size=1",
-                "train.gradient_accumulation_steps=2",
+                "train.gradient_accumulation_steps=1",
             ],
         )
     )
