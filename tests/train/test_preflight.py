@@ -88,7 +88,10 @@ def test_a_package_that_peft_refuses_is_one_line(sft_args: list[str], trained_ru
 def test_a_library_that_is_too_old_is_one_line(sft_args: list[str], installed, capsys):
     installed("trl", "0.19.1")
     assert preflight.main(sft_args) == 2
-    assert "trl 0.19.1 is installed, atlas needs >=1.16: `pip install -U 'trl>=1.16'`" in capsys.readouterr().err
+    assert (
+        "trl 0.19.1 is installed, atlas needs <1.17,>=1.16: `pip install -U 'trl<1.17,>=1.16'`"
+        in capsys.readouterr().err
+    )
 
 
 def damaged_model(base: Path, folder: Path, damage: Callable[[Path], object]) -> str:
