@@ -103,7 +103,10 @@ def judge(template: str, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]
     except NoStopTokenError:
         return found | {"stop": None, "verdicts": dict.fromkeys(CASES, "stop")}
     except Exception as error:  # a template for messages of another shape (lists of parts with images): its own refusal
-        return found | {"stop": None, "verdicts": dict.fromkeys(CASES, f"not rendered: {_short(error)}")}
+        return found | {
+            "stop": None,
+            "verdicts": dict.fromkeys(CASES, f"not rendered: {getattr(error, 'problem', None) or _short(error)}"),
+        }
     verdicts = {}
     for case, row in CASES.items():
         (labeled,) = labeler.label([row])
