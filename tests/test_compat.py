@@ -69,7 +69,7 @@ def test_datasets_names_equal_content_equally(rows_file: Path):
 
 
 def test_the_sums_of_a_log_are_those_of_the_trainer(sft_args):
-    """Fails with "transformers X.Y has no Trainer...: see _LOG in atlas/compat.py"."""
+    """Fails with "transformers X.Y has no Trainer...: see its use in atlas/compat.py"."""
     trainer = train(sft_args).trainer
     sums = compat.log_sums(trainer)
     assert sums["total_loss"] > 0 and sums["last_logged"] == trainer.state.global_step
@@ -77,5 +77,8 @@ def test_the_sums_of_a_log_are_those_of_the_trainer(sft_args):
     compat.restore_log_sums(trainer, sums | {"loss": 0.5, "total_tokens": 7, "metrics": {"entropy": [1.0]}})
     changed = compat.log_sums(trainer)
     assert (changed["loss"], changed["total_tokens"], changed["metrics"]) == (0.5, 7, {"entropy": [1.0]})
-    with pytest.raises(RunError, match=r"transformers 5\S* has no Trainer._tr_loss: see _LOG"):
+    with pytest.raises(RunError, match=r"transformers 5\S* has no Trainer._tr_loss: see its use"):
         compat.log_sums(object())
+    assert compat.evaluation_metrics(trainer) is trainer._metrics["eval"]
+    with pytest.raises(RunError, match=r"trl 1\S* has no Trainer._metrics: see its use"):
+        compat.evaluation_metrics(object())

@@ -118,9 +118,15 @@ def restore_log_sums(trainer: Any, sums: Mapping[str, Any]) -> None:
         trainer._metrics["train"].update({name: list(values) for name, values in sums["metrics"].items()})
 
 
-def _attribute(trainer: Any, name: str) -> Any:
+def evaluation_metrics(trainer: Any) -> dict[str, list[float]]:
+    """What a trainer of TRL has noted of each batch of an evaluation; its log has the mean of each list."""
+    metrics: dict[str, list[float]] = _attribute(trainer, "_metrics", "trl")["eval"]
+    return metrics
+
+
+def _attribute(trainer: Any, name: str, library: str = "transformers") -> Any:
     if not hasattr(trainer, name):
-        raise RunError(f"transformers {version('transformers')} has no Trainer.{name}: see _LOG in atlas/compat.py")
+        raise RunError(f"{library} {version(library)} has no Trainer.{name}: see its use in atlas/compat.py")
     return getattr(trainer, name)
 
 

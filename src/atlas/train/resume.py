@@ -60,10 +60,8 @@ class Resumable(Trainer):
     # Order of the rows
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        asked, self.args.dataloader_drop_last = (
-            self.args.dataloader_drop_last,
-            False,
-        )  # else held-out rows are left out too
+        asked = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False  # else held-out rows are left out too
         try:
             return super().get_eval_dataloader(*args, **kwargs)
         finally:
@@ -116,7 +114,8 @@ class Resumable(Trainer):
         """Raises `RunError` where a loss or a trained parameter is not finite."""
         if step := int(self._broken_at):
             self._diverged(f"the loss of step {step} is not finite", step)
-        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
+        finite = [parameter.isfinite().all() for parameter in self.model.parameters() if parameter.requires_grad]
+        if not torch.stack(finite).all():  # one wait for the GPU
             self._diverged(f"the adapter is not finite after step {self.state.global_step}")
 
     def _diverged(self, what: str, step: int | None = None) -> NoReturn:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from trl import SFTTrainer
 
+from atlas.compat import evaluation_metrics
 from atlas.train.resume import Resumable
 
 
@@ -66,8 +67,9 @@ class LabeledSFTTrainer(Resumable, SFTTrainer):
         key = next(name for name in outcome.metrics if name.endswith("_loss"))
         outcome.metrics[key] = total / max(count, 1)
         weights = sums[:, 1].cpu().numpy() / max(count, 1)
+        metrics = evaluation_metrics(self)
         for name in ("entropy", "mean_token_accuracy"):
-            self._metrics["eval"][name] = [float(weights @ np.array(self._metrics["eval"][name]))]
+            metrics[name] = [float(weights @ np.array(metrics[name]))]
         return outcome
 
 
