@@ -361,12 +361,13 @@ def test_init_writes_a_config_and_never_over_one(tmp_path: Path, monkeypatch, ca
     assert "# sft_qwen05b.yaml" in capsys.readouterr().out
 
 
-def test_the_wheel_brings_its_configs(tmp_path: Path):
+def test_the_wheel_brings_its_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Built and installed as pip does it, in an empty folder, without the checkout."""
     if find_spec("setuptools") is None:
         pytest.skip("needs setuptools, which builds the wheel")
     source, empty = tmp_path / "source", tmp_path / "empty"
     empty.mkdir()
+    monkeypatch.chdir(empty)  # in the checkout `make pocket` may have made the paths that the config names
     shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     shutil.copytree(ROOT / "configs", source / "configs")
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
