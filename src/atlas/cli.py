@@ -61,8 +61,8 @@ def parse(name: str, argv: Sequence[str] | None) -> Namespace:
 
 
 def _number_from_1(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 

@@ -330,7 +330,10 @@ def test_each_command_calls_itself_by_its_name(capsys):
 def test_a_number_of_steps_is_at_least_1(capsys):
     with pytest.raises(SystemExit, match="2"):  # 0 would be whole epochs
         sft.main(["--config", str(QWEN), "--max-steps", "0"])
-    assert "argument --max-steps: 0 is not at least 1" in capsys.readouterr().err
+    assert "argument --max-steps: '0' is not a whole number of at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sft.main(["--config", "none.yaml", "--max-steps=x"])
+    assert "argument --max-steps: 'x' is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_one_message_of_bitsandbytes_is_left_out(caplog):

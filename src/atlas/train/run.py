@@ -112,7 +112,6 @@ def open_run(phase: "Phase", loaded: LoadedConfig, resume: str) -> "Iterator[Run
     model is loaded."""
     started = time.perf_counter()
     quiet_libraries()
-
     ready = preflight(loaded, resume)
     say(f"preflight\n{ready.table()}", flush=True)
     ready.refuse_failures()
@@ -234,7 +233,6 @@ class Run:
     def close(self, trainer: "Resumable") -> FinishedRun:
         """Save adapter, tokenizer, reports, manifest and card. Raises `RunError` where they cannot be written; the last checkpoint
         stays."""
-
         result = self._result(trainer)
         manifest = build_manifest(
             self.loaded,

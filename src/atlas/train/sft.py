@@ -53,9 +53,7 @@ class LabeledRows(Rows):
         gate(config, self.labeled)
 
     def begin(self) -> None:
-        if not self.labeled.previews:
-            return
-        for ledger in self.labeled.ledgers:
+        for ledger in self.labeled.ledgers if self.labeled.previews else ():
             ledger.reset()
 
     def took(self, rows: int) -> None:
