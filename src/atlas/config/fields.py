@@ -6,7 +6,7 @@ That keeps `--help` and `--print-config` fast and lets a wrong key under `train:
 
 import ast
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ _SCALARS: dict[str, tuple[type, ...]] = {
     "None": (type(None),),
     "Literal": (bool,),  # of `Literal[False]`
 }
+_BATCHINGS = ("auto", "pack", "group", "pad")
 _SAMPLINGS = ("random", "sequential", "group_by_length", "batch_rebalance")
 # What no run can have, and the libraries say late, or not at all: the text of the message, the rule, the fields.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -45,6 +46,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "pad_to_multiple_of",
     ),
     # transformers takes any other for random
+    (f"one of {', '.join(_BATCHINGS)}", lambda x: x in _BATCHINGS, "batching"),
     (f"one of {', '.join(_SAMPLINGS)}", lambda x: x in _SAMPLINGS, "train_sampling_strategy"),
     (
         "a mapping: a file's content would not count as part of the run",
@@ -75,10 +77,12 @@ class TrainSchema:
     """Values that differ from the libraries' defaults, in every config that does not say otherwise."""
     metrics: tuple[str, ...] = ("loss",)
     """What an evaluation measures. transformers looks up metric_for_best_model only when the first evaluation is over."""
+    own: Mapping[str, TrainField] = field(default_factory=dict)
+    """Fields of atlas itself, which the phase's config class does not have."""
 
     def fields(self) -> dict[str, TrainField]:
-        """Every init field of the installed config class, by name, in source order."""
-        return _read_fields(self.sources)
+        """Every init field of the installed config class, by name, in source order, then atlas' own."""
+        return {**_read_fields(self.sources), **self.own}
 
     def problem(self, name: str, value: object) -> str | None:
         """What is wrong with `value` for the field `name`, or None (also for a field that does not exist). An enum is text here;
@@ -172,6 +176,7 @@ SCHEMAS = {
         # the loss falls on assistant content and its stop token, nothing else
         recipe=COMMON_RECIPE | {"assistant_only_loss": True},
         metrics=("loss", "entropy", "mean_token_accuracy"),
+        own={"batching": TrainField("str", "auto", True)},
     )
 }
 """The phases, by the name of their command and of `phase:` in a config."""

@@ -27,7 +27,8 @@ def phase_arguments(phase: "Phase", loaded: LoadedConfig, plan: DevicePlan) -> "
 
 def build_arguments(phase: "Phase", config: Config, plan: DevicePlan) -> "TrainingArguments":
     """The same, with the library's own exceptions."""
-    given = {**config.train, **phase.fixed, **_data_arguments(config)}
+    given = {name: value for name, value in config.train.items() if name not in config.train_schema.own}
+    given |= {**phase.fixed, **_data_arguments(config)}
     given |= {
         "output_dir": config.output.dir,
         "bf16": plan.dtype == "bfloat16",

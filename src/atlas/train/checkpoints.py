@@ -23,7 +23,7 @@ from atlas.launch import processes
 
 SEAL = "atlas_checkpoint.json"
 PROGRESS = "atlas_progress_{rank}.json"
-_FORMAT = 4
+_FORMAT = 5  # 5: rows come in another order (train.batching)
 _OTHER_FOLDER = "Set another output.dir, or change the values back, or give --resume never to train over it"
 
 
