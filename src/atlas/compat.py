@@ -8,13 +8,15 @@ that atlas overrides needs the line in `PRIVATE` alone. Where a new version has 
 has no ...: see PRIVATE in atlas/compat.py", and so does the run that needs it.
 """
 
+import contextlib
 import inspect
 import sys
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from atlas.errors import RunError, UserError, first_line
@@ -44,6 +46,10 @@ PRIVATE: dict[str, dict[str, tuple[str, ...]]] = {
         "_get_train_sampler": (),
         "_get_eval_sampler": (),
         "_move_model_to_device": ("model", "device"),
+    },
+    "trl.trainer.utils": {  # what TRL's fused LM head is made of; replaced while atlas' own computes
+        "_use_triton": ("device",),
+        "_ChunkedLogProbFunction": (),
     },
     "lm_eval.models.huggingface:HFLM": {"_model_generate": ("context", "stop")},  # overridden in eval/harness.py
 }
@@ -122,6 +128,26 @@ def evaluation_metrics(trainer: Any) -> dict[str, list[float]]:
     """What a trainer of TRL has noted of each batch of an evaluation; its log has the mean of each list."""
     metrics: dict[str, list[float]] = _attribute(trainer, "_metrics", "trl")["eval"]
     return metrics
+
+
+def head_is_fused(device: Any) -> bool:
+    """Does TRL's LM head score supervised positions alone on this torch device? It does where it has a kernel in Triton."""
+    return bool(private("trl.trainer.utils", "_use_triton")(device))
+
+
+@contextlib.contextmanager
+def fused_head(log_prob: Any) -> Iterator[None]:
+    """While this is open, TRL's fused LM head takes supervised positions alone, and computes them with `log_prob`, which has the
+    arguments and results of TRL's own function and gets that as its first argument. TRL offers no choice of the function."""
+    from trl.trainer import utils
+
+    own, everywhere = (private("trl.trainer.utils", name) for name in ("_ChunkedLogProbFunction", "_use_triton"))
+    utils._ChunkedLogProbFunction = SimpleNamespace(apply=partial(log_prob, own.apply))
+    utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        utils._ChunkedLogProbFunction, utils._use_triton = own, everywhere
 
 
 def _attribute(trainer: Any, name: str, library: str = "transformers") -> Any:

@@ -1,5 +1,6 @@
 """TRL's SFTTrainer on rows that are labelled already: counts supervised tokens, and weighs the held-out loss by them."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,8 @@ import numpy as np
 import torch
 from trl import SFTTrainer
 
-from atlas.compat import evaluation_metrics
+from atlas.compat import evaluation_metrics, fused_head, head_is_fused
+from atlas.train.head import supervised_log_prob
 from atlas.train.resume import Resumable
 
 
@@ -37,13 +39,19 @@ class LabeledSFTTrainer(Resumable, SFTTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.model.training:
             self.supervised_tokens += int(_supervised(inputs))
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            with self._head():
+                return super().compute_loss(model, inputs, *args, **kwargs)
         self._mask_repeated_rows(inputs)
         count = _supervised(inputs)
-        found = super().compute_loss(model, inputs, *args, **kwargs)
+        with self._head():
+            found = super().compute_loss(model, inputs, *args, **kwargs)
         mean = found[0] if isinstance(found, tuple) else found
         self._held_out.append(torch.stack([mean.detach().double() * count, count.double()]))
         return found
+
+    def _head(self) -> contextlib.AbstractContextManager[None]:
+        """Where TRL's LM head would project every position, atlas' own takes its place."""
+        return contextlib.nullcontext() if head_is_fused(self.args.device) else fused_head(supervised_log_prob)
 
     def _mask_repeated_rows(self, inputs: dict[str, Any]) -> None:
         """With several processes accelerate fills the last batches with rows from the start, which must not count twice."""

@@ -1,0 +1,107 @@
+"""The LM head and its loss on the supervised positions alone, in chunks, with nothing computed twice.
+
+TRL's own head does this where Triton runs. Elsewhere (a CPU; CUDA without Triton) it projects every position, padding included,
+and projects it once more in the backward pass. Here the gradient of the hidden states is computed beside the loss, while a chunk's
+logits are in memory: two matrix products for each supervised position instead of three for each position, and no more than
+`CHUNK_BYTES` of logits at a time. The idea is that of Liger's fused linear cross-entropy (https://arxiv.org/abs/2410.10989), for a
+head that is not trained.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CHUNK_BYTES = 128 * 2**20
+"""Of one chunk's logits in float32; a buffer of the same size holds their exponentials. 220 positions of Qwen2.5's vocabulary."""
+
+
+class SupervisedLogProb(torch.autograd.Function):
+    """The log-probabilities of target tokens under a frozen LM head.
+
+    `apply(hidden, weight, bias, targets, scale)` with hidden states (N, H), weight (V, H), bias (V) or None, targets (N) and the
+    model's factor on the logits -> log-probabilities, entropies in nats, and whether the target is the likeliest token, each (N).
+    Only the log-probabilities have a gradient, and only to the hidden states. It is exact for any weights of the tokens:
+    d log p(t) / d h = scale * (W[t] - sum_v p(v) W[v]) is kept, (N, H), and the backward pass multiplies it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows, vocabulary = len(hidden), len(weight)
+        chunk = max(1, min(rows, CHUNK_BYTES // (4 * vocabulary)))
+        logits = hidden.new_empty((chunk, vocabulary), dtype=torch.float32)
+        exponentials = torch.empty_like(logits)
+        log_probs, entropy = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(2))
+        is_top1 = targets.new_empty(rows, dtype=torch.bool)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, rows, chunk):
+            part = slice(start, min(start + chunk, rows))
+            count, target = part.stop - start, targets[part]
+            z, e = logits[:count], exponentials[:count]
+            _product(hidden[part], weight.t(), z)
+            if bias is not None:
+                z += bias
+            if scale != 1:
+                z *= scale
+            highest, likeliest = z.max(-1)
+            torch.sub(z, highest[:, None], out=e).exp_()
+            total = e.sum(-1)
+            log_total = highest + total.log()
+            log_probs[part] = z.gather(-1, target[:, None])[:, 0] - log_total
+            entropy[part] = log_total - torch.linalg.vecdot(e, z) / total
+            is_top1[part] = likeliest == target
+            if gradient is not None:
+                expected = e.to(weight.dtype) @ weight
+                gradient[part] = scale * (weight[target] - expected / total[:, None])
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(entropy, is_top1)
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        of_log_probs = gradients[0]
+        none = (None,) * 4
+        if of_log_probs is None:
+            return None, *none
+        return gradient * of_log_probs[:, None].to(gradient.dtype), *none
+
+
+def supervised_log_prob(
+    of_trl: Callable[..., Any],
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: float,
+    chunk_size: int,
+    softcap: float | None,
+    scale: float,
+    outputs: tuple[str, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    """`SupervisedLogProb` in the form of TRL's function: log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1. A head that is
+    trained, or whose logits are bent (Gemma), is left to TRL's function `of_trl`."""
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained or softcap is not None or not {"entropy", "is_top1"}.issuperset(set(outputs) - {"log_probs"}):
+        found: tuple[torch.Tensor | None, ...] = of_trl(
+            hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
+        )
+        return found
+    log_probs, entropy, is_top1 = SupervisedLogProb.apply(hidden, weight, bias, targets, scale / temperature)
+    return log_probs, entropy, None, None, is_top1
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """`a @ b` into `out`, in the dtype of `b`."""
+    if b.dtype == out.dtype:
+        torch.mm(a.to(b.dtype), b, out=out)
+    else:
+        out.copy_(a.to(b.dtype) @ b)
