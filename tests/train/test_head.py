@@ -1,6 +1,7 @@
 """The LM head on supervised positions: the same losses, gradients and metrics as TRL's own, in bounded memory."""
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_models_have_the_losses_and_gradients_of_trl(config, trained: bool):
         with fused_head(supervised_log_prob) if own else contextlib.nullcontext():
             out = model(input_ids=ids, labels=labels, fused_lm_head=True)
         out.loss.backward()
-        gradients = [p.grad.clone() for p in (others + [head_of] if trained else others)]
+        gradients = [p.grad.clone() for p in ([*others, head_of] if trained else others)]
         return out.loss, gradients, out.entropy, out.is_top1.float()
 
     for found, expected in zip(step(own=True), step(own=False), strict=True):
@@ -150,9 +151,9 @@ def test_full_logits_are_never_held(sft_args: list[str], monkeypatch: pytest.Mon
     assert 0 < largest.elements <= width * vocabulary
 
 
-def test_the_held_out_loss_is_that_of_trl(sft_args: list[str], rows_file, monkeypatch: pytest.MonkeyPatch, tmp_path):
+def test_the_held_out_loss_is_that_of_trl(sft_args: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def evaluated(folder: str) -> dict[str, float]:
-        more = [f"output.dir={tmp_path / folder}", f"data.eval={rows_file}", "train.per_device_eval_batch_size=3"]
+        more = [f"output.dir={tmp_path / folder}", "data.eval_rows=20", "train.per_device_eval_batch_size=3"]
         trainer = train([*sft_args, "train.max_steps=2", *more]).trainer
         return next(line for line in trainer.state.log_history if "eval_loss" in line)
 
