@@ -57,6 +57,10 @@ class Resumable(Trainer):
         """What a trainer adds to the result in manifest.json; every process has to call it."""
         return {}
 
+    def decided(self) -> dict[str, str]:
+        """What a trainer has decided for the user: what, and in words which way and why. Printed once, when the run starts."""
+        return {}
+
     # Order of the rows
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:

@@ -195,6 +195,8 @@ class Run:
         self.trainable = cast_trainable_to_fp32(trainer.model)
         lora = self.loaded.config.lora
         print(f"adapter r={lora.r} alpha={lora.lora_alpha}: {self.trainable:,} trainable parameters, float32")
+        for what, text in trainer.decided().items():
+            print(f"{what}: {text}")
         return trainer
 
     def fit(self, trainer: "Resumable") -> None:

@@ -27,6 +27,15 @@ class LabeledSFTTrainer(Resumable, SFTTrainer):
     def result(self) -> dict[str, Any]:
         return {"supervised_tokens": self.supervised_tokens_of_all()}
 
+    def decided(self) -> dict[str, str]:
+        device, said = self.args.device, "supervised positions alone, "
+        if head_is_fused(device):
+            # benchmarks/gpu.py compares it with Liger's and with atlas' own; no figures of a GPU are known yet.
+            return {
+                "loss head": f"{said}TRL's Triton kernel ({device.type}; atlas' own has not been compared with it there)"
+            }
+        return {"loss head": f"{said}in chunks, nothing computed twice ({device.type}: TRL's would take all positions)"}
+
     def supervised_tokens_of_all(self) -> int:
         """Supervised tokens trained on since the start; every process has to call it."""
         own = torch.tensor(self.supervised_tokens, device=self.accelerator.device)
