@@ -51,7 +51,6 @@ PRIVATE: dict[str, dict[str, tuple[str, ...]]] = {
         "_use_triton": ("device",),
         "_ChunkedLogProbFunction": (),
     },
-    "lm_eval.models.huggingface:HFLM": {"_model_generate": ("context", "stop")},  # overridden in eval/harness.py
 }
 # Of a Trainer while it trains: the sums of its log since the last line, and with how many steps its mean loss is taken.
 _LOG = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")

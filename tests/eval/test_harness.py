@@ -45,9 +45,12 @@ def prompt(key: int, *names: str, kwargs: list[dict[str, Any]] | None = None) ->
     return {"key": key, "prompt": "Hi", "instruction_id_list": names, "kwargs": kwargs or [{} for _ in names]}
 
 
-def test_batch_size_changes_nothing(lab: base.PocketPaths, loaded: tuple[Any, Any]) -> None:
+def test_batch_size_changes_nothing(lab: base.PocketPaths, loaded: tuple[Any, Any], capsys: Any) -> None:
     one, records = run_ifeval(*loaded, lab.eval, batch_size=1, max_gen_toks=24)
-    assert (one, records) == run_ifeval(*loaded, lab.eval, batch_size=16, max_gen_toks=24)
+    said = capsys.readouterr().out
+    assert f"  {sum(r.tokens for r in records)} tokens in 24 replies, " in said and said.count("tokens/s") == 1
+    for batch_size in (4, 16, 64):
+        assert (one, records) == run_ifeval(*loaded, lab.eval, batch_size=batch_size, max_gen_toks=24)
     assert [r.key for r in records] == list(range(24))
     assert all(0 < r.tokens <= 24 for r in records)
     assert one.metrics["prompt_strict"].score == sum(all(v for _, v in r.groups) for r in records) / 24

@@ -215,7 +215,8 @@ class EvalConfig(_Section):
     data: Mapping[TaskName, str] = Field(default_factory=dict)
     """Local data per task: a JSONL file of test rows, or a folder with test.jsonl and few-shot rows; else the Hub's."""
     batch_size: int = Field(default=16, ge=1)
-    """Fixed: lm-eval's `auto` probes with full-length logits and falls to 1 with a large vocabulary."""
+    """Prompts at a time: a finished reply makes room for the next one. Fixed, because lm-eval's `auto` probes with full-length
+    logits and falls to 1 with a large vocabulary."""
     dtype: Dtype = "auto"
     """auto: as for training on this machine."""
     load_in_4bit: bool = False

@@ -1,15 +1,16 @@
 """Score a chat model with lm-eval's own tasks, repeatably.
 
-What is lm-eval's stays lm-eval's: the tasks, the checkers and the generation loop. This module decides what lm-eval leaves open and
-what changes the score: which tokens end a reply, that nothing else in `generation_config` applies, and what is recorded per prompt.
+What is lm-eval's stays lm-eval's: the tasks, the checkers, and what it cuts off a reply. This module decides what lm-eval leaves
+open and what changes the score: which tokens end a reply, that nothing else in `generation_config` applies, and what is recorded
+per prompt.
 """
 
-import contextlib
-from bisect import bisect_left
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from atlas.errors import UserError
+from atlas.eval.decode import decode
 from atlas.eval.stats import estimates
 from atlas.eval.tasks import LoadedTask, quiet
 from atlas.models.template import Renderer
@@ -18,9 +19,6 @@ from atlas.scores import Record, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Replies = dict[tuple[int, ...], list[int]]
-"""The tokens of each prompt, and of its reply."""
 
 
 def set_generation(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -38,30 +36,18 @@ def run_task(
     """Score a model on one task, greedily: its scores, and one record per prompt in the data's order. In fp32 `batch_size` does not
     change the replies."""
     from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
 
     set_generation(model, tokenizer)
-    renderer = Renderer(tokenizer) if task.settings.chat_template else None
-
-    class ChatLM(HFLM):
-        def apply_chat_template(
-            self, chat_history: Sequence[dict[str, Any]], add_generation_prompt: bool = True
-        ) -> str:
-            """As for training: a template that asks for the date gets the same one every day."""
-            assert renderer is not None
-            return renderer.text(chat_history, prompt=add_generation_prompt)
-
     with quiet():
-        lm = ChatLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    limit = task.settings.generation["max_gen_toks"] if task.settings.generation else 0
-    if limit >= lm.max_length:
+        lm = _language_model(model, tokenizer, task, batch_size)
+    generation = task.settings.generation
+    if generation and generation["max_gen_toks"] >= lm.max_length:
         raise UserError(
-            f"eval.tasks: {task.name} may generate {limit} tokens, but the model's context has only {lm.max_length}: "
-            "set a smaller max_gen_toks for this task"
+            f"eval.tasks: {task.name} may generate {generation['max_gen_toks']} tokens, but the model's context has only "
+            f"{lm.max_length}: set a smaller max_gen_toks for this task"
         )
     records: list[Record] = []
-    cut_prompts = 0
-    with quiet(), _recorded(model) as replies:
+    with quiet():
         for name, part in task.parts.items():
             # Not `simple_evaluate`: it asks git, pip and nvidia-smi about this machine, and what git says reaches the terminal.
             part.set_fewshot_seed(1234)  # as there
@@ -74,23 +60,80 @@ def run_task(
                 bootstrap_iters=0,
             )
             (samples,) = out["samples"].values()
-            for record in _records(samples, task, name):
-                if limit:
-                    prompt = lm.tok_encode(record.prompt)
-                    cut_prompts += len(prompt) > lm.max_length - limit
-                    reply = replies[tuple(prompt[limit - lm.max_length :])]
-                    record.tokens, record.stopped = _length(reply, model, tokenizer, task)
-                records.append(record)
+            records += _records(samples, task, name)
+    if generation:
+        for record in records:
+            reply = lm.replies[record.prompt]
+            record.tokens, record.stopped = len(reply), reply[-1] in model.generation_config.eos_token_id
+        tokens = sum(map(len, lm.replies.values()))
+        print(
+            f"  {tokens:,} tokens in {len(lm.replies):,} replies, {tokens / max(lm.seconds, 1e-9):,.0f} tokens/s",
+            flush=True,
+        )
     return (
         Task(
             **task.settings.model_dump(),
             metrics=estimates(records),
-            stop_rate=sum(bool(record.stopped) for record in records) / len(records) if limit else None,
-            mean_tokens=sum(record.tokens or 0 for record in records) / len(records) if limit else None,
-            cut_prompts=cut_prompts,
+            stop_rate=sum(bool(record.stopped) for record in records) / len(records) if generation else None,
+            mean_tokens=sum(record.tokens or 0 for record in records) / len(records) if generation else None,
+            cut_prompts=lm.cut_prompts,
         ),
         records,
     )
+
+
+def _language_model(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", task: LoadedTask, batch_size: int
+) -> Any:
+    """lm-eval's language model, with `replies` (the tokens of each prompt's reply), the `seconds` that they took, and `cut_prompts`
+    (how many were too long for the model's context and lost their beginning)."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
+    from tqdm import tqdm
+
+    renderer = Renderer(tokenizer) if task.settings.chat_template else None
+    generation = task.settings.generation or {}
+
+    class ChatLM(HFLM):
+        replies: dict[str, list[int]]
+        cut_prompts, seconds = 0, 0.0
+
+        def apply_chat_template(
+            self, chat_history: Sequence[dict[str, Any]], add_generation_prompt: bool = True
+        ) -> str:
+            """As for training: a template that asks for the date gets the same one every day."""
+            assert renderer is not None
+            return renderer.text(chat_history, prompt=add_generation_prompt)
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            """lm-eval's own goes on with every row of a batch until the last one stops."""
+            limit, until = generation["max_gen_toks"], generation["until"]
+            texts, room = [request.args[0] for request in requests], self.max_length - limit
+            prompts = [self.tok_encode(text) for text in texts]
+            self.cut_prompts += sum(len(prompt) > room for prompt in prompts)
+            longest = max((len(text.encode()) for text in until), default=0)  # a token is at least one byte
+
+            def ended(reply: list[int]) -> bool:
+                tail = tokenizer.decode(reply[-longest - 2 :], skip_special_tokens=True) if until else ""
+                return any(text in tail for text in until)
+
+            began = time.perf_counter()
+            with tqdm(total=len(prompts), desc="replies", disable=disable_tqdm) as bar:
+                replies = decode(
+                    model,
+                    [prompt[-room:] for prompt in prompts],
+                    limit=limit,
+                    stops=model.generation_config.eos_token_id,
+                    ended=ended,
+                    rows=batch_size,
+                    done=bar.update,
+                )
+            self.seconds += time.perf_counter() - began
+            self.replies = dict(zip(texts, replies, strict=True))
+            cuts = handle_stop_sequences([*until], eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False))
+            return [postprocess_generated_text(self.tok_decode(reply), cuts, None) for reply in replies]
+
+    return ChatLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _records(samples: list[dict[str, Any]], task: LoadedTask, part: str) -> Iterator[Record]:
@@ -108,41 +151,3 @@ def _records(samples: list[dict[str, Any]], task: LoadedTask, part: str) -> Iter
             prompt=first["arguments"][0][0],
             text=first["resps"][0][0] if task.settings.generation else None,
         )
-
-
-@contextlib.contextmanager
-def _recorded(model: "PreTrainedModel") -> Iterator[Replies]:
-    """Keeps what the model generates, token by token: lm-eval keeps the text alone."""
-    generate, replies = model.generate, Replies()
-
-    def recording(**given: Any) -> Any:
-        output = generate(**given)
-        prompts, masks = given["input_ids"], given["attention_mask"].bool()
-        for prompt, mask, row in zip(prompts, masks, output, strict=True):
-            replies[tuple(prompt[mask].tolist())] = row[len(prompt) :].tolist()
-        return output
-
-    model.generate = recording
-    try:
-        yield replies
-    finally:
-        del model.generate
-
-
-def _length(
-    reply: list[int], model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", task: LoadedTask
-) -> tuple[int, bool]:
-    """How many tokens of a row are the reply, and whether it ended with a stop token.
-
-    A row goes on as long as others of its batch do: with padding after a stop token, with more text after a text of `until`.
-    """
-    stops, generation = model.generation_config.eos_token_id, task.settings.generation or {}
-    end = next((i + 1 for i, token in enumerate(reply) if token in stops), None)
-    reply = reply[:end]
-
-    def ended(length: int) -> bool:
-        text = tokenizer.decode(reply[:length], skip_special_tokens=True)
-        return any(end in text for end in generation["until"])
-
-    length = bisect_left(range(len(reply)), True, key=ended) if ended(len(reply)) else len(reply)
-    return length, end is not None and length == end
