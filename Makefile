@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons test test-slow test-notebook lint sft sft-smoke data audit eval compare config preflight bench kill layers matrix figures picture docs clean
+.PHONY: help setup pocket lessons test test-slow test-notebook lint sft sft-smoke data audit eval compare config preflight bench speed factory growth gpu kill layers matrix figures picture docs clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,32 @@ bench: setup            ## benchmarks of audit and data preparation (ROWS, TOKEN
 	$(RUN) benchmarks/prepare.py --million
 	$(if $(ROWS),$(RUN) benchmarks/audit.py --rows $(firstword $(ROWS)) --tokenizer $(TOKENIZER))
 	$(if $(ROWS),$(RUN) benchmarks/prepare.py --rows $(ROWS) --tokenizer $(TOKENIZER))
+
+# With ROWS and TOKENIZER: real rows on the exact shape of Qwen2.5-0.5B.
+REAL = $(if $(ROWS),--shape qwen05b --rows $(ROWS) --tokenizer $(TOKENIZER))
+
+speed: setup            ## benchmark: atlas against stock TRL (and LLaMA-Factory after `make factory`) on the same work
+	$(RUN) benchmarks/speed.py $(REAL) $(ARGS)
+
+growth: setup           ## benchmark: time and memory against rows, length, batch, model; 5,000 pocket steps stay flat
+	$(RUN) benchmarks/growth.py $(if $(ROWS),--rows $(ROWS) --tokenizer $(TOKENIZER)) $(ARGS)
+
+gpu: setup              ## benchmark of one GPU: batching, precision, checkpointing, attention, LM heads; TRL and Unsloth
+	$(RUN) benchmarks/gpu.py $(REAL) $(ARGS)
+
+# LLaMA-Factory pins older libraries than atlas, so it gets an environment of its own, with the torch and bitsandbytes of atlas. It
+# works with this torch (`DISABLE_VERSION_CHECK=1`). torchvision and torchaudio, which it asks for, would bring another torch; text
+# needs neither, and an empty module stands in for the one that is imported in any case.
+factory: outputs/factory/.installed   ## LLaMA-Factory 0.9.5 in an environment of its own, for `make speed`
+
+outputs/factory/.installed: constraints.txt
+	$(PYTHON) -m venv outputs/factory
+	outputs/factory/bin/python -m pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|bitsandbytes)==' constraints.txt)
+	outputs/factory/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llamafactory==0.9.5
+	outputs/factory/bin/python -m pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|bitsandbytes)==' constraints.txt) \
+	  $$(outputs/factory/bin/python -c "from importlib.metadata import requires; print(*(r.replace(' ', '') for r in requires('llamafactory') if not r.startswith(('torchvision', 'torchaudio'))))")
+	touch "$$(outputs/factory/bin/python -c 'import site; print(site.getsitepackages()[0])')/torchaudio.py"
+	@touch $@
 
 kill: setup             ## kill thirty runs with SIGKILL, resume them, and compare each with a run left alone (about 25 minutes)
 	$(RUN) benchmarks/kills.py $(ARGS)

@@ -33,12 +33,13 @@ def record(name: str, report: dict[str, Any], command: str) -> dict[str, Any]:
     return stamped
 
 
-def record_benchmark(name: str, entry: dict[str, Any], command: str) -> None:
-    """Put `entry` beside the other benchmarks."""
+def record_benchmark(name: str, entry: dict[str, Any], command: str, show: bool = True) -> None:
+    """Put `entry` beside the other benchmarks, and print it."""
     from atlas.files import write_json
 
     path = MEASURED / "benchmarks.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     write_json(path, known | {name: entry | stamp(command)})
-    print(json.dumps(entry, indent=1))
+    if show:
+        print(json.dumps(entry, indent=1))

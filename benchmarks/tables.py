@@ -145,6 +145,147 @@ def prepare_speed(figures: Path) -> str:
     )
 
 
+NOT_YET = "Not measured yet: `make {}`."
+OPTIONS = {
+    "nockpt": "no checkpointing",
+    "ckpt": "checkpointing",
+    "fp32": "adapter in float32",
+    "pad": "batching=pad",
+    "group": "batching=group",
+    "pack": "packed",
+    "neat": "neat packing",
+    "16bit": "16 bit",
+    "fa2": "flash attention 2",
+    "own": "atlas' head",
+    "liger": "Liger's head and kernels",
+}
+NAMES = {"trl": "TRL", "atlas": "atlas", "factory": "LLaMA-Factory", "unsloth": "Unsloth"}
+
+
+def speed(figures: Path) -> str:
+    """atlas against TRL and LLaMA-Factory on the same work."""
+    known = _read(figures / "benchmarks.json")
+    measured = [entry for name, entry in sorted(known.items()) if name.startswith("speed, ")]
+    return "\n\n".join(_speed_of(entry) for entry in measured) or NOT_YET.format("speed")
+
+
+def _speed_of(entry: dict[str, Any]) -> str:
+    table = [["", "tokens/s", "of TRL's", "tokens/CPU-s", "of TRL's", "peak GiB", "first step after, s", "again, s"]]
+    for name, found in entry["contenders"].items():
+        if "error" in found:
+            table.append([_contender(name), markdown_cell(found["error"]), *[""] * 6])
+            continue
+        cells = [_spread(found[f"{figure}_{end}"], unit) for figure, end, unit in _SPEEDS]
+        starts = [_spread(found.get(start, {}).get("wall")) for start in ("first_start", "second_start")]
+        table.append([_contender(name), *cells, _spread(found["peak_gib"]), *starts])
+    job, versions = entry["job"], entry["versions"]
+    said = [
+        f"Shape {entry['shape']}, rows of {entry['source']} ({job['row_tokens']:.0f} tokens on average), "
+        f"{job['batch']} x {job['accumulation']} rows a step; medians of {next(iter(entry['contenders'].values()))['rounds']} "
+        "rounds (min-max), padding not counted, without the first step."
+    ]
+    for losses in entry["losses"]:
+        ours, theirs = (_contender(name) for name in losses["of"])
+        same = "the same tokens" if losses["same_tokens_each_step"] else "**not** the same tokens"
+        said.append(
+            f"Losses of {ours} and of {theirs}: {losses['largest_difference']:g} apart at most, {same} in each step."
+        )
+    said.append(
+        f"{entry['hardware']}; torch {versions['torch']}, trl {versions['trl']}; {entry['date'][:10]}, `{entry['command']}`."
+    )
+    return "\n".join([markdown_table(table), "", " ".join(said)])
+
+
+_SPEEDS = (
+    ("tokens_per_wall", "second", ""),
+    ("wall", "ratio", "x"),
+    ("tokens_per_cpu", "second", ""),
+    ("cpu", "ratio", "x"),
+)
+
+
+def _contender(name: str) -> str:
+    who, *options = name.split("+")
+    return NAMES[who] + (f" ({', '.join(OPTIONS.get(option, option) for option in options)})" if options else "")
+
+
+def _spread(found: dict[str, float] | None, unit: str = "") -> str:
+    if not found:
+        return ""
+    middle, low, high = (f"{found[name]:.3g}" for name in ("median", "min", "max"))
+    return f"{middle}{unit}" if low == high else f"{middle}{unit} ({low}-{high})"
+
+
+def growth(figures: Path) -> str:
+    """Time and memory against rows, length, batch and model; a long run."""
+    known = {name.removeprefix("growth, "): e for name, e in _read(figures / "benchmarks.json").items()}
+    parts = []
+    if entry := known.get("rows"):
+        table = [["rows", "seconds", "microseconds a row", "peak GiB"]]
+        for point in entry["points"]:
+            table.append(
+                [
+                    f"{point['rows']:,}",
+                    f"{point['seconds']:.1f}",
+                    str(point["microseconds_a_row"]),
+                    str(point["peak_gib"]),
+                ]
+            )
+        parts.append(_captioned(table, entry))
+    for name, entry in sorted(known.items()):
+        key = name.split(",")[0]
+        if key not in ("length", "batch", "size"):
+            continue
+        table = [[key, "seconds a step", "CPU-ms a token", "peak GiB", "GiB once loaded"]]
+        for point in entry["points"]:
+            if "error" in point:
+                table.append([str(point[key]), markdown_cell(point["error"]), "", "", ""])
+                continue
+            seconds = f"{point['seconds_a_step']['wall']:.3g}"
+            rest = [str(point[name]) for name in ("cpu_milliseconds_a_token", "peak_gib", "at_load_gib")]
+            table.append([str(point[key]), seconds, *rest])
+        parts.append(_captioned(table, entry))
+    if entry := known.get("flat"):
+        table = [["over 1,000 steps", "slope", "standard error"]]
+        for name, found in entry["slope_of_1000_steps"].items():
+            table.append([name.replace("_", " "), f"{found['slope']:+.3g}", f"{found['error']:.2g}"])
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in entry["share_of_time"].items())
+        text = (
+            f"{entry['steps']:,} steps of {1000 * entry['seconds_a_step']['wall']:.1f} ms: {shares}; neither forward, backward "
+            f"nor optimizer: {entry['share_outside']:.1%}."
+        )
+        parts.append(_captioned(table, entry, text))
+    return "\n\n".join(parts) or NOT_YET.format("growth")
+
+
+def _captioned(table: list[list[str]], entry: dict[str, Any], more: str = "") -> str:
+    said = f"{entry['what'][0].upper()}{entry['what'][1:]}. {more}{' ' if more else ''}"
+    return "\n".join(
+        [markdown_table(table), "", f"{said}{entry['hardware']}; {entry['date'][:10]}, `{entry['command']}`."]
+    )
+
+
+def gpu(figures: Path) -> str:
+    """What one GPU does."""
+    path = figures / "gpu.json"
+    if not path.is_file():
+        return NOT_YET.format("gpu")
+    entry = _read(path)
+    table = [["", "tokens/s", "MFU", "peak GiB of GPU", "last loss"]]
+    for name, found in entry["contenders"].items():
+        if "error" in found:
+            table.append([_contender(name), markdown_cell(found["error"]), "", "", ""])
+            continue
+        used = f"{found['mfu']:.1%}" if found.get("mfu") is not None else ""
+        memory = _spread(found.get("peak_gpu_gib"))
+        table.append(
+            [_contender(name), _spread(found["tokens_per_wall_second"]), used, memory, f"{found['losses'][-1]:.4f}"]
+        )
+    where = entry["gpu"] or f"no GPU, at toy size on the CPU, to see that it works ({entry['hardware']})"
+    said = f"{where}; shape {entry['shape']}, rows of {entry['source']}; {entry['date'][:10]}, `{entry['command']}`."
+    return "\n".join([markdown_table(table), "", said])
+
+
 def template_matrix(figures: Path) -> str:
     """The audit's verdict on each of TRL's templates."""
     report = _read(figures / "template_matrix.json")
@@ -192,6 +333,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kills": kills,
     "audit-cost": audit_cost_table,
     "prepare-speed": prepare_speed,
+    "speed": speed,
+    "growth": growth,
+    "gpu": gpu,
     "template-matrix": template_matrix,
     "install": install,
 }
@@ -214,7 +358,7 @@ def filled(page: str, figures: Path) -> str:
 
 
 def collect() -> None:
-    """Take over into figures/ what `make pocket`, `lessons`, `bench`, `kill` and `matrix` have measured in this folder."""
+    """Take over into figures/ what the Makefile's benchmarks and `make pocket` have measured in this folder."""
     pocket = Path("outputs/pocket")
     found = {"pocket.json": pocket / "results" / "pocket.json"}
     found |= {f"pocket_{path.parent.name}.json": path for path in pocket.glob("seed_*/pocket.json")}
