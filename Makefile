@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons test test-slow test-notebook lint sft sft-smoke data audit eval compare config preflight bench speed factory growth gpu kill layers matrix figures picture docs clean
+.PHONY: help setup pocket lessons test test-slow test-notebook lint sft sft-smoke data audit eval compare config preflight bench speed factory growth generate gpu kill layers matrix figures picture docs clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -71,10 +71,11 @@ compare: setup          ## is a gain luck? ARGS="A B": names of runs in results/
 config: setup           ## print the config with the source of each value
 	@$(RUN) -m atlas.train.sft --config $(CONFIG) --print-config $(ARGS)
 
-bench: setup            ## benchmarks of audit and data preparation (ROWS, TOKENIZER: also on real data)
+bench: setup            ## benchmarks of audit, preparation (ROWS, TOKENIZER: also on real data), training at toy size
 	$(RUN) benchmarks/audit.py
 	$(RUN) benchmarks/prepare.py --count 20000
 	$(RUN) benchmarks/prepare.py --million
+	$(RUN) benchmarks/speed.py
 	$(if $(ROWS),$(RUN) benchmarks/audit.py --rows $(firstword $(ROWS)) --tokenizer $(TOKENIZER))
 	$(if $(ROWS),$(RUN) benchmarks/prepare.py --rows $(ROWS) --tokenizer $(TOKENIZER))
 
@@ -86,6 +87,9 @@ speed: setup            ## benchmark: atlas against stock TRL (and LLaMA-Factory
 
 growth: setup           ## benchmark: time and memory against rows, length, batch, model; 5,000 pocket steps stay flat
 	$(RUN) benchmarks/growth.py $(if $(ROWS),--rows $(ROWS) --tokenizer $(TOKENIZER)) $(ARGS)
+
+generate: setup         ## benchmark: replies for an evaluation, against lm-eval's own (needs the adapter of `make pocket`)
+	$(RUN) benchmarks/generate.py $(ARGS)
 
 gpu: setup              ## benchmark of one GPU: batching, precision, checkpointing, attention, LM heads; TRL and Unsloth
 	$(RUN) benchmarks/gpu.py $(REAL) $(ARGS)

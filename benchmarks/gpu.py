@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from measured import record
-from speed import QWEN_VOCABULARY, SHAPES, base_model, data_arguments, losses, make_job, run, shown_job, speed, summary
+from speed import QWEN_VOCABULARY, SHAPES, data_arguments, losses, make_job, run, shown_job, speed, summary
 
 # Dense bf16 (T4, V100: fp16) TFLOP/s by NVIDIA's data sheets, without sparsity.
 PEAK = {
@@ -45,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     job, source = make_job(arguments, steps=arguments.steps, batch=arguments.batch, accumulation=arguments.accumulation)
-    base_model(arguments.shape, arguments.tokenizer)
     found: dict[str, list[dict[str, Any]]] = {}
     for turn in range(arguments.rounds):
         names = arguments.contenders or combinations()

@@ -258,6 +258,21 @@ def growth(figures: Path) -> str:
     return "\n\n".join(parts) or NOT_YET.format("growth")
 
 
+def generate(figures: Path) -> str:
+    """Replies for an evaluation."""
+    entry = _read(figures / "benchmarks.json").get("generate")
+    if not entry:
+        return NOT_YET.format("generate")
+    table = [["batch", "lm-eval, tokens/s", "atlas, tokens/s", "faster (min-max)", "replies that differ"]]
+    for batch, faster in entry["faster_median"].items():
+        low, high = entry["faster_min_max"][batch]
+        names = [f"{who}, {batch}" for who in ("lm-eval", "atlas")]
+        differ = max(entry["replies_that_differ"][name] for name in names)
+        speeds = [f"{entry['tokens_per_second'][name]:,}" for name in names]
+        table.append([batch, *speeds, f"{faster}x ({low}-{high})", f"{differ} of {entry['prompts']}"])
+    return _captioned(table, entry)
+
+
 def _captioned(table: list[list[str]], entry: dict[str, Any], more: str = "") -> str:
     said = f"{entry['what'][0].upper()}{entry['what'][1:]}. {more}{' ' if more else ''}"
     return "\n".join(
@@ -335,6 +350,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "prepare-speed": prepare_speed,
     "speed": speed,
     "growth": growth,
+    "generate": generate,
     "gpu": gpu,
     "template-matrix": template_matrix,
     "install": install,
