@@ -164,9 +164,11 @@ def resident_gib() -> dict[str, float]:
 # The recipe, the same for all: see `Job` in speed.py for what `job` holds.
 
 
-def _dtype() -> Any:
+def _dtype(job: dict[str, Any]) -> Any:
     import torch
 
+    if "bf16" in job["options"]:
+        return torch.bfloat16
     gpu = torch.cuda.is_available()
     half = gpu and torch.cuda.get_device_capability() >= (8, 0)
     return torch.bfloat16 if half else torch.float16 if gpu else torch.float32
@@ -177,7 +179,7 @@ def _arguments(job: dict[str, Any]) -> Any:
     import torch
     from trl import SFTConfig
 
-    options, dtype = job["options"], _dtype()
+    options, dtype = job["options"], _dtype(job)
     return SFTConfig(
         output_dir=job["folder"],
         max_length=job["max_length"],
@@ -202,14 +204,14 @@ def _arguments(job: dict[str, Any]) -> Any:
 
 
 def trl(job: dict[str, Any], meter: Meter) -> None:
-    """Stock TRL. Its defaults, but for: float32 on a CPU (its own default there is bf16, which is slower without AMX), the recipe's
-    numbers, and no log to wandb. Options: `nockpt` (its default is gradient checkpointing), `pack`."""
+    """Stock TRL. Its defaults, but for: float32 on a CPU, as the others have it (its own is bf16), the recipe's numbers, and no log
+    to wandb. Options: `nockpt` (gradient checkpointing is its default), `fp32` (the adapter), `bf16`, `pack`, `16bit`, `liger`."""
     from datasets import load_dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
     from trl import SFTTrainer
 
-    options, dtype = job["options"], _dtype()
+    options, dtype = job["options"], _dtype(job)
     with meter.part("model"):
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -392,7 +394,7 @@ def unsloth(job: dict[str, Any], meter: Meter) -> None:
 
 
 OPTIONS = {
-    "trl": {"nockpt", "fp32", "pack", "16bit", "liger", "fa2"},
+    "trl": {"nockpt", "fp32", "bf16", "pack", "16bit", "liger", "fa2"},
     "atlas": {"pad", "group", "pack", "auto", "ckpt", "nockpt", "16bit", "liger", "own", "fa2"},
     "factory": {"pack", "neat", "nockpt"},
     "unsloth": {"nockpt", "16bit"},

@@ -154,6 +154,7 @@ OPTIONS = {
     "group": "batching=group",
     "pack": "packed",
     "neat": "neat packing",
+    "bf16": "bf16",
     "16bit": "16 bit",
     "fa2": "flash attention 2",
     "own": "atlas' head",
