@@ -71,6 +71,8 @@ def test_run_saves_what_it_trained(sft_args: list[str], base_folder: Path, tmp_p
     result = manifest["result"]
     assert result["steps"] == 6 and result["lora_b_norm"] == lora_b_norm(run.trainer.model) > 0
     assert result["supervised_tokens"] > 0 and result["loss_first"] > 5
+    operations = 6 * run.trainer.model.num_parameters(exclude_embeddings=True)  # for a token
+    assert run.trainer.state.total_flos > 0 and run.trainer.state.total_flos % operations == 0
     assert manifest["data"]["sources"][0]["used"] == 120 and len(manifest["data"]["fingerprint"]) == 64
     assert manifest["versions"]["trl"] and manifest["device"]["model.dtype"] == "float32"
     assert len(manifest["chat_template_sha256"]) == 64 and manifest["command"]
