@@ -181,10 +181,6 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
         ["data.eval_fraction=0.2", "train.save_strategy=best"],
         ["train.save_strategy=best: `args.metric_for_best_model` must be provided"],
     ),
-    "padding free": (
-        ["train.padding_free=true"],
-        ["train.padding_free=True: When `padding_free=True` without packing"],
-    ),
     "a package": (["train.use_liger_kernel=true"], ["train.use_liger_kernel=True: No module named 'liger_kernel'"]),
     "the head": (
         ["lora.target_modules=[lm_head]"],

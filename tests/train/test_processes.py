@@ -65,6 +65,27 @@ def test_two_processes_train_and_measure_each_row_once(sft_args: list[str], rows
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == adapter
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["pad", "pack", "group"])
+def test_two_processes_resume_with_the_rows_that_were_left(
+    way: str, sft_args: list[str], rows_file: Path, tmp_path: Path
+):
+    """In the middle of the second epoch: 26 rows of other lengths on 2 x 2, 6 steps each, broken off after step 8."""
+    asked = [*sft_args, f"data.train={rows_file}:26", "train.max_steps=-1", "train.num_train_epochs=2"]
+    asked += ["train.save_strategy=steps", "train.save_steps=1", "train.save_total_limit=null", f"train.batching={way}"]
+    whole = torchrun(asked)
+    assert whole.returncode == 0 and f"batching {way} (train.batching={way})" in whole.stdout, whole.stderr
+    assert "a step holds 4 rows" in whole.stdout
+    out = tmp_path / "out"
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    for path in checkpoints(out)[:4]:
+        shutil.rmtree(path)
+    (out / "manifest.json").unlink()
+    again = torchrun(asked)
+    assert again.returncode == 0 and f"resume from {out / 'checkpoint-8'}" in again.stdout, again.stderr
+    assert (out / "adapter_model.safetensors").read_bytes() == adapter
+
+
 class Outcome(NamedTuple):
     status: int
     out: str

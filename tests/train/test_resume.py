@@ -29,7 +29,11 @@ KINDS: dict[str, tuple[list[str], list[int]]] = {
         [4],
     ),
     "rows of like length, past the first epoch": (
-        ["train.train_sampling_strategy=group_by_length", "data.train={rows}:8"],
+        ["train.batching=group", "data.train={rows}:9", "train.gradient_accumulation_steps=2"],
+        [4, 6],
+    ),
+    "rows without padding, past the first epoch": (
+        ["train.batching=pack", "data.train={rows}:9", "train.gradient_accumulation_steps=2"],
         [4, 6],
     ),
     "gradient checkpointing, held-out data": (

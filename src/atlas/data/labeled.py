@@ -78,6 +78,8 @@ class Labeled:
     """For the record: rows that the audit found fault with, some with a note, some that were cut, the first `audit.rows`."""
     digests: np.ndarray
     """A 64-bit hash of each row's ids and labels, in the dataset's order; empty where rows are streamed."""
+    tokens_of_rows: np.ndarray
+    """Of each row as it is trained, in the dataset's order; of a stream's first rows."""
     eval_dataset: "Dataset | None" = None
     eval_ledgers: tuple[SourceLedger, ...] = ()
     """Of the sources of `data.eval`."""

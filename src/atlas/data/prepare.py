@@ -113,6 +113,7 @@ def _mixed(parts: list[Part], eval_parts: list[Part], labeler: Labeler, config: 
         labeler=labeler,
         shown=tuple(shown(parts, eval_parts, rows, config.audit.rows)),
         digests=digests,
+        tokens_of_rows=_joined(parts, "tokens")[order],
     )
 
 
@@ -149,6 +150,8 @@ def _hold_out(
             chosen.append((part, part.good[out]))
             part.keep(~out, HELD_OUT)
     held = {name: np.concatenate([part.numbers[name][rows] for part, rows in chosen]) for name in NUMBERS}
+    # Their loss is one of tokens, whatever the order; so hardly any padding, and what needs most memory comes first.
+    order = np.argsort(-held["tokens"], kind="stable")
     prompts = np.unique(held["prompt"])
     before = sum(len(part.good) for part in parts)
     for part in parts:
@@ -161,7 +164,7 @@ def _hold_out(
         how=how,
         removed=before - sum(len(part.good) for part in parts) if parts else None,
     )
-    return _concatenated([part.labeled.select(rows) for part, rows in chosen]), done, prompts
+    return _concatenated([part.labeled.select(rows) for part, rows in chosen]).select(order), done, prompts
 
 
 def _joined(parts: Sequence[Part], column: str) -> np.ndarray:

@@ -60,6 +60,7 @@ def stream(config: Config, labeler: Labeler, held_out: np.ndarray) -> Labeled:
         shown=tuple(row._replace(number=None) for row in shown(heads, [], all_good(heads), config.audit.rows)),
         previews=tuple(head.ledger for head in heads),
         digests=np.zeros(0, np.int64),
+        tokens_of_rows=np.concatenate([head.of("tokens") for head in heads]),
         fetched=fetched,
     )
 

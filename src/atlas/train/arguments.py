@@ -10,6 +10,7 @@ from atlas.config import Config, LoadedConfig, config_hash
 from atlas.device import DevicePlan
 from atlas.errors import UserError
 from atlas.launch import processes
+from atlas.train.batching import open_ways
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -29,6 +30,10 @@ def build_arguments(phase: "Phase", config: Config, plan: DevicePlan) -> "Traini
     """The same, with the library's own exceptions."""
     given = {name: value for name, value in config.train.items() if name not in config.train_schema.own}
     given |= {**phase.fixed, **_data_arguments(config)}
+    if given.get("train_sampling_strategy") == "group_by_length":
+        del given["train_sampling_strategy"]  # by a sampler of atlas' own
+    if not given.get("packing"):
+        given.pop("padding_free", None)  # set with the data: TRL refuses it beside max_length
     given |= {
         "output_dir": config.output.dir,
         "bf16": plan.dtype == "bfloat16",
@@ -115,6 +120,7 @@ def _data_arguments(config: Config) -> dict[str, Any]:
                 raise UserError(
                     f"train.{name} does not go with data.streaming: rows are labelled and counted as the trainer takes them"
                 )
+    open_ways(config)
     return given
 
 

@@ -42,6 +42,8 @@ class Identity:
     processes: int
     start: str = ""
     """An id of this start of the run. A run that resumes keeps the id. Checkpoints of another start are not its own to count."""
+    batching: str = ""
+    """How rows stand in micro-batches. A run that resumes keeps it, also where `train.batching: auto` would now differ."""
     over: str | None = None
     """SHA-256 of the manifest of a finished run over which `--resume never` trains."""
 
@@ -55,7 +57,8 @@ class Identity:
             manifest = output_dir / "manifest.json"
             return replace(self, start=uuid.uuid4().hex, over=sha256(manifest) if manifest.is_file() else None)
         contents = read_object(checkpoint / SEAL)
-        return replace(self, start=contents.get("start", ""), over=contents.get("over"))
+        known = {name: contents[name] for name in ("start", "batching", "over") if name in contents}
+        return replace(self, **known)
 
 
 def begin(folder: Path, run: Identity) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from atlas.config import Config, LoadedConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -20,6 +21,8 @@ class Rows(Protocol):
     """Changes with every change of what is trained; part of the run's identity."""
     dataset: "Dataset | IterableDataset"
     eval_dataset: "Dataset | None" = None
+    lengths: "np.ndarray | None" = None
+    """Tokens of each row in the dataset's order, or of a stream's first rows; None: not known."""
 
     def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Make the rows, and print what became of the data. Raises `UserError` for rows that must not be trained on."""

@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from atlas.compat import log_sums, restore_log_sums
 from atlas.console import say
+from atlas.data.batches import LengthGroups
 from atlas.errors import RunError, first_line
 from atlas.files import write_json
 from atlas.train import checkpoints
@@ -34,12 +34,15 @@ class Resumable(Trainer):
     evaluation_due = False
     """An evaluation was put off, because the process was told to stop. The resumed run begins with it."""
     _broken_at: torch.Tensor | int = 0
-    _train_sampler: Any = None
     _operations: int | None = None
     """For one token."""
 
-    def __init__(self, *args: Any, identity: checkpoints.Identity, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, identity: checkpoints.Identity, sampler: LengthGroups | None = None, **kwargs: Any
+    ) -> None:
+        """`sampler`: the order of the rows, where it is not that of transformers."""
         super().__init__(*args, **kwargs)
+        self._sampler = sampler
         self.identity = identity
         # transformers would remove checkpoints by their numbers, whoever has written them.
         self.keep_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
@@ -74,28 +77,24 @@ class Resumable(Trainer):
             self.args.dataloader_drop_last = asked
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
-        return self._train_sampler
-
-    def _get_eval_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        sampler = super()._get_eval_sampler(*args, **kwargs)
-        self._seed(sampler, 0)
-        return sampler
-
-    def _seed(self, sampler: Any, epoch: int) -> None:
-        """A sampler that groups rows by length draws from the global random state, which a resumed run does not have."""
-        if isinstance(sampler, LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler.generator = torch.Generator()
-            sampler.generator.manual_seed(seed + epoch)
+        return super()._get_train_sampler(*args, **kwargs) if self._sampler is None else self._sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        self._seed(self._train_sampler, kwargs["epoch"])
+        self._set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         # transformers 5.23 takes one more step, at learning rate 0, when it resumes from the last one.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
+
+    def _set_epoch(self, loader: Any, epoch: int) -> None:
+        """accelerate 1.15 does not reach the sampler of one process of several that resumes in the middle of an epoch."""
+        batches: Any = getattr(loader, "batch_sampler", None)
+        while hasattr(batches, "batch_sampler"):  # of all processes
+            batches = batches.batch_sampler
+        sampler: Any = getattr(batches, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
 
     # Divergence
 

@@ -11,7 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,6 +28,7 @@ from atlas.lock import held
 from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm
 from atlas.models.load import load_base_model_and_tokenizer
 from atlas.train.arguments import left_out
+from atlas.train.batching import Batching
 from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest, newest
 from atlas.train.folder import STAGING, own
 from atlas.train.manifest import build_manifest
@@ -138,6 +139,7 @@ class Run:
     tokenizer: "PreTrainedTokenizerBase" = field(init=False)
     train_dataset: Any = field(init=False)
     identity: "Identity" = field(init=False)
+    batching: Batching = field(init=False)
     checkpoint: Path | None = None
     """From which the run resumes."""
     finished: FinishedRun | None = None
@@ -156,16 +158,23 @@ class Run:
             self.rows = self.phase.rows(config, self.ready.tokenizer)
             if not isinstance(self.rows.fingerprint, str):
                 raise TypeError(f"phase {self.phase.name}: the fingerprint of its rows is not a text")
-            self.train_dataset = self.phase.arrange(self.rows.dataset, arguments)
-        if (arguments.world_size > 1 or arguments.dataloader_drop_last) and not config.data.streaming:
-            print(left_out(len(self.train_dataset), arguments))
         identity = Identity.of(self.loaded, self.rows.fingerprint, self.ready.plan.hardware, self.ready.base.content)
         if self.resume == "auto" and (manifest := finished_manifest(self.folder, identity)) is not None:
             print(f"this run is finished: {self.folder} (--resume never trains it again)")
             self.finished = FinishedRun(self.folder, None, manifest)
             return
         self.checkpoint = checkpoint_to_resume(self.folder, self.resume, identity)
-        self.identity = identity.started(self.folder, self.checkpoint)
+        identity = identity.started(self.folder, self.checkpoint)
+        lengths = self.rows.lengths
+        self.batching = Batching.of(self.ready, lengths, identity.batching)
+        self.identity = replace(identity, batching=self.batching.way)
+        self.batching.apply(arguments)
+        with PartialState().local_main_process_first():
+            self.train_dataset = self.phase.arrange(self.rows.dataset, arguments)
+        if lengths is not None:
+            print(self.batching.line(arguments, lengths, len(lengths if config.data.streaming else self.train_dataset)))
+        if (arguments.world_size > 1 or arguments.dataloader_drop_last) and not config.data.streaming:
+            print(left_out(len(self.train_dataset), arguments))
 
     def load_base_model(self) -> "PreTrainedModel":
         """The quantised base model of the config; the tokenizer is set to match it."""
@@ -188,6 +197,7 @@ class Run:
             processing_class=self.tokenizer,
             peft_config=self.ready.adapter,
             identity=self.identity,
+            sampler=self.batching.sampler(self.ready.arguments, self.rows.lengths),
         )
         self.rows.begin()
         for callback in (PrinterCallback, ProgressCallback):
@@ -241,7 +251,7 @@ class Run:
             self.ready.plan,
             self.ready.base,
             self.phase.method,
-            self.rows.manifest(),
+            {**self.rows.manifest(), "batching": self.batching.manifest()},
             self.tokenizer.get_chat_template(),
             result,
         )

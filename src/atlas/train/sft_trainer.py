@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ class LabeledSFTTrainer(Resumable, SFTTrainer):
     """Adds `supervised_tokens` (since the start, all processes) to what is logged and saved."""
 
     supervised_tokens = 0
+    data_collator: Any
 
     def counts(self) -> dict[str, Any]:
         return {"supervised_tokens": self.supervised_tokens}
@@ -45,6 +47,16 @@ class LabeledSFTTrainer(Resumable, SFTTrainer):
         logs["supervised_tokens"] = self.supervised_tokens_of_all()
         super().log(logs, start_time)
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Held-out rows are sorted by length: beside each other they have hardly any padding, and attention does not look at all of
+        them at once, as it does at packs."""
+        collator = self.data_collator
+        self.data_collator = replace(collator, padding_free=False)
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.model.training:
             self.supervised_tokens += int(_supervised(inputs))
@@ -67,12 +79,7 @@ class LabeledSFTTrainer(Resumable, SFTTrainer):
         last, rows = self.accelerator.gradient_state, self.args.per_device_eval_batch_size
         if self.args.world_size == 1 or not last.end_of_dataloader or last.remainder < 1:
             return
-        own = min(max(last.remainder - rows * self.args.process_index, 0), rows)
-        if own < rows and self.padding_free:  # all rows are one
-            starts = (inputs["position_ids"][0] == 0).nonzero().flatten()
-            inputs["labels"][:, starts[own] :] = -100
-        else:
-            inputs["labels"][own:] = -100
+        inputs["labels"][max(last.remainder - rows * self.args.process_index, 0) :] = -100
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """transformers averages the means of the batches, so that the batch size changes the result. Here each supervised token

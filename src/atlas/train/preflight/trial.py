@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from atlas.config import Config
+from atlas.data.batches import PACK
 from atlas.train.arguments import accepted, build_arguments, held_out, phase_arguments
+from atlas.train.batching import PADDING_FREE, Batching, open_ways
 from atlas.train.checkpoints import Identity
 from atlas.train.preflight.checklist import Ready
 
@@ -52,6 +54,8 @@ def _try_trainer(ready: Ready, config: Config) -> "TrainingArguments":
     # There is nothing to move: the model has no weights.
     trial = type("Trial", (phase.trainer(),), {"_move_model_to_device": lambda self, model, device: None})
     arguments = build_arguments(phase, config, ready.plan)
+    if open_ways(config)[0] == [PACK]:
+        Batching(PACK, "", follows=PADDING_FREE).apply(arguments)
     rows = Dataset.from_list(phase.sample(ready.tokenizer))
     if arguments.use_liger_kernel:
         import_module("liger_kernel")  # the library imports it only when training starts

@@ -1,0 +1,88 @@
+"""Which rows stand in one micro-batch, how much of it is padding, and what training on it costs.
+
+Three ways to put rows into micro-batches of so many rows:
+
+    pad     in random order; each row is filled up to the longest of its micro-batch
+    pack    the same rows one after the other in one row, without padding; attention sees each by itself
+    group   rows of similar length together, in random order of the micro-batches; filled up like pad
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+PAD, PACK, GROUP = "pad", "pack", "group"
+
+
+class LengthGroups:
+    """A sampler: the numbers of all rows, each once, so that every micro-batch has rows of similar length.
+
+    Each epoch has an order of its own, drawn from seed and epoch alone, so that a resumed run has the same one. transformers' own
+    sampler draws from the global random state, and groups nothing where there are fewer than 8 micro-batches.
+    """
+
+    def __init__(self, lengths: np.ndarray, rows: int, processes: int, seed: int) -> None:
+        """`lengths`: tokens of each row. `rows`: of a micro-batch. accelerate gives micro-batch i to process i mod
+        `processes`: those that run at the same time are of similar length too."""
+        self.lengths, self.rows, self.processes, self.seed, self.epoch = lengths, rows, processes, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order().tolist())
+
+    def order(self) -> np.ndarray:
+        """The numbers of the rows in this epoch's order. Rows that do not fill a group stand at the end."""
+        random = np.random.default_rng([self.seed, self.epoch])
+        count, size = len(self.lengths), self.rows * self.processes
+        rows = random.permutation(count)
+        rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+        # Each row may move by half a group, of many rows by a 128th of them, so that it does not meet the same ones each time.
+        width = max(size / 2, count / 128)
+        rows = rows[np.argsort(np.arange(count) + random.uniform(-width, width, count))]
+        rest = count % size
+        start = random.integers(count - rest + 1)
+        groups = np.delete(rows, slice(start, start + rest)).reshape(-1, size)
+        return np.concatenate([random.permutation(groups).ravel(), rows[start : start + rest]])
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model spends on a micro-batch, in units of one token's linear layers, forward and backward."""
+
+    pair: float = 0.0
+    """Of two positions of one row in attention."""
+    each: float = 0.0
+    """Of a micro-batch, however short."""
+    varlen: bool = False
+    """Attention takes each row of a pack by itself and skips padding (flash attention); else it looks at all pairs."""
+
+    def of(self, way: str, lengths: np.ndarray, rows: int) -> float:
+        """Of an epoch in this order. `rows`: of a micro-batch."""
+        starts = np.arange(0, len(lengths), rows)
+        lengths = lengths.astype(np.int64)
+        totals, squares = np.add.reduceat(lengths, starts), np.square(lengths).sum() / 2
+        if way == PACK:
+            tokens, pairs = totals.sum(), np.square(totals).sum()
+        else:
+            tokens, pairs = padded(lengths, rows), (_held(lengths, rows) * _longest(lengths, rows) ** 2).sum()
+        return float(tokens + self.pair * (squares if self.varlen else pairs) + self.each * len(starts))
+
+
+def padded(lengths: np.ndarray, rows: int) -> int:
+    """Tokens of an epoch in this order, with what its micro-batches of so many rows are filled up with."""
+    return int((_held(lengths, rows) * _longest(lengths, rows)).sum())
+
+
+def _longest(lengths: np.ndarray, rows: int) -> np.ndarray:
+    return np.maximum.reduceat(lengths.astype(np.int64), np.arange(0, len(lengths), rows))
+
+
+def _held(lengths: np.ndarray, rows: int) -> np.ndarray:
+    """Rows of each micro-batch: the last one may have fewer."""
+    return np.diff(np.append(np.arange(0, len(lengths), rows), len(lengths)))
