@@ -44,7 +44,6 @@ PRIVATE: dict[str, dict[str, tuple[str, ...]]] = {
         "_evaluate": ("trial", "ignore_keys_for_eval"),
         "_determine_best_metric": ("metrics", "trial"),
         "_get_train_sampler": (),
-        "_get_eval_sampler": (),
         "_move_model_to_device": ("model", "device"),
     },
     "trl.trainer.utils": {  # what TRL's fused LM head is made of; replaced while atlas' own computes

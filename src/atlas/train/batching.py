@@ -51,7 +51,8 @@ def open_ways(config: Config) -> tuple[list[str], str]:
     known = [PAD, PACK, GROUP] if not train.get("packing") else [PACKS]
     found = [way for way in known if all(way in ways for ways in fits.values())]
     found = found if own else found[:1]  # else as the phase's trainer has it
-    return found, " and ".join(key for key, ways in fits.items() if len(found) == 1 and not ways >= {*known})
+    alone = [key for key, ways_of_key in fits.items() if len(ways_of_key) == 1]
+    return found, " and ".join(alone or fits) if len(found) == 1 else ""
 
 
 def packs_apart(model: "PreTrainedModel") -> bool:
