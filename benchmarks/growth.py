@@ -20,7 +20,7 @@ import prepare
 from measured import record_benchmark
 from speed import ROOT, SHAPES, WORK, Job, base_model, data_arguments, make_job, run, write_rows
 
-LENGTHS, BATCHES, ROWS = (64, 128, 256, 512, 1024), (1, 2, 4, 8, 16), (1_000, 10_000, 100_000, 1_000_000)
+LENGTHS, BATCHES, ROWS = (128, 256, 512, 1024), (1, 2, 4, 8, 16), (1_000, 10_000, 100_000, 1_000_000)
 BLOCK = 50  # steps whose mean is one point of a slope
 
 

@@ -208,7 +208,7 @@ def run(name: str, job: Job, caches: Path = WORK / "caches", **changed: Any) -> 
     child = [python, str(Path(__file__).with_name("contender.py")), json.dumps(given)]
     done = subprocess.run(child, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        report = {"error": (done.stderr or done.stdout).strip().splitlines()[-1][:300], "status": done.returncode}
+        report = {"error": " ".join((done.stderr or done.stdout)[-300:].split()), "status": done.returncode}
         (WORK / f"failed-{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
     else:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
