@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             shutil.rmtree(caches, ignore_errors=True)
             print(f"round {turn + 1}: {name}: {said(first)}", flush=True)
             entry = {"what": __doc__.splitlines()[0] if __doc__ else "", "source": source, "shape": arguments.shape}
-            entry |= {"job": shown_job(job), "rounds_asked": arguments.rounds, "contenders": summary(found)}
+            entry |= {"job": shown_job(job), "rounds_done": turn + 1, "contenders": summary(found)}
             entry |= {"losses": losses(found, LOSSES)}
             record_benchmark(f"speed, {arguments.shape}, {source}", entry, command, show=False)
     print(json.dumps(entry, indent=1))
@@ -227,8 +227,7 @@ def speed(report: dict[str, Any], clock: str = "wall", what: str = "tokens") -> 
 
 def summary(found: dict[str, list[dict[str, Any]]], against: str = "trl") -> dict[str, Any]:
     """Medians and spread of each contender over the rounds, and its ratios to `against`, taken within each round."""
-    rival = found.get(against, found[next(iter(found))])
-    return {name: _of_one(reports, rival) for name, reports in found.items()}
+    return {name: _of_one(reports, found.get(against, [])) for name, reports in found.items()}
 
 
 def _of_one(reports: list[dict[str, Any]], rival: list[dict[str, Any]]) -> dict[str, Any]:
@@ -255,6 +254,10 @@ def _of_one(reports: list[dict[str, Any]], rival: list[dict[str, Any]]) -> dict[
             entry[start]["parts"] = {
                 part: round(statistics.median(r["parts"].get(part, 0.0) for r in runs), 2) for part in runs[0]["parts"]
             }
+    again = [[((r.get("second") or {}).get("first_step") or {}).get("wall") for r in side] for side in (reports, rival)]
+    entry["second_start_ratio"] = spread(
+        [mine / theirs for mine, theirs in zip(*again, strict=False) if mine and theirs]
+    )
     steps = whole[0]["steps"]
     for name in ("tokens", "supervised", "positions"):
         entry[f"{name}_of_steps"] = [int(value) for value in steps[name]]

@@ -171,19 +171,33 @@ def speed(figures: Path) -> str:
 
 
 def _speed_of(entry: dict[str, Any]) -> str:
-    table = [["", "tokens/s", "of TRL's", "tokens/CPU-s", "of TRL's", "peak GiB", "first step after, s", "again, s"]]
+    table = [
+        [
+            "",
+            "tokens/s",
+            "of TRL's",
+            "tokens/CPU-s",
+            "of TRL's",
+            "peak GiB",
+            "first step after, s",
+            "second start, s",
+            "of TRL's time",
+        ]
+    ]
     for name, found in entry["contenders"].items():
         if "error" in found:
-            table.append([_contender(name), markdown_cell(found["error"]), *[""] * 6])
+            table.append([_contender(name), markdown_cell(found["error"]), *[""] * 7])
             continue
         cells = [_spread(found[f"{figure}_{end}"], unit) for figure, end, unit in _SPEEDS]
         starts = [_spread(found.get(start, {}).get("wall")) for start in ("first_start", "second_start")]
-        table.append([_contender(name), *cells, _spread(found["peak_gib"]), *starts])
+        table.append(
+            [_contender(name), *cells, _spread(found["peak_gib"]), *starts, _spread(found.get("second_start_ratio"))]
+        )
     job, versions = entry["job"], entry["versions"]
     said = [
         f"Shape {entry['shape']}, rows of {entry['source']} ({job['row_tokens']:.0f} tokens on average), "
-        f"{job['batch']} x {job['accumulation']} rows a step; medians of {next(iter(entry['contenders'].values()))['rounds']} "
-        "rounds (min-max), padding not counted, without the first step."
+        f"{job['batch']} x {job['accumulation']} rows a step; medians of {entry['rounds_done']} rounds (min-max), "
+        "padding not counted, without the first step."
     ]
     for losses in entry["losses"]:
         ours, theirs = (_contender(name) for name in losses["of"])
@@ -213,7 +227,8 @@ def _contender(name: str) -> str:
 def _spread(found: dict[str, float] | None, unit: str = "") -> str:
     if not found:
         return ""
-    middle, low, high = (f"{found[name]:.3g}" for name in ("median", "min", "max"))
+    values = (found[name] for name in ("median", "min", "max"))
+    middle, low, high = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values)
     return f"{middle}{unit}" if low == high else f"{middle}{unit} ({low}-{high})"
 
 
