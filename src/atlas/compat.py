@@ -99,11 +99,13 @@ def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def log_sums(trainer: Any) -> dict[str, Any]:
     """What a Trainer has summed up for its log since the last line, which its checkpoints lack; TRL's part where there is one."""
     loss, total, last, _ = (_attribute(trainer, name) for name in _LOG)
+    return {"loss": loss.item(), "total_loss": total, "last_logged": last, **metric_sums(trainer)}
+
+
+def metric_sums(trainer: Any) -> dict[str, Any]:
+    """TRL's part of that."""
     metrics = getattr(trainer, "_metrics", {"train": {}})["train"]
     return {
-        "loss": loss.item(),
-        "total_loss": total,
-        "last_logged": last,
         "total_tokens": getattr(trainer, "_total_train_tokens", None),
         "metrics": {name: list(values) for name, values in metrics.items()},
     }
@@ -116,6 +118,11 @@ def restore_log_sums(trainer: Any, sums: Mapping[str, Any]) -> None:
     trainer._tr_loss.fill_(sums["loss"])
     trainer._total_loss_scalar, trainer._globalstep_last_logged = sums["total_loss"], sums["last_logged"]
     trainer._initial_global_step = 0
+    restore_metric_sums(trainer, sums)
+
+
+def restore_metric_sums(trainer: Any, sums: Mapping[str, Any]) -> None:
+    """What `metric_sums` has returned."""
     if sums["total_tokens"] is not None:
         trainer._total_train_tokens = sums["total_tokens"]
         trainer._metrics["train"].clear()

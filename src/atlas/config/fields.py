@@ -157,6 +157,7 @@ COMMON_RECIPE = {
     "save_steps": 100,
     "save_total_limit": 2,
 }
+COMMON_OWN = {"halve_on_oom": TrainField("bool", True, True)}
 TRL_SOURCES = (
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
@@ -176,7 +177,7 @@ SCHEMAS = {
         # the loss falls on assistant content and its stop token, nothing else
         recipe=COMMON_RECIPE | {"assistant_only_loss": True},
         metrics=("loss", "entropy", "mean_token_accuracy"),
-        own={"batching": TrainField("str", "auto", True)},
+        own={"batching": TrainField("str", "auto", True), **COMMON_OWN},
     )
 }
 """The phases, by the name of their command and of `phase:` in a config."""

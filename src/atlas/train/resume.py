@@ -3,7 +3,6 @@
 import json
 import math
 import random
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,18 +16,20 @@ from atlas.data.batches import LengthGroups
 from atlas.errors import RunError, first_line
 from atlas.files import write_json
 from atlas.train import checkpoints
+from atlas.train.halving import Halving
 
 
 class EvaluationCutError(Exception):
     """Raised between two batches of an evaluation when the process was told to stop."""
 
 
-class Resumable(Trainer):
+class Resumable(Halving):
     """A mixin over any Trainer of transformers or TRL: `class Mine(Resumable, SFTTrainer)`.
 
     Checkpoints are sealed, hold what transformers and TRL forget (the sums of the log since its last line, counts since the
     start), and only this run's own are removed. An evaluation changes nothing of the training. A loss or an adapter that is not
-    finite ends the run. Private parts of transformers that it overrides or reads are listed in `atlas.compat`.
+    finite ends the run, and so does memory that has run out, unless half a micro-batch fits (`Halving`). Private parts of
+    transformers that it overrides or reads are listed in `atlas.compat`.
     """
 
     evaluation_due = False
@@ -50,13 +51,6 @@ class Resumable(Trainer):
     @property
     def _folder(self) -> Path:
         return Path(str(self.args.output_dir))
-
-    def counts(self) -> dict[str, Any]:
-        """What a trainer has counted since the start by itself, for its checkpoints."""
-        return {}
-
-    def restore_counts(self, counts: Mapping[str, Any]) -> None:
-        """The counts of a checkpoint."""
 
     def result(self) -> dict[str, Any]:
         """What a trainer adds to the result in manifest.json; every process has to call it."""
