@@ -21,15 +21,12 @@ def config(*overrides: str) -> Config:
     return load_config(ROOT / "configs" / "sft_qwen05b.yaml", overrides).config
 
 
-@pytest.mark.parametrize(
-    ("gpu", "dtype", "checkpointing"),
-    [(T4, "float16", True), (A100, "bfloat16", False), (L4, "bfloat16", True), (None, "float32", False)],
-)
-def test_precision_follows_the_compute_capability(gpu: Gpu | None, dtype: str, checkpointing: bool):
+@pytest.mark.parametrize(("gpu", "dtype"), [(T4, "float16"), (A100, "bfloat16"), (L4, "bfloat16"), (None, "float32")])
+def test_precision_follows_the_compute_capability(gpu: Gpu | None, dtype: str):
     plan = choose_device(config(), Machine(gpus=(gpu,) if gpu else (), arch_list=WHEEL))
     assert plan.dtype == plan.decided["quantization.bnb_4bit_compute_dtype"][0] == dtype
     assert [plan.decided[f"train.{key}"][0] for key in ("bf16", "fp16")] == [dtype == "bfloat16", dtype == "float16"]
-    assert plan.gradient_checkpointing is checkpointing
+    assert plan.gradient_checkpointing is None  # until the model's shape is known
     assert plan.attn_implementation == "sdpa"
     assert plan.device == ("cuda" if gpu else "cpu")
     table = plan.table()
@@ -75,6 +72,25 @@ def test_explicit_values_win():
     assert choose_device(config("quantization.load_in_4bit=false"), Machine(has_bitsandbytes=False)).device == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("machine", "overrides", "attention", "why", "liger"),
+    [
+        (Machine(gpus=(A100,), has_flash_attention=True, has_liger=True), [], "flash_attention_2", "sm_80", True),
+        (Machine(gpus=(A100,)), [], "sdpa", "flash-attn is not installed", False),
+        (Machine(gpus=(T4,), has_flash_attention=True, has_liger=True), [], "sdpa", "memory-efficient", False),
+        (Machine(gpus=(L4,), has_flash_attention=True), ["model.dtype=float32"], "sdpa", "half precision", False),
+        (Machine(gpus=(A100,), has_liger=True), ["train.use_liger_kernel=false"], "sdpa", "not installed", False),
+        (Machine(has_flash_attention=True, has_liger=True), [], "sdpa", "in torch", False),
+    ],
+)
+def test_kernels_are_chosen_where_the_gpu_has_them(
+    machine, overrides: list[str], attention: str, why: str, liger: bool
+):
+    plan = choose_device(config(*overrides), machine)
+    assert plan.attn_implementation == attention and why in plan.decided["model.attn_implementation"][1]
+    assert plan.liger_kernels is plan.decided["train.use_liger_kernel"][0] is liger
+
+
 def test_kernels_of_an_older_minor_or_ptx_are_enough():
     assert choose_device(config(), Machine(gpus=(L4,), arch_list=("sm_86",))).device == "cuda"
     assert choose_device(config(), Machine(gpus=(A100,), arch_list=("compute_75",))).device == "cuda"
@@ -104,7 +120,7 @@ def test_memory_that_nvidia_smi_does_not_tell(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert Machine.without_torch().gpus == (Gpu("NVIDIA GB10", (12, 1), None),)
     assert sft.main(["--config", str(ROOT / "configs" / "sft_qwen05b.yaml"), "--print-config"]) == 0
-    assert "memory unknown: below 40 GiB, so activations are recomputed" in capsys.readouterr().out
+    assert "gradient_checkpointing: auto" in capsys.readouterr().out
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="this machine's torch can use its GPU")

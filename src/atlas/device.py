@@ -1,4 +1,5 @@
-"""What this machine trains with: dtype, quantisation's compute dtype, attention and gradient checkpointing, each with its reason.
+"""What this machine trains with: dtype, quantisation's compute dtype, attention, kernels and gradient checkpointing, each with its
+reason.
 
 The machine is read from torch (a real run) or from nvidia-smi (`--print-config`, which must not import torch); the choice is the
 same code for both.
@@ -9,7 +10,8 @@ import re
 import resource
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,7 @@ from atlas.config import Config
 from atlas.errors import UserError
 from atlas.launch import processes
 
-# Below this much GPU memory, activations are recomputed: 4 x 2048 tokens of the 0.5B shape without it want more than a T4 has.
-CHECKPOINTING_BELOW_GIB = 40
-BF16_FROM = (8, 0)
+BF16_FROM = (8, 0)  # so do FlashAttention 2 and Triton, in which Liger's kernels are written
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Machine:
     """Processes of this launch (torchrun, accelerate launch)."""
     has_bitsandbytes: bool = True
     has_flash_attention: bool = False
+    """The package flash-attn, of version 2. Kernels that the Hub would send at run time are not looked for."""
+    has_liger: bool = False
     cpu: str = "CPU"
 
     @staticmethod
@@ -99,9 +101,17 @@ def _rest() -> dict[str, Any]:
     return {
         "processes": processes(),
         "has_bitsandbytes": find_spec("bitsandbytes") is not None,
-        "has_flash_attention": find_spec("flash_attn") is not None,
+        "has_flash_attention": _version("flash-attn").startswith("2."),  # version 4 has the same import name
+        "has_liger": _version("liger-kernel") != "",
         "cpu": f"CPU, {cores} cores" + (f" ({model[1].strip()})" if model else ""),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -114,9 +124,18 @@ class DevicePlan:
     dtype: str
     """Compute precision, and the dtype of weights that are not quantised: bfloat16, float16 or float32."""
     attn_implementation: str
-    gradient_checkpointing: bool
+    liger_kernels: bool
+    """Liger's kernels for norm, rotary embedding and MLP; the loss keeps its own head."""
+    gradient_checkpointing: bool | None
+    """None: open until the model's shape is known; see `with_checkpointing`."""
     decided: dict[str, tuple[Any, str]]
     """Config key -> (value, reason)."""
+
+    def with_checkpointing(self, on: bool, reason: str) -> "DevicePlan":
+        """The plan with this decision in it."""
+        return replace(
+            self, gradient_checkpointing=on, decided={**self.decided, "train.gradient_checkpointing": (on, reason)}
+        )
 
     def table(self) -> str:
         words = {True: "on", False: "off"}
@@ -143,13 +162,18 @@ def choose_device(config: Config, machine: Machine) -> DevicePlan:
         )
     dtype, why = _precision(config, gpu)
     attention, why_attention = _attention(config, machine, gpu, dtype)
-    checkpointing, why_checkpointing = _checkpointing(config, gpu)
+    liger, why_liger = _liger(config, machine, gpu)
+    # transformers 5 renames the key; TRL still uses the old name
+    asked = config.train.get("activation_checkpointing", config.train.get("gradient_checkpointing"))
+    checkpointing = None if asked is None else bool(asked)
+    why_checkpointing = "by the model's shape and the free memory" if asked is None else "set in the config"
     follows = f"follows dtype {dtype}"
     return DevicePlan(
         device="cpu" if gpu is None else "cuda",
         hardware=machine.cpu if gpu is None else f"{gpu.name}, {gpu.sm}, {gpu.memory}",
         dtype=dtype,
         attn_implementation=attention,
+        liger_kernels=liger,
         gradient_checkpointing=checkpointing,
         decided={
             "model.dtype": (dtype, why),
@@ -157,7 +181,8 @@ def choose_device(config: Config, machine: Machine) -> DevicePlan:
             "model.attn_implementation": (attention, why_attention),
             "train.bf16": (dtype == "bfloat16", follows),
             "train.fp16": (dtype == "float16", "loss scaling" if dtype == "float16" else follows),
-            "train.gradient_checkpointing": (checkpointing, why_checkpointing),
+            "train.use_liger_kernel": (liger, why_liger),
+            "train.gradient_checkpointing": ("auto" if asked is None else checkpointing, why_checkpointing),
         },
     )
 
@@ -234,7 +259,7 @@ def _compute_dtype(config: Config, gpu: Gpu | None, dtype: str) -> tuple[str, st
 def _attention(config: Config, machine: Machine, gpu: Gpu | None, dtype: str) -> tuple[str, str]:
     asked = config.model.attn_implementation
     if asked == "auto":
-        return "sdpa", "in torch, needs no extra package"
+        return _chosen_attention(machine, gpu, dtype)
     if asked == "flash_attention_2":
         if gpu is None or gpu.capability < BF16_FROM:
             where = "a CPU" if gpu is None else f"{gpu.name} ({gpu.sm})"
@@ -250,16 +275,29 @@ def _attention(config: Config, machine: Machine, gpu: Gpu | None, dtype: str) ->
     return asked, "set in the config"
 
 
-def _checkpointing(config: Config, gpu: Gpu | None) -> tuple[bool, str]:
-    # transformers 5 renames the key; TRL still uses the old name
-    asked = config.train.get("activation_checkpointing", config.train.get("gradient_checkpointing"))
+def _chosen_attention(machine: Machine, gpu: Gpu | None, dtype: str) -> tuple[str, str]:
+    if gpu is None:
+        return "sdpa", "in torch, needs no extra package"
+    if gpu.capability < BF16_FROM:
+        return "sdpa", f"{gpu.sm}: FlashAttention 2 needs sm_80; torch's memory-efficient kernel instead"
+    if dtype == "float32":
+        return "sdpa", "FlashAttention needs half precision; torch's memory-efficient kernel instead"
+    if not machine.has_flash_attention:
+        return "sdpa", "in torch; flash-attn is not installed"
+    return "flash_attention_2", f"{gpu.sm}, {dtype}, and flash-attn is installed"
+
+
+def _liger(config: Config, machine: Machine, gpu: Gpu | None) -> tuple[bool, str]:
+    asked = config.train.get("use_liger_kernel")
     if asked is not None:
         return bool(asked), "set in the config"
     if gpu is None:
-        return False, "CPU: saves 35 % of memory, costs 1.13-1.23x time"
-    if gpu.memory_gib is None or gpu.memory_gib < CHECKPOINTING_BELOW_GIB:
-        return True, f"{gpu.memory}: below {CHECKPOINTING_BELOW_GIB} GiB, so activations are recomputed"
-    return False, f"{gpu.memory}: enough to keep activations"
+        return False, "needs a GPU"
+    if gpu.capability < BF16_FROM:
+        return False, f"{gpu.sm}: Triton needs sm_80"
+    if not machine.has_liger:
+        return False, "liger-kernel is not installed"
+    return True, "for norm, rotary embedding and MLP; the loss keeps its own head"
 
 
 def memory_gib() -> float:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from atlas.config import load_config
 from atlas.data import commands
 from atlas.train import preflight, sft
-from atlas.train.preflight import machine
+from atlas.train.preflight.estimate import static_bytes
 from hub_commands import WANDB, WRITE, atlas
 from hub_server import HubServer
 from rows import write_rows
@@ -348,9 +348,9 @@ def test_the_memory_of_a_quantised_model(sft_args: list[str]):
     constants = sum(p.quant_state.absmax.nbytes + p.quant_state.state2.absmax.nbytes for p in packed)
     adapter = sum(p.numel() for p in parameters if p.requires_grad)
     others = sum(p.nbytes for p in parameters if not isinstance(p, Params4bit) and not p.requires_grad)
-    assert ready.sizes.linear == 2 * sum(p.nbytes for p in packed) and ready.sizes.adapter == adapter
+    assert ready.shape.linear == 2 * sum(p.nbytes for p in packed) and ready.shape.adapter == adapter
     expected = sum(p.nbytes for p in packed) + constants + others + adapter * 16
-    assert machine.static_bytes(ready) == pytest.approx(expected, rel=0.001)
+    assert static_bytes(loaded.config, ready.plan, ready.shape) == pytest.approx(expected, rel=0.001)
 
 
 @pytest.fixture
@@ -447,3 +447,26 @@ def test_names_of_the_hub(hub: HubServer, base_folder: Path, sft_args: list[str]
     assert gone.status == 1 and gone.seconds < 90  # the libraries would try for half a minute for each file
     assert "the Hub cannot be reached" in gone.message and "set HF_HUB_OFFLINE=1" in gone.message
     assert WRITE not in gone.out + gone.message
+
+
+def test_activations_are_recomputed_only_where_they_do_not_fit(
+    sft_args: list[str], monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """The estimate is taken at the free memory of this machine and of a smaller one."""
+    import psutil
+
+    def plan(free: int | None, *more: str) -> tuple[bool, str, str]:
+        if free is not None:
+            memory = psutil.virtual_memory()._replace(available=free)
+            monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+        ready = preflight.preflight(load_config(sft_args[1], [*sft_args[2:], *more]))
+        on, reason = ready.plan.decided["train.gradient_checkpointing"]
+        assert ready.plan.gradient_checkpointing is on is ready.arguments.activation_checkpointing
+        return on, reason, next(line.status for line in ready.lines if line.name == "memory")
+
+    on, reason, status = plan(None)
+    assert not on and status == "ok" and "with all activations of 2 x 256 tokens" in reason
+    on, reason, status = plan(12 * 2**20)
+    assert on and reason.endswith("MiB with it") and status == "ok"
+    assert plan(6 * 2**20, "train.gradient_checkpointing=false") == (False, "set in the config", "warn")
+    assert plan(2**40, "train.gradient_checkpointing=true") == (True, "set in the config", "ok")

@@ -186,6 +186,8 @@ class Run:
         """The phase's trainer, with the adapter in float32 on `model`."""
         from transformers import PrinterCallback, ProgressCallback, set_seed
 
+        from atlas.models.dropout import fuse_dropout
+
         set_seed(
             self.ready.arguments.seed
         )  # the adapter is initialised in the constructor, before Trainer seeds anything
@@ -200,9 +202,12 @@ class Run:
             sampler=self.batching.sampler(self.ready.arguments, self.rows.lengths),
         )
         self.rows.begin()
+        trainer.halve_on_oom = self.loaded.config.train_value("halve_on_oom")
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         self.trainable = cast_trainable_to_fp32(trainer.model)
+        if (self.ready.plan.device, self.ready.plan.dtype) == ("cpu", "float32"):
+            fuse_dropout(trainer.model)
         lora = self.loaded.config.lora
         print(f"adapter r={lora.r} alpha={lora.lora_alpha}: {self.trainable:,} trainable parameters, float32")
         for what, text in trainer.decided().items():

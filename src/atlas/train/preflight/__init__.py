@@ -36,7 +36,6 @@ def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
     ready.check("config", lambda: f"hash {loaded.config_hash}")
     ready.check("device", machine.device, ready)
     ready.check("libraries", machine.libraries, ready)
-    ready.check("training", trial.training, ready, needs=["plan", "libraries"])
     for name, look in phase.checks.items():
         ready.check(name, look, config)
     ready.check("output folder", folders.output, ready)
@@ -54,8 +53,9 @@ def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
         ready.check("data", reach, source, needs=network.get(source.name, []))
     ready.check("tokenizer", model.tokenizer, ready, needs=["libraries", *network.get(tokenizer, [])])
     ready.check("base model", model.base, ready, needs=["libraries", *network.get(config.model.name, [])])
+    ready.check("memory", machine.memory, ready, needs=["plan", "shape"])
+    ready.check("training", trial.training, ready, needs=["plan", "libraries"])
     ready.check("trainer", trial.trainer, ready, needs=["arguments", "tokenizer", "empty"])
-    ready.check("memory", machine.memory, ready, needs=["plan", "sizes"])
     ready.check("cache", folders.cache, ready, needs=["base"])
-    ready.check("disk", folders.disk, ready, needs=["arguments", "tokenizer", "sizes"])
+    ready.check("disk", folders.disk, ready, needs=["arguments", "tokenizer", "shape"])
     return ready

@@ -10,6 +10,7 @@ from atlas.device import DevicePlan
 from atlas.errors import RunError, UserError
 from atlas.redact import redact
 from atlas.train.phase import Phase
+from atlas.train.preflight.estimate import Shape
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -30,14 +31,6 @@ class Line(NamedTuple):
     text: str
 
 
-class Sizes(NamedTuple):
-    """Numbers of parameters: of the layers that 4 bits apply to, of all others, of the adapter."""
-
-    linear: int
-    other: int
-    adapter: int
-
-
 @dataclass
 class Ready:
     """The checks of one run, and what they found. A field below stays unset if its check failed."""
@@ -56,7 +49,9 @@ class Ready:
     adapter: "LoraConfig" = field(init=False)
     empty: "PeftModel" = field(init=False)
     """Base model and adapter without weights."""
-    sizes: Sizes = field(init=False)
+    shape: Shape = field(init=False)
+    memory: int = field(init=False)
+    """Estimated peak of training, in bytes."""
     base: "BaseFiles" = field(init=False)
 
     def check(self, name: str, look: Callable[..., Found], *given: object, needs: Sequence[str] = ()) -> None:

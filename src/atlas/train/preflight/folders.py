@@ -73,14 +73,14 @@ def disk(ready: Ready) -> Found:
     """Is there room for the checkpoints that are kept, one that is being written, and the final adapter?"""
     arguments, folder = ready.arguments, existing(Path(ready.loaded.config.output.dir))
     tokenizer = 4 * len(ready.tokenizer) * 20  # tokenizer.json: vocabulary and merges, about 80 bytes a token
-    one = ready.sizes.adapter * CHECKPOINT_BYTES + tokenizer
+    one = ready.shape.adapter * CHECKPOINT_BYTES + tokenizer
     kept = None
     if arguments.save_total_limit:
         kept = arguments.save_total_limit + int(arguments.load_best_model_at_end)
     elif arguments.max_steps > 0 and arguments.save_strategy == "steps":
         every = arguments.save_steps if arguments.save_steps >= 1 else arguments.save_steps * arguments.max_steps
         kept = int(arguments.max_steps // max(every, 1)) + 1
-    needed = one * ((kept or 1) + 1) + ready.sizes.adapter * 4 + tokenizer
+    needed = one * ((kept or 1) + 1) + ready.shape.adapter * 4 + tokenizer
     # A resumed run has some of them already, and removes the oldest for each new one.
     own = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*") if path.is_file())
     free = shutil.disk_usage(folder).free

@@ -3,9 +3,11 @@
 from atlas.compat import check_libraries
 from atlas.device import Machine, choose_device
 from atlas.errors import UserError
-from atlas.train.preflight.checklist import GIB, Ready, size
+from atlas.launch import processes
+from atlas.train.preflight.checklist import GIB, Found, Ready, size
+from atlas.train.preflight.estimate import longest_batch, static_bytes, training_bytes
 
-ADAM_BYTES = 4 + 4 + 8  # fp32 adapter, its gradient, AdamW's two moments
+MARGIN = 1.25  # the estimate is within 20 % of what was measured
 
 
 def device(ready: Ready) -> str:
@@ -20,35 +22,43 @@ def libraries(ready: Ready) -> str:
     return ready.libraries
 
 
-def memory(ready: Ready) -> str:
-    """Do weights, adapter and optimizer fit?"""
-    needed = static_bytes(ready)
-    said = f"{size(needed)} for weights, adapter and optimizer, before activations"
+def memory(ready: Ready) -> Found:
+    """Does training fit, and do activations have to be recomputed for that? Without the user's word they are only where the
+    estimate, with a margin for its error, does not fit."""
+    config, plan, shape = ready.loaded.config, ready.plan, ready.shape
+    free, there = _free(ready)
+    static = static_bytes(config, plan, shape)
+    if static > free:
+        remedy = "a smaller base model or a smaller lora.r"
+        if not config.quantization.load_in_4bit:
+            remedy = f"quantization.load_in_4bit=true, {remedy}"
+        raise UserError(f"memory: {size(static)} for weights, adapter and optimizer, but {there}: use {remedy}")
+    rows, length = longest_batch(config)
+    kept, recomputed = (training_bytes(config, plan, shape, on) for on in (False, True))
+    if plan.gradient_checkpointing is None:
+        fits = kept * MARGIN <= free
+        reason = f"{size(kept)} with all activations of {rows} x {length:,} tokens, {size(free)} free"
+        ready.plan = plan.with_checkpointing(not fits, reason + (f"; {size(recomputed)} with it" if not fits else ""))
+    ready.memory = recomputed if ready.plan.gradient_checkpointing else kept
+    said = f"about {size(ready.memory)} at {rows} x {length:,} tokens, {size(static)} of it for weights, adapter and optimizer"
+    if ready.memory > free:
+        on = "" if ready.plan.gradient_checkpointing else "train.gradient_checkpointing=true, "
+        return "warn", (
+            f"{said}, but {there}: shorter rows may fit, and a micro-batch that does not is trained in halves "
+            f"(train.halve_on_oom). Remedy: {on}a smaller train.per_device_train_batch_size or train.max_length"
+        )
+    return "ok", f"{said}, of {size(free)} free"
+
+
+def _free(ready: Ready) -> tuple[int, str]:
+    """Bytes that this process can still have, and what is there in words."""
     if ready.plan.device == "cuda":
         import torch
 
         free, total = torch.cuda.mem_get_info()
         taken = f", of which {size(total - free)} are in use (nvidia-smi shows by whom)" if total - free > GIB else ""
-        there = f"the GPU has {size(total)}{taken}"
-        remedy = "use quantization.load_in_4bit=true, a smaller base model or a smaller lora.r"
-    else:
-        import psutil
+        return free, f"the GPU has {size(total)}{taken}"
+    import psutil
 
-        free = psutil.virtual_memory().available
-        there, remedy = f"only {size(free)} are free", "use a smaller base model"
-    if needed > free:
-        raise UserError(f"memory: {said}, but {there}: {remedy}")
-    return f"{said}, of {size(free)} free"
-
-
-def static_bytes(ready: Ready) -> int:
-    """Bytes that weights, adapter, its gradient and optimizer take whatever the batch is; activations need more.
-
-    NF4: half a byte per weight and one constant per 64 of them, of 4 bytes, or, quantised again, of 1 byte and 4/256
-    (https://arxiv.org/abs/2305.14314, section 3).
-    """
-    quantization, sizes = ready.loaded.config.quantization, ready.sizes
-    width = 4 if ready.plan.dtype == "float32" else 2
-    each = 0.5 + (1 + 4 / 256 if quantization.bnb_4bit_use_double_quant else 4) / 64
-    linear = sizes.linear * (each if quantization.load_in_4bit else width)
-    return int(linear + sizes.other * width + sizes.adapter * ADAM_BYTES)
+    free = psutil.virtual_memory().available // processes()
+    return free, f"only {size(free)} are free" + (f" for each of {processes()} processes" if processes() > 1 else "")

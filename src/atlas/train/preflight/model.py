@@ -5,7 +5,8 @@ from atlas.models.adapters import lora_config
 from atlas.models.load import check_weights, empty_model
 from atlas.models.tokenizer import load_tokenizer
 from atlas.train.checkpoints import Identity, refuse_other_runs
-from atlas.train.preflight.checklist import Ready, Sizes
+from atlas.train.preflight.checklist import Ready
+from atlas.train.preflight.estimate import Shape
 
 
 def tokenizer(ready: Ready) -> str:
@@ -24,16 +25,12 @@ def base(ready: Ready) -> str:
     ready.base = check_weights(config)
     if ready.resume != "never" and hasattr(ready, "folder"):
         refuse_other_runs(ready.folder, Identity.of(ready.loaded, None, "", ready.base.content))
-    head = model.get_output_embeddings()
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    linear = sum(layer.weight.numel() for layer in layers)
-    total = sum(parameter.numel() for parameter in model.parameters())
     ready.adapter = lora_config(config.lora)
     try:
         with torch.device("meta"):
             ready.empty = get_peft_model(model, ready.adapter)
     except ValueError as error:
         raise UserError(f"lora.target_modules: {first_line(error)}") from None
-    adapter = sum(parameter.numel() for parameter in ready.empty.parameters() if parameter.requires_grad)
-    ready.sizes = Sizes(linear, total - linear, adapter)
-    return f"{config.model.name}: {total / 1e6:,.1f} M parameters, {adapter / 1e6:,.2f} M in the adapter"
+    shape = ready.shape = Shape.of(ready.empty)
+    total = shape.linear + shape.other
+    return f"{config.model.name}: {total / 1e6:,.1f} M parameters, {shape.adapter / 1e6:,.2f} M in the adapter"

@@ -1,0 +1,114 @@
+"""How much memory training takes, from the model's shape: checked against measured peaks by benchmarks/memory.py."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from atlas.config import Config
+from atlas.device import DevicePlan
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ADAM_BYTES = 4 + 4 + 8  # fp32 adapter, its gradient, AdamW's two moments
+HEAD_BYTES = 2 * 128 * 2**20  # at most: one chunk's logits and their exponentials (train/head.py)
+LENGTH_IF_OPEN = 1024
+
+
+class Shape(NamedTuple):
+    """What memory depends on, as read from a model without weights."""
+
+    linear: int
+    """Parameters of the layers that 4 bits apply to."""
+    other: int
+    """Parameters of all others: embeddings, norms, biases."""
+    adapter: int
+    layers: int
+    hidden: int
+    attention: int
+    """Heads times their size."""
+    heads: int
+    mlp: int
+    vocabulary: int
+    largest: int
+    """Parameters of the largest layer of `linear`."""
+    lora_inputs: int
+    """Sizes of the inputs of all modules with an adapter, summed up."""
+
+    @staticmethod
+    def of(model: "PeftModel") -> "Shape":
+        import torch
+
+        config, head = model.config.get_text_config(), model.get_output_embeddings()
+        linear = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
+        ]
+        adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        sizes = [layer.weight.numel() for layer in linear]
+        total = sum(p.numel() for p in model.parameters()) - adapter
+        adapted = [
+            module for module in model.modules() if getattr(module, "lora_A", None) and hasattr(module, "in_features")
+        ]
+        heads = config.num_attention_heads
+        return Shape(
+            linear=sum(sizes),
+            other=total - sum(sizes),
+            adapter=adapter,
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+            heads=heads,
+            mlp=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            vocabulary=model.get_input_embeddings().weight.shape[0],
+            largest=max(sizes),
+            lora_inputs=sum(module.in_features for module in adapted),
+        )
+
+
+def static_bytes(config: Config, plan: DevicePlan, shape: Shape) -> int:
+    """Bytes that weights, adapter, its gradient and optimizer take whatever the batch is.
+
+    NF4: half a byte per weight and one constant per 64 of them, of 4 bytes, or, quantised again, of 1 byte and 4/256
+    (https://arxiv.org/abs/2305.14314, section 3).
+    """
+    width = 4 if plan.dtype == "float32" else 2
+    each = 0.5 + (1 + 4 / 256 if config.quantization.bnb_4bit_use_double_quant else 4) / 64
+    linear = shape.linear * (each if config.quantization.load_in_4bit else width)
+    return int(linear + shape.other * width + shape.adapter * ADAM_BYTES)
+
+
+def longest_batch(config: Config) -> tuple[int, int]:
+    """Rows of a micro-batch, and the most tokens that one of them may have."""
+    rows = config.train_value("per_device_train_batch_size")
+    fields = config.train_schema.fields()
+    length = config.train_value("max_length") if "max_length" in fields else None
+    return int(rows), int(length or LENGTH_IF_OPEN)
+
+
+def training_bytes(config: Config, plan: DevicePlan, shape: Shape, checkpointing: bool) -> int:
+    """Peak bytes of a training step at the most tokens that a micro-batch may have, the static ones included."""
+    rows, length = longest_batch(config)
+    tokens, width = rows * length, 4 if plan.dtype == "float32" else 2
+    fp32_cpu = plan.device == "cpu" and width == 4
+    hidden, attention, mlp = shape.hidden, shape.attention, shape.mlp
+
+    # Of one token in one layer, kept for the backward pass:
+    norms = 2 * hidden * 4  # the inputs of the two norms, which compute in float32
+    # query, and key and value repeated for each head of it, and the result
+    heads = 4 * attention * width
+    gate = 3 * mlp * width  # gate, its SiLU, up
+    # The inputs of the adapter's modules. q, k, v have one in common, and gate, up. Dropout keeps a mask of one byte for each
+    # module, and, but for models/dropout.py, each one's own dropped input.
+    own, common = shape.lora_inputs / shape.layers, 2 * hidden + attention + mlp
+    dropout = config.lora.lora_dropout > 0
+    inputs = common * width + own * dropout if fp32_cpu or not dropout else own * (width + 1)
+    scores = shape.heads * length * (4 if width == 4 else 6) if plan.attn_implementation == "eager" else 0
+    layer = tokens * (norms + heads + gate + inputs + scores)
+
+    # On top of what is kept: the head's chunks with the hidden states and their gradient, or a layer's backward pass.
+    logits = min(HEAD_BYTES, 2 * tokens * shape.vocabulary * 4)
+    head = logits + 3 * tokens * hidden * width
+    # Gradients of gate, its SiLU, up and their product; one weight of a layer, dequantised
+    backward = tokens * 4 * mlp * width + (shape.largest * width if config.quantization.load_in_4bit else 0)
+    kept = shape.layers * (tokens * hidden * width if checkpointing else layer)
+    return int(static_bytes(config, plan, shape) + kept + max(head, backward + (layer if checkpointing else 0)))
