@@ -162,7 +162,8 @@ def peak() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def work(ready: "Ready") -> Work:
     )
     width = heads * (getattr(config, "head_dim", None) or hidden // max(heads, 1))
     rate = 0.5 if ready.plan.device == "cuda" else 1
-    linear = max(ready.sizes.linear, 1)
+    linear = max(ready.shape.linear, 1)
     return Work(
         pair=14 / 4 * layers * width / linear / rate,
         each=35 + 3.5e7 * layers / linear,
