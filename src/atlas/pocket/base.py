@@ -43,7 +43,8 @@ SHAPE: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},  # Qwen2.5's
     "initializer_range": 0.05,  # the usual 0.02 is for wider models
 }
-STEPS, BATCH, SEQUENCE, PEAK_LR, WARMUP = 700, 4, 256, 4e-3, 60
+# Rows of 128 tokens instead of 256 halve the time of the attention, and at twice the rate 650 steps learn what took 700.
+STEPS, BATCH, SEQUENCE, PEAK_LR, WARMUP = 650, 8, 128, 8e-3, 60
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,10 @@ def pretrain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() == 1 or "embed" in n]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], PEAK_LR, betas=(0.9, 0.95)
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        PEAK_LR,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * s / STEPS)))
