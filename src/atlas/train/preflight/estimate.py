@@ -1,4 +1,5 @@
-"""How much memory training takes, from the model's shape: checked against measured peaks by benchmarks/memory.py."""
+"""How much memory training has in use at its peak, from the model's shape; benchmarks/memory.py compares it with measured peaks.
+A process may hold more of it than is in use: on a CPU up to twice as much was measured."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
