@@ -159,6 +159,10 @@ def _merge(parser: ArgumentParser) -> None:
     parser.add_argument("--base", metavar="NAME", help="the base model, if it is not where the manifest says")
 
 
+def _cache(parser: ArgumentParser) -> None:
+    parser.add_argument("--clear", action="store_true", help="remove all of it that no other process uses")
+
+
 def _pocket(parser: ArgumentParser) -> None:
     parser.add_argument("--config", default="configs/sft_pocket.yaml", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of world, base model, SFT and prompts (default: 0)")
@@ -183,6 +187,7 @@ COMMANDS = {
     "push": Command("atlas.hub.push", "push a finished run to the Hub", _push),
     "pull": Command("atlas.hub.pull", "get an adapter from the Hub, at a pinned revision", _pull),
     "merge": Command("atlas.models.merge", "merge an adapter into its base model", _merge),
+    "cache": Command("atlas.cache", "what is kept between two starts: rows, labels, quantised base models", _cache),
     "pocket": Command("atlas.pocket.lab", "the whole way on a machine with neither GPU nor Hub", _pocket),
 }
 

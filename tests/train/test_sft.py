@@ -80,6 +80,14 @@ def test_run_saves_what_it_trained(sft_args: list[str], base_folder: Path, tmp_p
     out = capfd.readouterr().out
     steps = [line for line in out.splitlines() if line.startswith("step ")]
     assert len(steps) == 6
+
+    parts = result["start_seconds"]
+    assert list(parts) == ["imports", "preflight", "data", "model", "trainer", "first_step"]
+    assert parts["model"] > 0 and sum(parts.values()) <= result["seconds"] - result["train_seconds"] * 0.5
+    said = "start: [0-9.]+ s to the end of the first step \\(" + ", ".join(
+        f"{n.replace('_', ' ')} [0-9.]+" for n in parts
+    )
+    assert len(re.findall(said, out)) == out.count("start: ") == 1 and out.index("start: ") < out.index(steps[0])
     for part in ("loss ", "lr ", "grad ", "supervised tok/s", "tok/s", "GiB", "left"):
         assert part in steps[0]
     assert "dtype" in out and "CPU" in out and "120 rows read, 120 used" in out

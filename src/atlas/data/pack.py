@@ -41,7 +41,9 @@ def arrange(rows: "Dataset | IterableDataset", arguments: "SFTConfig") -> "Datas
 
         return pack_dataset(rows, length, strategy, {"desc": "packs", "cache_file_name": str(folder / "packs.arrow")})
 
-    packed = cached(f"{dataset_fingerprint(rows)} {length} {strategy} {version('trl')}", "packs", make)
+    packed = cached(
+        f"{dataset_fingerprint(rows)} {length} {strategy} {version('trl')}", "packs", f"{len(rows):,} rows", make
+    )
     view = _tokens if strategy == "wrapped" else _documents  # "wrapped" keeps no boundaries
     if view(rows) != view(packed):
         raise UserError(

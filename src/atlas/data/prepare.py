@@ -83,7 +83,9 @@ def _label(source: Source, rows: "Dataset", labeler: Labeler, config: Config) ->
     # As a column is called once it is renamed.
     by = next((name for name, column in source.columns.items() if column == config.data.group_by), config.data.group_by)
     known = f"{dataset_fingerprint(rows)} {labeler.fingerprint} {format_name} {by} {sorted(source.columns.items())}"
-    labeled = label_rows(rows, labeler, known, format_name, by, source.columns, num_proc=config.data.num_proc)
+    labeled = label_rows(
+        rows, labeler, known, format_name, by, source.columns, num_proc=config.data.num_proc, of=source.name
+    )
     return Part(source, rows, labeled, format_name)
 
 
@@ -182,11 +184,15 @@ def _concatenated(datasets: Sequence["Dataset"]) -> "Dataset":
     return rows.select_columns(["input_ids", "labels"])
 
 
-def label_rows(rows: "Dataset", labeler: Labeler, known: str, *settings: Any, num_proc: int | None = None) -> "Dataset":
-    """The columns of `Labeler.table` for every row, cached under `known`. `settings`: the other arguments of `Labeler.table`."""
+def label_rows(
+    rows: "Dataset", labeler: Labeler, known: str, *settings: Any, num_proc: int | None = None, of: str = "rows"
+) -> "Dataset":
+    """The columns of `Labeler.table` for every row, cached under `known`. `settings`: the other arguments of `Labeler.table`; `of`:
+    whose labels they are, in messages."""
     return cached(
         known,
         "labels",
+        of,
         lambda folder: rows.map(
             labeler,
             fn_kwargs={"settings": settings},

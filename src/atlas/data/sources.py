@@ -195,7 +195,7 @@ def _file(path: Path) -> "Dataset":
     # The content, not the name or the time, decides whether a cached copy is used.
     known = f"{str(path)!r} {sha256(path)} {inspect.getsource(sys.modules[__name__])}"
     try:
-        rows = cached(known, f"rows of {path}", make)
+        rows = cached(known, "rows", str(path), make)
     except Exception as error:  # pyarrow and datasets raise about ten kinds, with the true one as the cause
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

@@ -4,19 +4,24 @@ Nothing here runs code that comes with a model: weights are safetensors, and `tr
 does not ask on standard input either.
 """
 
+import contextlib
 import hashlib
 import json
 import re
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from atlas import cache
 from atlas.compat import check_libraries
 from atlas.config import Config, QuantizationConfig, is_path
-from atlas.console import say
+from atlas.console import say, size
 from atlas.device import DevicePlan, Machine, choose_device
 from atlas.errors import UserError, first_line
 from atlas.files import digest, sha256
@@ -28,6 +33,12 @@ if TYPE_CHECKING:
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+# A missing file or a config without meaning, no memory left or other shapes, a package that is not there, a damaged file.
+_UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
+_WRITERS = ("bitsandbytes", "transformers", "torch")
+"""Their versions may change what a quantised copy holds, or how it is written."""
+_SHARE_OF_DISK = 0.25
+"""Of the free disk, which a quantised copy may take."""
 
 
 class BaseFiles(NamedTuple):
@@ -112,8 +123,15 @@ def content_of(folder: Path) -> str:
             data = path.read_bytes()
             digests[path.name] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         else:
-            digests[path.name] = sha256(path)
+            file = path.stat()
+            digests[path.name] = _sha256_of(path, file.st_size, file.st_mtime_ns)
     return _content(digests)
+
+
+@lru_cache
+def _sha256_of(path: Path, size: int, changed: int) -> str:
+    """Once in a process: 0.6 s per GB."""
+    return sha256(path)
 
 
 def _content(digests: Mapping[str, str]) -> str:
@@ -176,39 +194,128 @@ def load_base(
         key: what the user chose the model by.
         remedy: what else the user can do.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    name, four_bit = str(name), None
+    name = str(name)
     _refuse_missing(name, key, remedy)
-    if quantization is not None:
-        compute = quantization.bnb_4bit_compute_dtype
-        four_bit = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, dtype if compute == "auto" else compute),
-        )
-    try:
+
+    def read(place: str, **more: Any) -> "PreTrainedModel":
         model, loading = AutoModelForCausalLM.from_pretrained(
-            name,
+            place,
             output_loading_info=True,
-            revision=revision or "main",
             dtype=dtype,
             attn_implementation=attention,
-            quantization_config=four_bit,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
+            **more,
         )
-    # a missing file or a config without meaning, no memory left or other shapes, a package that is not there, a damaged file
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if missing := sorted(loading["missing_keys"]):  # transformers makes them random, with a warning
+            raise UserError(
+                f"{key}the files of {name!r} lack {len(missing)} weights that its config.json asks for ({missing[0]}, ...){remedy}"
+            )
+        whole: PreTrainedModel = model
+        return whole
+
+    try:
+        if quantization is None:
+            return read(name, revision=revision or "main")
+        return _read_quantized(read, name, revision, quantization, dtype, device)
+    except _UNREADABLE as error:
         raise UserError(f"{key}the weights of {name!r} cannot be loaded: {first_line(error)}{remedy}") from None
-    if missing := sorted(loading["missing_keys"]):  # transformers makes them random, with a warning
-        raise UserError(
-            f"{key}the files of {name!r} lack {len(missing)} weights that its config.json asks for ({missing[0]}, ...){remedy}"
-        )
+
+
+def _read_quantized(
+    read: "Callable[..., PreTrainedModel]",
+    name: str,
+    revision: str | None,
+    quantization: QuantizationConfig,
+    dtype: str,
+    device: str | int,
+) -> "PreTrainedModel":
+    """The model in 4 bits: the copy that an earlier start has kept, else quantised now and kept.
+
+    The copy has the same bits. It belongs to the content of the files, not to their name. The cache never ends a run: where it
+    is damaged or cannot be written, the model is quantised, with a line that says why.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    compute = quantization.bnb_4bit_compute_dtype
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, dtype if compute == "auto" else compute),
+    )
+    allowed = cache.limit()
+    with contextlib.ExitStack() as stack:
+        copy = None
+        if allowed and (content := _content_to_load(name, revision)) is not None:
+            where = "cpu" if device == "cpu" else "cuda"  # their kernels need not round alike
+            depends = [content, four_bit.to_dict(), dtype, where, *map(version, _WRITERS)]
+            try:
+                copy = stack.enter_context(
+                    cache.entry(json.dumps(depends), "base", f"{name}, 4 bits, {dtype}, {where}")
+                )
+            except (OSError, NotImplementedError) as error:  # a folder that cannot be written to, or cannot lock
+                say(f"the quantised base model is not kept: {first_line(error)}", flush=True)
+        if copy is not None and copy.is_damaged:
+            say(f"the kept copy of the quantised base model ({copy.folder}) is damaged: quantised anew", flush=True)
+        if copy is not None and copy.is_whole:
+            try:
+                model = read(str(copy.folder))
+            except (*_UNREADABLE, UserError) as error:
+                reason = f"({copy.folder}) cannot be read ({first_line(error)})"
+                say(f"the kept copy of the quantised base model {reason}: quantised anew", flush=True)
+            else:
+                model.name_or_path = model.config.name_or_path = name  # which PEFT writes into the adapter
+                say("base model: the quantised copy that an earlier start has kept (`atlas cache`)", flush=True)
+                return model
+        model = read(name, revision=revision or "main", quantization_config=four_bit)
+        if copy is not None:
+            _keep(model, copy, allowed)
+    if copy is not None:
+        cache.make_room("base", allowed)
     return model
+
+
+def _keep(model: "PreTrainedModel", copy: cache.Entry, allowed: float) -> None:
+    """Write the quantised model, so that the next start need not quantise. Says so where that cannot be."""
+    takes, said = model.get_memory_footprint(), "the quantised base model is not kept for the next start: "
+    free = shutil.disk_usage(copy.folder.parent).free
+    if takes > allowed:
+        say(f"{said}it takes {size(takes)}, and {cache.LIMIT} allows {size(allowed)}", flush=True)
+    elif takes > free * _SHARE_OF_DISK:  # preflight has promised the room to the checkpoints
+        say(
+            f"{said}it takes {size(takes)}, and the disk of {copy.folder.parent} has only {size(free)} free", flush=True
+        )
+    else:
+        try:
+            copy.empty()
+            model.save_pretrained(copy.folder)
+            copy.seal()
+        except Exception as error:  # a full disk is an OSError or safetensors' own
+            copy.remove()
+            say(f"{said}{copy.folder} cannot be written ({first_line(error)})", flush=True)
+        else:
+            say(f"base model: quantised, and kept for the next start ({size(takes)}; `atlas cache`)", flush=True)
+
+
+def _content_to_load(name: str, revision: str | None) -> str | None:
+    """What the quantised model is made from; None where the weights are not on this machine yet. For a Hub id the Hub says which
+    commit its branch is at now."""
+    from transformers.utils import cached_file
+
+    try:
+        config = cached_file(name, "config.json", revision=revision)
+    except OSError:  # whoever loads the model says it
+        return None
+    folder = Path(str(config)).parent
+    if not any(_WEIGHTS.fullmatch(path.name) for path in folder.iterdir()):
+        return None
+    settings = folder / "generation_config.json"
+    return content_of(folder) + (digest(settings.read_text(encoding="utf-8")) if settings.is_file() else "")
 
 
 def load_base_model_and_tokenizer(

@@ -34,6 +34,7 @@ from atlas.train.folder import STAGING, own
 from atlas.train.manifest import build_manifest
 from atlas.train.phase import phase_of
 from atlas.train.preflight import preflight
+from atlas.train.timing import Parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,15 +112,16 @@ def _why_unchanged(loaded: LoadedConfig, steps: int) -> str:
 def open_run(phase: "Phase", loaded: LoadedConfig, resume: str) -> "Iterator[Run]":
     """Preflight, then the run with its output folder locked. Raises `UserError` for input that cannot end well, before any data or
     model is loaded."""
-    started = time.perf_counter()
+    started, start = time.perf_counter(), Parts()
     quiet_libraries()
-    ready = preflight(loaded, resume)
+    ready = preflight(loaded, resume, start)
     say(f"preflight\n{ready.table()}", flush=True)
     ready.refuse_failures()
     folder = Path(loaded.config.output.dir)
     with held(folder, f"atlas {phase.name}") if is_main_process() else contextlib.nullcontext():
         print(ready.plan.table())
-        yield Run(phase, loaded, ready, folder, resume, started)
+        start.end("preflight")
+        yield Run(phase, loaded, ready, folder, resume, started, start)
 
 
 @dataclass
@@ -135,6 +137,8 @@ class Run:
     """auto, never or a checkpoint."""
     started: float
     """`time.perf_counter()` at the beginning of the command."""
+    start: Parts
+    """How long each part of the start takes."""
     rows: "Rows" = field(init=False)
     tokenizer: "PreTrainedTokenizerBase" = field(init=False)
     train_dataset: Any = field(init=False)
@@ -175,11 +179,13 @@ class Run:
             print(self.batching.line(arguments, lengths, len(lengths if config.data.streaming else self.train_dataset)))
         if (arguments.world_size > 1 or arguments.dataloader_drop_last) and not config.data.streaming:
             print(left_out(len(self.train_dataset), arguments))
+        self.start.end("data")
 
     def load_base_model(self) -> "PreTrainedModel":
         """The quantised base model of the config; the tokenizer is set to match it."""
 
         model, self.tokenizer = load_base_model_and_tokenizer(self.loaded.config, self.ready.plan, self.ready.tokenizer)
+        self.start.end("model")
         return model
 
     def trainer(self, model: "PreTrainedModel") -> "Resumable":
@@ -212,6 +218,7 @@ class Run:
         print(f"adapter r={lora.r} alpha={lora.lora_alpha}: {self.trainable:,} trainable parameters, float32")
         for what, text in trainer.decided().items():
             print(f"{what}: {text}")
+        self.start.end("trainer")
         return trainer
 
     def fit(self, trainer: "Resumable") -> None:
@@ -219,12 +226,14 @@ class Run:
         `RunError` where the run has diverged."""
         from atlas.train.callbacks.log_line import LogLine
         from atlas.train.callbacks.save_in_time import SaveInTime
+        from atlas.train.callbacks.start import StartLine
         from atlas.train.resume import EvaluationCutError
 
         settings, log = self.loaded.config.checkpoint, LogLine()
         hours = settings.stop_after_hours
         stop_in = None if hours is None else self.started + 3600 * hours - time.perf_counter()
         with SaveInTime(trainer, log, settings.every_minutes, stop_in, self.checkpoint) as saving:
+            trainer.add_callback(StartLine(self.start))
             trainer.add_callback(log)
             trainer.add_callback(saving)
             with contextlib.suppress(EvaluationCutError):
@@ -291,6 +300,7 @@ class Run:
             "loss_mean": self._outcome.training_loss,
             "eval_loss": eval_losses[-1] if eval_losses else None,
             "best_step": best,
+            "start_seconds": self.start.seconds,
             "train_seconds": round(self._outcome.metrics["train_runtime"], 2),
             "seconds": round(time.perf_counter() - self.started, 2),
             "peak_memory_gib": round(memory_gib(), 3),

@@ -4,6 +4,7 @@ Each check is one line: ok, fail (with what to do), warn (the run can start, but
 be asked). All failures are reported together. A run does the same first.
 """
 
+import contextlib
 from argparse import Namespace
 
 from atlas.cli import command
@@ -14,6 +15,7 @@ from atlas.errors import DONE
 from atlas.train.phase import phase_of
 from atlas.train.preflight import folders, machine, model, online, trial
 from atlas.train.preflight.checklist import Ready
+from atlas.train.timing import Parts
 
 __all__ = ["Ready", "main", "preflight"]
 
@@ -29,13 +31,19 @@ def main(arguments: Namespace) -> int:
     return DONE
 
 
-def preflight(loaded: LoadedConfig, resume: str = "auto") -> Ready:
-    """Do all checks. Nothing is loaded, written or created, except `output.hub_repo` if it does not exist yet."""
+def preflight(loaded: LoadedConfig, resume: str = "auto", start: Parts | None = None) -> Ready:
+    """Do all checks. Nothing is loaded, written or created, except `output.hub_repo` if it does not exist yet. `start` is told
+    when the libraries are imported."""
     config, phase = loaded.config, phase_of(loaded.config)
     ready = Ready(loaded, phase, resume)
     ready.check("config", lambda: f"hash {loaded.config_hash}")
     ready.check("device", machine.device, ready)
     ready.check("libraries", machine.libraries, ready)
+    if hasattr(ready, "libraries"):
+        with contextlib.suppress(Exception):  # the checks below say what is wrong
+            phase.trainer()  # imports all that trains
+    if start is not None:
+        start.end("imports")
     for name, look in phase.checks.items():
         ready.check(name, look, config)
     ready.check("output folder", folders.output, ready)

@@ -82,8 +82,3 @@ class Ready:
             begin = f"{len(self.failures)} things would end this run badly:\n       - " if many else ""
             kind = RunError if all(isinstance(error, RunError) for error in self.failures) else UserError
             raise kind(begin + "\n       - ".join(map(str, self.failures)))
-
-
-def size(count: float) -> str:
-    """Bytes in words."""
-    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"

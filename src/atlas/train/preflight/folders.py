@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
+from atlas.console import size
 from atlas.data.sources import data_files
 from atlas.errors import UserError
 from atlas.files import RESULTS_DIR, can_write, existing
@@ -11,7 +12,7 @@ from atlas.launch import is_main_process
 from atlas.lock import refuse_if_held
 from atlas.train.checkpoints import Identity, checkpoints, refuse_other_runs
 from atlas.train.folder import refuse_foreign
-from atlas.train.preflight.checklist import Found, Ready, size
+from atlas.train.preflight.checklist import Found, Ready
 
 CHECKPOINT_BYTES = 4 + 8  # a number of the adapter in fp32, AdamW's two moments
 PREPARED = 3  # times the source: a copy of its text, and 8 bytes for each token of about 4 characters

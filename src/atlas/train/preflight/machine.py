@@ -1,10 +1,11 @@
 """Checks of this machine: device, libraries and memory."""
 
 from atlas.compat import check_libraries
+from atlas.console import size
 from atlas.device import Machine, choose_device
 from atlas.errors import UserError
 from atlas.launch import processes
-from atlas.train.preflight.checklist import GIB, Found, Ready, size
+from atlas.train.preflight.checklist import GIB, Found, Ready
 from atlas.train.preflight.estimate import longest_batch, static_bytes, training_bytes
 
 # The estimate is of what is in use. On a CPU glibc 2.36 held twice that: 2.15 GiB measured, 1.00 estimated (1 M parameters,

@@ -1,0 +1,169 @@
+"""What atlas keeps on the disk between two starts: rows, labels and packs, and quantised base models. `atlas cache` lists them.
+
+All of it lies in the folder `atlas` of datasets' cache (`HF_DATASETS_CACHE`, else `HF_HOME`). Each entry has a folder of its own,
+under a hash of all that its content depends on. It counts once its seal is written, which is last, so that nothing half written is
+ever used. The seal holds a hash of each file, which is compared before the entry is used again. xxh3 finds damage, at 10 GB/s; it
+does not protect from somebody who may write to the cache, and who could write a seal as well.
+"""
+
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import file_digest
+from pathlib import Path
+
+from atlas.cli import command
+from atlas.console import say, size
+from atlas.errors import DONE, UserError
+from atlas.files import digest, flush, read_object, write_json
+
+LIMIT = "ATLAS_CACHE_GIB"
+"""Environment variable: how much the quantised base models may take together; 0 keeps none."""
+DEFAULT_GIB = 20.0
+GIB = 2**30
+_SEAL = "seal.json"
+
+
+def root() -> Path:
+    """The folder of all entries."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "atlas"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One folder of the cache, locked by this process."""
+
+    folder: Path
+    kind: str
+    of: str
+    is_whole: bool
+    """Each file is as it was when the entry was sealed."""
+    is_damaged: bool
+    """It was sealed, and its files have changed since."""
+
+    def empty(self) -> None:
+        """Make an empty folder of it. Raises `OSError`."""
+        self.remove()
+        self.folder.mkdir()
+
+    def remove(self) -> None:
+        """Leave nothing of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def seal(self) -> None:
+        """The folder is complete. Raises `OSError`."""
+        files = _digests(self.folder)
+        for name in files:
+            flush(self.folder / name)
+        write_json(self.folder / _SEAL, {"kind": self.kind, "of": self.of, "files": files})
+
+
+@contextmanager
+def entry(known: str, kind: str, of: str) -> Iterator[Entry]:
+    """The entry for `known`, a text that says all that it depends on; `kind` and `of` are for its line in `atlas cache`. Another
+    process that wants it waits. Raises `OSError` where the folder cannot be written to."""
+    from filelock import FileLock
+
+    folder = root() / digest(known)[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        sealed = read_object(folder / _SEAL)
+        is_whole = bool(sealed) and sealed.get("files") == _digests(folder)
+        if is_whole:
+            os.utime(folder / _SEAL)  # its last use
+        yield Entry(folder, kind, of, is_whole, bool(sealed) and not is_whole)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    import xxhash
+
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix in (".arrow", ".safetensors", ".json") and path.name != _SEAL:
+            with path.open("rb") as file:
+                found[str(path.relative_to(folder))] = file_digest(file, xxhash.xxh3_128).hexdigest()
+    return found
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An entry as `atlas cache` shows it."""
+
+    folder: Path
+    kind: str
+    of: str
+    size: int
+    """Bytes."""
+    used: float
+    """Seconds since 1970."""
+
+    def remove(self) -> bool:
+        """False where a process uses it, or where it cannot be removed."""
+        from filelock import FileLock, Timeout
+
+        try:
+            with FileLock(f"{self.folder}.lock", timeout=0):
+                shutil.rmtree(self.folder)
+        except (Timeout, OSError):
+            return False
+        return True
+
+
+def listed() -> list[Listed]:
+    """All entries, the one that was used last first."""
+    found = []
+    for folder in root().glob("*/"):
+        sealed = read_object(folder / _SEAL)
+        kind, of = sealed.get("kind", "?"), sealed.get("of", "not finished, or of another version of atlas")
+        with suppress(OSError):  # another process has just removed it
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            used = (folder / _SEAL if sealed else folder).stat().st_mtime
+            found.append(Listed(folder, str(kind), str(of), size, used))
+    return sorted(found, key=lambda one: -one.used)
+
+
+def limit() -> float:
+    """Bytes that the quantised base models may take together. Raises `UserError` where `ATLAS_CACHE_GIB` is no number."""
+    text = os.environ.get(LIMIT, "")
+    try:
+        given = float(text) if text else DEFAULT_GIB
+    except ValueError:
+        given = -1.0
+    if not given >= 0:
+        raise UserError(f"{LIMIT}={text}: it must be a number of GiB, or 0 to keep no quantised base model")
+    return given * GIB
+
+
+def make_room(kind: str, allowed: float) -> None:
+    """Remove entries of a kind, first the one that was used longest ago, until the others take `allowed` bytes at most."""
+    found = [one for one in listed() if one.kind == kind]
+    total = sum(one.size for one in found)
+    for one in found[:0:-1]:  # the newest one is in use
+        if total > allowed and one.remove():
+            total -= one.size
+            say(f"cache: removed {kind} {one.of} ({size(one.size)}; {LIMIT} is {allowed / GIB:g})", flush=True)
+
+
+@command("cache")
+def main(arguments: Namespace) -> int:
+    found = listed()
+    total = f"{len(found)} entries, {size(sum(one.size for one in found))}"
+    if arguments.clear:
+        left = [one for one in found if not one.remove()]
+        for one in left:
+            say(f"in use, kept: {one.kind} {one.of}")
+        print(f"removed {len(found) - len(left)} of {total}, in {root()}")
+        return DONE
+    for one in found:
+        used = datetime.fromtimestamp(one.used).strftime("%Y-%m-%d %H:%M")
+        say(f"{one.kind:<6}  {size(one.size):>9}  {used}  {one.of}")
+    print(
+        f"{total}, in {root()}. `--clear` removes them; of base models at most {limit() / GIB:g} GiB are kept ({LIMIT})"
+    )
+    return DONE
