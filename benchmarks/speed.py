@@ -191,9 +191,9 @@ def run(name: str, job: Job, caches: Path = WORK / "caches", **changed: Any) -> 
     python = sys.executable
     if contender == "factory":
         python = str(FACTORY.absolute())  # not resolved: the link is what makes it an environment
-        if {"pack", "neat"} & {*options}:  # packs that hold as many rows as the others' batches, on average
-            given["accumulation"] = max(1, round(job.batch * job.accumulation * job.row_tokens / job.max_length))
-            given["batch"] = 1
+    if contender != "atlas" and {"pack", "neat"} & {*options}:  # as many packs as hold the others' rows, on average
+        given["accumulation"] = max(1, round(job.batch * job.accumulation * job.row_tokens / job.max_length))
+        given["batch"] = 1
     if contender == "trl":
         given["tokenizer"] = job.marked
     given |= {"out": str((folder / "report.json").absolute()), "began": time.time()}
