@@ -5,6 +5,7 @@ The machine is read from torch (a real run) or from nvidia-smi (`--print-config`
 same code for both.
 """
 
+import ctypes
 import os
 import re
 import resource
@@ -289,6 +290,8 @@ def _chosen_attention(machine: Machine, gpu: Gpu | None, dtype: str) -> tuple[st
 
 def _liger(config: Config, machine: Machine, gpu: Gpu | None) -> tuple[bool, str]:
     asked = config.train.get("use_liger_kernel")
+    if asked and not machine.has_liger:
+        raise UserError("train.use_liger_kernel=true: the package liger-kernel is not installed")
     if asked is not None:
         return bool(asked), "set in the config"
     if gpu is None:
@@ -298,6 +301,13 @@ def _liger(config: Config, machine: Machine, gpu: Gpu | None) -> tuple[bool, str
     if not machine.has_liger:
         return False, "liger-kernel is not installed"
     return True, "for norm, rotary embedding and MLP; the loss keeps its own head"
+
+
+def return_memory() -> None:
+    """Give memory that is free in this process back to the system: glibc keeps it in its heap, in pieces."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # macOS and musl have none
+    if trim is not None:
+        trim(0)
 
 
 def memory_gib() -> float:

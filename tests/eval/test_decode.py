@@ -101,7 +101,7 @@ def test_four_bits_and_an_adapter(tuned: Any) -> None:
     prompts = random_prompts(len(tokenizer), 12)
     stops = some_stops(alone(model, prompts, [tokenizer.eos_token_id]))
     wanted = alone(model, prompts, stops)
-    assert len({len(reply) for reply in wanted}) > 2
+    assert len({len(reply) for reply in wanted}) > 1
     for rows in (1, 5, 12):
         assert decode(model, prompts, limit=LIMIT, stops=stops, rows=rows) == wanted
 

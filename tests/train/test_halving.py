@@ -81,7 +81,7 @@ def test_a_run_that_cannot_be_split_ends_with_one_error(room: int, more: list[st
     text = str(raised.value)
     assert text.startswith("out of memory in step 2: " + said)
     assert "checkpoint-1 is whole" in text and "train.per_device_train_batch_size" in text
-    assert "train.activation_checkpointing=true" in text
+    assert "train.gradient_checkpointing=true" in text
 
 
 LIMITED = """

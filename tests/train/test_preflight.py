@@ -181,7 +181,10 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
         ["data.eval_fraction=0.2", "train.save_strategy=best"],
         ["train.save_strategy=best: `args.metric_for_best_model` must be provided"],
     ),
-    "a package": (["train.use_liger_kernel=true"], ["train.use_liger_kernel=True: No module named 'liger_kernel'"]),
+    "a package": (
+        ["train.use_liger_kernel=true"],
+        ["train.use_liger_kernel=true: the package liger-kernel is not installed"],
+    ),
     "the head": (
         ["lora.target_modules=[lm_head]"],
         ["lora.target_modules: Applying a PEFT adapter to `lm_head` is not"],

@@ -65,6 +65,9 @@ class TrainField:
     has_default: bool
 
 
+COMMON_OWN = {"halve_on_oom": TrainField("bool", True, True)}
+
+
 @dataclass(frozen=True)
 class TrainSchema:
     """What `train:` may hold in one phase."""
@@ -77,7 +80,7 @@ class TrainSchema:
     """Values that differ from the libraries' defaults, in every config that does not say otherwise."""
     metrics: tuple[str, ...] = ("loss",)
     """What an evaluation measures. transformers looks up metric_for_best_model only when the first evaluation is over."""
-    own: Mapping[str, TrainField] = field(default_factory=dict)
+    own: Mapping[str, TrainField] = field(default_factory=lambda: COMMON_OWN)
     """Fields of atlas itself, which the phase's config class does not have."""
 
     def fields(self) -> dict[str, TrainField]:
@@ -157,7 +160,6 @@ COMMON_RECIPE = {
     "save_steps": 100,
     "save_total_limit": 2,
 }
-COMMON_OWN = {"halve_on_oom": TrainField("bool", True, True)}
 TRL_SOURCES = (
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),

@@ -41,6 +41,8 @@ def open_ways(config: Config) -> tuple[list[str], str]:
         fits[f"data.curriculum={config.data.curriculum}"] = any_order
     if config.data.streaming:
         fits["data.streaming=true"] = any_order
+    if noise := train.get("neftune_noise_alpha"):
+        fits[f"train.neftune_noise_alpha={noise}"] = {PAD, GROUP, PACKS}
     own = "batching" in config.train_schema.own
     if own and (asked := config.train_value("batching")) != "auto":
         fits[f"train.batching={asked}"] = {asked}
@@ -98,6 +100,7 @@ class Batching:
     follows: Mapping[str, Any] = field(default_factory=dict)
     """What follows for the trainer's arguments. Rows are cut already, so TRL need not know max_length, which it refuses beside
     padding_free."""
+    streamed: bool = False
 
     @staticmethod
     def of(ready: "Ready", lengths: np.ndarray | None, kept: str) -> "Batching":
@@ -130,15 +133,16 @@ class Batching:
         if kept in ways:
             way, reason = kept, reason or "as in the checkpoint"
         elif not reason and len(ways) > 1:
-            saved = [f"{other} {1 - costs[other] / costs[PAD]:.0%}" for other in ways if other != PAD]
-            reason = f"by the estimate {' and '.join(saved)} cheaper than pad"
+            needs = [f"{other} {costs[other] / costs[PAD]:.0%}" for other in ways if other != PAD]
+            reason = f"by the estimate {' and '.join(needs)} of the work of pad"
             if way == PAD:
-                reason += ", too little" if rows > 1 else ": each micro-batch is one row"
+                reason += ", which saves too little" if rows > 1 else ": each micro-batch is one row"
         reason = reason or "the phase knows no other"
         if way == PACKS and rows > 1 and not model.varlen and arguments.packing_strategy != "wrapped":
             steps = rows * arguments.gradient_accumulation_steps
             reason += (
-                f"; attention looks at all pairs of the {rows} packs of a micro-batch, so 1 x {steps} would be faster"
+                f"; attention looks at all pairs of the {rows} packs of a micro-batch, so "
+                f"train.per_device_train_batch_size=1 with train.gradient_accumulation_steps={steps} would be faster"
             )
         before, after = (1 - lengths.sum() / padded(orders[of], rows) for of in (PAD, GROUP))
         after = {PAD: before, GROUP: after}.get(way, 0)
@@ -147,7 +151,9 @@ class Batching:
             follows["shuffle_dataset"] = False  # each epoch is
         if way == PACK and model.varlen and not arguments.dataloader_drop_last:
             follows |= larger(arguments, lengths)
-        return Batching(way, reason, round(float(before), 4), round(float(after), 4), follows)
+        return Batching(
+            way, reason, round(float(before), 4), round(float(after), 4), follows, streamed=config.data.streaming
+        )
 
     def apply(self, arguments: "TrainingArguments") -> None:
         for name, value in self.follows.items():
@@ -165,7 +171,8 @@ class Batching:
         step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         what, most = "rows", int(np.sort(lengths)[-step:].sum())
         if self.way == PACKS:
-            what, most = "packs", step * arguments.max_length
+            what, most = "packs", min(step * arguments.max_length, int(lengths.sum()))
+        step = step if self.streamed else min(step, count)
         return (
             f"batching {self.way} ({self.reason}): padding {self.before:.1%} -> {self.after:.1%}; a step holds {step:,} {what}, "
             f"{step * lengths.sum() / count:,.0f} tokens on average, at most {most:,}"

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from atlas.compat import metric_sums, restore_metric_sums
 from atlas.console import say
+from atlas.device import return_memory
 from atlas.errors import RunError, first_line
 from atlas.train import checkpoints
 
@@ -21,7 +22,8 @@ class Halving(Trainer):
 
     identity: checkpoints.Identity
     halve_on_oom = True
-    _halves = False
+    _halves = _failed = False
+    """Are micro-batches split; did a half fail too?"""
 
     def counts(self) -> dict[str, Any]:
         """What a trainer has counted since the start by itself, for its checkpoints."""
@@ -50,6 +52,7 @@ class Halving(Trainer):
             self.restore_counts(counts)
             restore_metric_sums(self, metrics)
             clear_device_cache(garbage_collection=True)
+            return_memory()
             self._halves = True
             say(
                 f"out of memory in step {self.state.global_step + 1} ({reason}). From here on each micro-batch is trained in two "
@@ -80,19 +83,22 @@ class Halving(Trainer):
 
     def _does_not_fit(self, reason: str) -> NoReturn:
         last = checkpoints.newest(Path(str(self.args.output_dir)), self.identity.start)
-        half = " half of" * self._halves
+        half, self._failed = " half of" * self._halves, self._halves
         raise RunError(
             f"out of memory in step {self.state.global_step + 1}: there is no room for{half} a micro-batch ({reason}). "
             f"{f'{last} is whole' if last else 'There is no checkpoint'}. For less memory "
-            + ("" if self.args.activation_checkpointing else "set train.activation_checkpointing=true, or ")
+            + ("" if self.args.activation_checkpointing else "set train.gradient_checkpointing=true, or ")
             + f"{self._smaller()}, or lower train.max_length"
         )
 
     def _smaller(self) -> str:
         rows, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
-        if rows % 2:
+        parts = 2 * (1 + self._failed)
+        if rows % parts:
             return "lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps"
-        return f"set train.per_device_train_batch_size={rows // 2} train.gradient_accumulation_steps={steps * 2}"
+        return (
+            f"set train.per_device_train_batch_size={rows // parts} train.gradient_accumulation_steps={steps * parts}"
+        )
 
 
 def halves(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import copy
 import tempfile
 import warnings
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from atlas.config import Config
@@ -57,8 +56,6 @@ def _try_trainer(ready: Ready, config: Config) -> "TrainingArguments":
     if open_ways(config)[0] == [PACK]:
         Batching(PACK, "", follows=PADDING_FREE).apply(arguments)
     rows = Dataset.from_list(phase.sample(ready.tokenizer))
-    if arguments.use_liger_kernel:
-        import_module("liger_kernel")  # the library imports it only when training starts
     with tempfile.TemporaryDirectory() as folder:
         arguments.output_dir, arguments.report_to = folder, []
         trainer = trial(
