@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measured import record_benchmark
+from measured import record_benchmark, this_command
 
 ADAPTER = Path("outputs/pocket/sft")
 ROOT = Path(__file__).parent.parent
@@ -23,6 +23,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+
+    data = Path("outputs/pocket/lab/eval.jsonl")
+    if not (data.is_file() and arguments.adapter.is_dir()):
+        parser.error(f"{data} and {arguments.adapter} are needed: run `make pocket` first")
 
     from atlas.config import load_config
     from atlas.console import quiet_libraries
@@ -70,7 +74,7 @@ def main() -> None:
             name: sum(a != b for a, b in zip(first, found, strict=True)) for name, found in replies.items()
         },
     }
-    record_benchmark("generate", entry, "python benchmarks/generate.py")
+    record_benchmark("generate", entry, this_command())
 
 
 def stock(model: Any, tokenizer: Any, task: Any, batch: int) -> list[str]:

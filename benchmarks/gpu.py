@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from measured import record
+from measured import record, this_command
 from speed import QWEN_VOCABULARY, SHAPES, data_arguments, losses, make_job, run, shown_job, speed, summary
 
 # Dense bf16 (T4, V100: fp16) TFLOP/s by NVIDIA's data sheets, without sparsity.
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             entry["losses"] = losses(
                 found, [("atlas+pad+nockpt", "trl+nockpt+fp32"), ("atlas+pad+nockpt", "trl+nockpt")]
             )
-            record("gpu", entry, f"python benchmarks/gpu.py --shape {arguments.shape}")
+            record("gpu", entry, this_command())
             print(f"{name:32} {line(report, table[name])}", flush=True)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import prepare
-from measured import record_benchmark
+from measured import record_benchmark, this_command
 from speed import ROOT, SHAPES, WORK, Job, base_model, data_arguments, make_job, run, write_rows
 
 LENGTHS, BATCHES, ROWS = (128, 256, 512, 1024), (1, 2, 4, 8, 16), (1_000, 10_000, 100_000, 1_000_000)
@@ -41,12 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _save(name: str, arguments: argparse.Namespace, what: str, entry: dict[str, Any]) -> None:
-    command = f"python benchmarks/growth.py {name}"
     if name in ("length", "batch"):
-        command += f" --shape {arguments.shape}"
         name += f", {arguments.shape}"
-    command += " --tokenizer ..." if arguments.tokenizer else ""
-    record_benchmark(f"growth, {name}", {"what": what, **entry}, command)
+    record_benchmark(f"growth, {name}", {"what": what, **entry}, this_command())
 
 
 def rows(arguments: argparse.Namespace) -> None:

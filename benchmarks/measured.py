@@ -1,6 +1,8 @@
 """Where a measurement goes: outputs/figures/NAME.json. `make figures` takes it over into figures/, which is committed."""
 
 import json
+import shlex
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,11 @@ def record(name: str, report: dict[str, Any], command: str) -> dict[str, Any]:
     write_json(path, stamped)
     print(f"written: {path}")
     return stamped
+
+
+def this_command() -> str:
+    """The command that runs now, as it would be typed."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def record_benchmark(name: str, entry: dict[str, Any], command: str, show: bool = True) -> None:

@@ -2,18 +2,20 @@
 
 Random models of three sizes are trained for two steps on rows that all have `max_length` tokens, each case in a process of its own.
 Measured is the peak of the steps, without the moment of loading: on a CPU the resident set above that before the model (Linux),
-on a GPU `torch.cuda.max_memory_allocated`. The result goes into outputs/figures/benchmarks.json. The 0.5B shape takes up to 14 GB.
+with freed memory given back to the system at once, which glibc does not do by itself (--heap: as it is); on a GPU
+`torch.cuda.max_memory_allocated`. The result goes into outputs/figures/benchmarks.json. The 0.5B shape takes up to 14 GB.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from measured import record_benchmark
+from measured import record_benchmark, this_command
 
 # Vocabulary, and the shape of a Qwen2 model. The last one is Qwen2.5-0.5B's.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -52,9 +54,17 @@ CASES: list[tuple[str, int, int, list[str]]] = [
 ]
 
 
+# glibc keeps freed blocks of up to 32 MiB in its heap. With this, all that is larger goes back to the system at once, so that the
+# peak of the process is that of the memory in use.
+IN_USE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--heap", action="store_true", help="with glibc's heap as it is, which holds more than is in use"
+    )
     parser.add_argument("--child", nargs=3, metavar=("WHAT", "CASE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -68,7 +78,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for what in ("make", "measure"):
                 command = [sys.executable, __file__, "--child", what, str(index), folder]
-                out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
+                environment = dict(os.environ) if arguments.heap else os.environ | IN_USE
+                out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment).stdout
         if not out.startswith("{") and "\n{" not in out:
             print(f"{shape} {batch} x {length} {' '.join(overrides)}: no result\n{out[-2000:]}", flush=True)
             continue
@@ -76,7 +87,8 @@ def main() -> None:
         one |= json.loads(out[out.rindex("\n{") + 1 :] if "\n{" in out else out)
         found.append(one)
         print(line(one), flush=True)
-    record_benchmark("memory", {"cases": found}, f"python benchmarks/memory.py --shapes {' '.join(arguments.shapes)}")
+        name = "memory, with the heap" if arguments.heap else "memory"
+        record_benchmark(name, {"cases": found}, this_command(), show=False)
 
 
 def line(one: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from measured import record_benchmark
+from measured import record_benchmark, this_command
 from prepare import conversations, pocket_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -85,11 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     names = arguments.contenders or DEFAULT + (WITH_FACTORY if FACTORY.exists() else [])
     job, source = make_job(arguments, steps=arguments.steps, batch=arguments.batch, accumulation=arguments.accumulation)
-    command = (
-        f"python benchmarks/speed.py --shape {arguments.shape} --steps {arguments.steps} --rounds {arguments.rounds}"
-    )
-    command += f" --rows {' '.join(path.name for path in arguments.rows)}" if arguments.rows else ""
-    command += " --tokenizer ..." if arguments.tokenizer else ""
     found: dict[str, list[dict[str, Any]]] = {}
     for turn in range(arguments.rounds):
         for name in names if turn % 2 == 0 else reversed(names):
@@ -103,9 +98,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             shutil.rmtree(caches, ignore_errors=True)
             print(f"round {turn + 1}: {name}: {said(first)}", flush=True)
             entry = {"what": __doc__.splitlines()[0] if __doc__ else "", "source": source, "shape": arguments.shape}
-            entry |= {"job": shown_job(job), "rounds_done": turn + 1, "contenders": summary(found)}
+            entry |= {
+                "job": shown_job(job),
+                "rounds_done": min(len(found.get(of, ())) for of in names),
+                "contenders": summary(found),
+            }
             entry |= {"losses": losses(found, LOSSES)}
-            record_benchmark(f"speed, {arguments.shape}, {source}", entry, command, show=False)
+            record_benchmark(f"speed, {arguments.shape}, {source}", entry, this_command(), show=False)
     print(json.dumps(entry, indent=1))
 
 

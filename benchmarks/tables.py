@@ -196,7 +196,7 @@ def _speed_of(entry: dict[str, Any]) -> str:
     job, versions = entry["job"], entry["versions"]
     said = [
         f"Shape {entry['shape']}, rows of {entry['source']} ({job['row_tokens']:.0f} tokens on average), "
-        f"{job['batch']} x {job['accumulation']} rows a step; medians of {entry['rounds_done']} rounds (min-max), "
+        f"{job['batch']} x {job['accumulation']} rows a step; medians of complete rounds: {entry['rounds_done']} (min-max), "
         "padding not counted, without the first step."
     ]
     for losses in entry["losses"]:
@@ -317,6 +317,20 @@ def gpu(figures: Path) -> str:
     return "\n".join([markdown_table(table), "", said])
 
 
+def memory(figures: Path) -> str:
+    """The estimate of preflight against measured peaks."""
+    entry = _read(figures / "benchmarks.json").get("memory")
+    if entry is None:
+        return "Not measured yet: `python benchmarks/memory.py`."
+    table = [["shape", "micro-batch", "settings", "estimate", "measured", "estimate / measured"]]
+    for case in entry["cases"]:
+        sizes = [f"{case[name] / 2**20:,.0f} MiB" for name in ("estimate", "measured")]
+        settings = ", ".join(f"`{one}`" for one in case["settings"] if one != "train.activation_checkpointing=false")
+        share = f"{case['estimate'] / case['measured']:.2f}"
+        table.append([case["shape"], f"{case['batch']} x {case['length']:,}", settings, *sizes, share])
+    return f"{markdown_table(table)}\n\n{entry['hardware']}; {entry['date'][:10]}, `{entry['command']}`."
+
+
 def template_matrix(figures: Path) -> str:
     """The audit's verdict on each of TRL's templates."""
     report = _read(figures / "template_matrix.json")
@@ -368,6 +382,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "growth": growth,
     "generate": generate,
     "gpu": gpu,
+    "memory": memory,
     "template-matrix": template_matrix,
     "install": install,
 }

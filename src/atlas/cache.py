@@ -6,7 +6,9 @@ ever used. The seal holds a hash of each file, which is compared before the entr
 does not protect from somebody who may write to the cache, and who could write a seal as well.
 """
 
+import errno
 import os
+import re
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from atlas.cli import command
 from atlas.console import say, size
-from atlas.errors import DONE, UserError
+from atlas.errors import DONE, UserError, first_line
 from atlas.files import digest, flush, read_object, write_json
 
 LIMIT = "ATLAS_CACHE_GIB"
@@ -26,13 +28,20 @@ LIMIT = "ATLAS_CACHE_GIB"
 DEFAULT_GIB = 20.0
 GIB = 2**30
 _SEAL = "seal.json"
+_NAME = re.compile("[0-9a-f]{32}")
 
 
 def root() -> Path:
     """The folder of all entries."""
-    import datasets
+    from datasets import config
 
-    return Path(datasets.config.HF_DATASETS_CACHE) / "atlas"
+    return Path(config.HF_DATASETS_CACHE or Path(config.HF_CACHE_HOME, "datasets")) / "atlas"
+
+
+def is_at_fault(error: BaseException | None) -> bool:
+    """Does an error come from the cache's folder or its disk, and not from what was to be kept?"""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    return full or (isinstance(error, OSError) and str(error.filename or "").startswith(str(root())))
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,9 @@ class Entry:
         self.folder.mkdir()
 
     def remove(self) -> None:
-        """Leave nothing of it."""
+        """Leave nothing of it, also where somebody has put a file or a link in its place."""
+        if self.folder.is_symlink() or self.folder.is_file():
+            self.folder.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def seal(self) -> None:
@@ -103,22 +114,26 @@ class Listed:
     used: float
     """Seconds since 1970."""
 
-    def remove(self) -> bool:
-        """False where a process uses it, or where it cannot be removed."""
+    def remove(self) -> str:
+        """Why it could not be removed, or nothing."""
         from filelock import FileLock, Timeout
 
         try:
             with FileLock(f"{self.folder}.lock", timeout=0):
                 shutil.rmtree(self.folder)
-        except (Timeout, OSError):
-            return False
-        return True
+        except Timeout:
+            return "in use"
+        except OSError as error:
+            return first_line(error)
+        return ""
 
 
 def listed() -> list[Listed]:
-    """All entries, the one that was used last first."""
+    """All entries, the one that was used last first. What has another name than atlas gives is not atlas' own."""
     found = []
-    for folder in root().glob("*/"):
+    for folder in root().glob("*"):
+        if not _NAME.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+            continue
         sealed = read_object(folder / _SEAL)
         kind, of = sealed.get("kind", "?"), sealed.get("of", "not finished, or of another version of atlas")
         with suppress(OSError):  # another process has just removed it
@@ -144,8 +159,8 @@ def make_room(kind: str, allowed: float) -> None:
     """Remove entries of a kind, first the one that was used longest ago, until the others take `allowed` bytes at most."""
     found = [one for one in listed() if one.kind == kind]
     total = sum(one.size for one in found)
-    for one in found[:0:-1]:  # the newest one is in use
-        if total > allowed and one.remove():
+    for one in reversed(found):  # the one that this process holds is in use
+        if total > allowed and not one.remove():
             total -= one.size
             say(f"cache: removed {kind} {one.of} ({size(one.size)}; {LIMIT} is {allowed / GIB:g})", flush=True)
 
@@ -155,10 +170,12 @@ def main(arguments: Namespace) -> int:
     found = listed()
     total = f"{len(found)} entries, {size(sum(one.size for one in found))}"
     if arguments.clear:
-        left = [one for one in found if not one.remove()]
-        for one in left:
-            say(f"in use, kept: {one.kind} {one.of}")
-        print(f"removed {len(found) - len(left)} of {total}, in {root()}")
+        left = 0
+        for one in found:
+            if why := one.remove():
+                left += 1
+                say(f"kept: {one.kind} {one.of} ({why})")
+        print(f"removed {len(found) - left} of {total}, in {root()}")
         return DONE
     for one in found:
         used = datetime.fromtimestamp(one.used).strftime("%Y-%m-%d %H:%M")

@@ -17,6 +17,7 @@ from atlas import cache
 from atlas.config import QuantizationConfig
 from atlas.errors import UserError
 from atlas.models.load import load_base
+from atlas.train import sft
 from runs import Started, full_disk, train
 
 KEPT, READ = "quantised, and kept for the next start", "the quantised copy that an earlier start has kept"
@@ -203,6 +204,7 @@ LOAD = """
 import sys
 from atlas.config import QuantizationConfig
 from atlas.models.load import load_base
+from atlas.train import sft
 print("began", flush=True)
 load_base(sys.argv[1], dtype="float32", quantization=QuantizationConfig())
 """
@@ -242,6 +244,29 @@ def test_the_command_lists_and_clears(base_folder: Path, sft_args: list[str], pl
     with FileLock(f"{kept}.lock"):
         assert cache.main(["--clear"]) == 0
     out = capsys.readouterr().out
-    assert f"in use, kept: base {base_folder}" in out and "removed 2 of 3 entries" in out
+    assert f"kept: base {base_folder}, 4 bits, float32, cpu (in use)" in out and "removed 2 of 3 entries" in out
     assert [one.folder for one in cache.listed()] == [kept]
+    for name in ("src", ".git", "a" * 31, "A" * 32):  # somebody else's, as in a checkout of atlas
+        (cache.root() / name).mkdir()
+    (cache.root() / ("f" * 32)).symlink_to(place)
     assert cache.main(["--clear"]) == 0 and cache.listed() == []
+    assert {path.name for path in cache.root().glob("*") if path.suffix != ".lock"} == {
+        "src",
+        ".git",
+        "a" * 31,
+        "A" * 32,
+        "f" * 32,
+    }
+
+
+def test_a_full_disk_or_something_in_the_way_is_one_message(sft_args: list[str], place: Path, capfd: Any):
+    with full_disk(15_000):
+        assert sft.main([*sft_args, "output.hub_repo=null"]) == 1
+    err = capfd.readouterr().err
+    assert "cannot be kept in the cache" in err and "HF_DATASETS_CACHE" in err and "Traceback" not in err
+    train(sft_args)
+    for one in cache.listed():
+        one.remove()
+        one.folder.write_text("not a folder")
+    assert sft.main([*sft_args, "--resume", "never"]) == 0
+    assert {one.kind for one in cache.listed()} == {"rows", "labels", "base"}

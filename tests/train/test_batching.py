@@ -165,6 +165,19 @@ def test_keys_that_contradict_each_other_are_refused(name: str, sft_args: list[s
     assert "contradict each other" in message and all(key in message for key in keys)
 
 
+def test_noise_that_depends_on_the_length_of_a_row_is_not_for_packs(sft_args: list[str], capfd):
+    noise = "train.neftune_noise_alpha=5"
+    assert preflight.main([*sft_args, noise, "train.batching=pack"]) == 2
+    assert noise in capfd.readouterr().err
+    run = train([*sft_args, noise, "train.per_device_train_batch_size=4"])
+    assert run.manifest["batching"]["way"] in ("pad", "group")
+
+
+def test_a_step_holds_no_more_rows_than_there_are(sft_args: list[str], rows_file: Path, capfd):
+    train([*sft_args, f"data.train={rows_file}:3", "train.per_device_train_batch_size=8"])
+    assert "a step holds 3 rows" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "way", "reason"),
     [

@@ -66,21 +66,23 @@ def test_halves_give_the_loss_and_gradient_of_the_whole(
 
 
 @pytest.mark.parametrize(
-    ("room", "more", "said"),
+    ("room", "more", "said", "remedy"),
     [
-        (100, [], "there is no room for half of a micro-batch"),
-        (150, ["train.halve_on_oom=false"], "there is no room for a micro-batch"),
-        (50, ["train.per_device_train_batch_size=1"], "there is no room for a micro-batch"),
+        (100, [], "there is no room for half of a micro-batch", "batch_size=1 train.gradient_accumulation_steps=4"),
+        (150, ["train.halve_on_oom=false"], "there is no room for a micro-batch", "batch_size=2 train.gradient_acc"),
+        (50, ["train.per_device_train_batch_size=1"], "there is no room for a micro-batch", "lower train.per_device"),
     ],
     ids=["halves do not fit", "switched off", "one row"],
 )
-def test_a_run_that_cannot_be_split_ends_with_one_error(room: int, more: list[str], said: str, sft_args: list[str]):
+def test_a_run_that_cannot_be_split_ends_with_one_error(
+    room: int, more: list[str], said: str, remedy: str, sft_args: list[str]
+):
     arguments = [*sft_args, "train.per_device_train_batch_size=4", "train.max_length=128", "train.save_strategy=steps"]
     with pytest.raises(RunError) as raised:
         run_with_little_memory([*arguments, "train.save_steps=1", *more], room=room)
     text = str(raised.value)
     assert text.startswith("out of memory in step 2: " + said)
-    assert "checkpoint-1 is whole" in text and "train.per_device_train_batch_size" in text
+    assert "checkpoint-1 is whole" in text and remedy in text
     assert "train.gradient_checkpointing=true" in text
 
 

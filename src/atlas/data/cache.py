@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atlas.cache import entry
+from atlas.cache import entry, is_at_fault, root
 from atlas.console import say
+from atlas.errors import RunError, first_line
 from atlas.files import can_write
 
 if TYPE_CHECKING:
@@ -20,20 +21,27 @@ def cached(known: str, kind: str, of: str, make: Callable[[Path], "Dataset"]) ->
     """
     import datasets
 
-    with entry(f"{known} {datasets.__version__}", kind, of) as kept:
-        if kept.is_damaged:
-            say(f"the cached {kind} of {of} ({kept.folder}) are damaged: made anew", flush=True)
-        if not kept.is_whole:
-            kept.empty()
-        rows = make(kept.folder)
-        if not kept.is_whole:
-            kept.seal()
+    try:
+        with entry(f"{known} {datasets.__version__}", kind, of) as kept:
+            if kept.is_damaged:
+                say(f"the cached {kind} of {of} ({kept.folder}) are damaged: made anew", flush=True)
+            if not kept.is_whole:
+                kept.empty()
+            rows = make(kept.folder)
+            if not kept.is_whole:
+                kept.seal()
+    except Exception as error:  # datasets raises its own kinds, with the true one as the cause
+        cause = error if is_at_fault(error) else error.__cause__
+        if cause is None or not is_at_fault(cause):
+            raise
+        raise RunError(
+            f"the {kind} of {of} cannot be kept in the cache ({first_line(cause)}). Make room there (`atlas cache --clear`), "
+            "remove what is in the way, or set HF_DATASETS_CACHE, or HF_HOME, to another folder"
+        ) from None
     return rows
 
 
 def refuse_unwritable() -> None:
     """Raises `UserError` where datasets cannot keep anything."""
-    import datasets
-
     remedy = "rows and labels are kept there: set it, or HF_HOME, to another folder"
-    can_write(Path(datasets.config.HF_DATASETS_CACHE), "HF_DATASETS_CACHE", remedy)
+    can_write(root().parent, "HF_DATASETS_CACHE", remedy)

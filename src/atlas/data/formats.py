@@ -184,7 +184,7 @@ def detect(
         what, remedy = f"fits several formats ({', '.join(sorted(found))})", "Name one with `format:` in the source"
     else:
         what, remedy = "fits no known format", f"Say in the source what they are:\n{_advice(place, readable[0])}"
-    raise UserError(f"data.train: {place} {what}. {columns_seen}. Known: {formats}. {remedy}")
+    raise UserError(f"data: {place} {what}. {columns_seen}. Known: {formats}. {remedy}")
 
 
 _ASKED = ("prompt", "question", "query", "instruction", "user", "input", "human", "request")

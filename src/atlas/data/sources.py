@@ -16,7 +16,7 @@ from atlas.config import DATA_ENDINGS, Source
 from atlas.console import one_line
 from atlas.data.cache import cached, refuse_unwritable
 from atlas.data.formats import detect, refuse_columns, refused
-from atlas.errors import UserError, first_line
+from atlas.errors import RunError, UserError, first_line
 from atlas.files import digest, sha256
 
 if TYPE_CHECKING:
@@ -196,6 +196,8 @@ def _file(path: Path) -> "Dataset":
     known = f"{str(path)!r} {sha256(path)} {inspect.getsource(sys.modules[__name__])}"
     try:
         rows = cached(known, "rows", str(path), make)
+    except RunError:  # of the cache, not of the file
+        raise
     except Exception as error:  # pyarrow and datasets raise about ten kinds, with the true one as the cause
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

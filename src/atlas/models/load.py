@@ -249,6 +249,7 @@ def _read_quantized(
         bnb_4bit_compute_dtype=getattr(torch, dtype if compute == "auto" else compute),
     )
     allowed = cache.limit()
+    cache.make_room("base", allowed)  # the limit may be lower than it was
     with contextlib.ExitStack() as stack:
         copy = None
         if allowed and (content := _content_to_load(name, revision)) is not None:
@@ -279,8 +280,8 @@ def _read_quantized(
             return_memory()
             model = read(str(copy.folder))
             model.name_or_path = model.config.name_or_path = name
-    if copy is not None:
-        cache.make_room("base", allowed)
+        if copy is not None:
+            cache.make_room("base", allowed)
     return model
 
 

@@ -138,6 +138,8 @@ def left_out(rows: int, arguments: "TrainingArguments") -> str:
             f"data.train: {rows:,} {what} do not fill one batch of {batch}{each}, so there is no step to train ({why}): lower "
             f"train.per_device_train_batch_size, or {remedy}"
         )
+    if not left:
+        return f"{why}: {rows:,} {what} fill all batches of {batch}{each}"
     return f"{why}: each epoch leaves out {left:,} of {rows:,} {what}, others each time: no full batch of {batch}{each}"
 
 

@@ -4,7 +4,9 @@ A process may hold more of it than is in use: on a CPU up to twice as much was m
 from typing import TYPE_CHECKING, NamedTuple
 
 from atlas.config import Config
+from atlas.data.batches import PACK
 from atlas.device import DevicePlan
+from atlas.train.batching import PACKS, open_ways
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -105,6 +107,9 @@ def training_bytes(config: Config, plan: DevicePlan, shape: Shape, checkpointing
     inputs = common * width + own * dropout if fp32_cpu or not dropout else own * (width + 1)
     scores = shape.heads * length * (4 if width == 4 else 6) if plan.attn_implementation == "eager" else 0
     layer = tokens * (norms + heads + gate + inputs + scores)
+    # Rows that stand one after the other have a mask of all pairs, and attention a copy of it; flash attention has none.
+    packed = open_ways(config)[0][0] in (PACK, PACKS) and "flash" not in plan.attn_implementation
+    mask = 2 * 4 * tokens**2 if packed else 0
 
     # On top of what is kept: the head's chunks with the hidden states and their gradient, or a layer's backward pass.
     logits = min(HEAD_BYTES, 2 * tokens * shape.vocabulary * 4)
@@ -112,4 +117,4 @@ def training_bytes(config: Config, plan: DevicePlan, shape: Shape, checkpointing
     # Gradients of gate, its SiLU, up and their product; one weight of a layer, dequantised
     backward = tokens * 4 * mlp * width + (shape.largest * width if config.quantization.load_in_4bit else 0)
     kept = shape.layers * (tokens * hidden * width if checkpointing else layer)
-    return int(static_bytes(config, plan, shape) + kept + max(head, backward + (layer if checkpointing else 0)))
+    return int(static_bytes(config, plan, shape) + kept + mask + max(head, backward + (layer if checkpointing else 0)))
