@@ -58,6 +58,8 @@ def test_processes_get_micro_batches_of_similar_length_at_the_same_time():
 def test_what_micro_batches_cost():
     given = np.array([2, 4, 6, 3, 5])
     assert padded(given, 2) == 2 * 4 + 2 * 6 + 5
+    assert padded(given, 2, multiple=4) == 2 * 4 + 2 * 8 + 8
+    assert padded(given, 2, multiple=4, packed=True) == 8 + 12 + 8
     pairs = {PAD: 2 * 16 + 2 * 36 + 25, GROUP: 2 * 16 + 2 * 36 + 25, PACK: 36 + 81 + 25}
     for way, count in pairs.items():
         tokens = 20 if way == PACK else padded(given, 2)

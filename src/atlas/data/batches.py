@@ -74,9 +74,13 @@ class Work:
         return float(tokens + self.pair * (squares if self.varlen else pairs) + self.each * len(starts))
 
 
-def padded(lengths: np.ndarray, rows: int) -> int:
-    """Tokens of an epoch in this order, with what its micro-batches of so many rows are filled up with."""
-    return int((_held(lengths, rows) * _longest(lengths, rows)).sum())
+def padded(lengths: np.ndarray, rows: int, multiple: int = 1, packed: bool = False) -> int:
+    """Tokens of an epoch in this order, with what its micro-batches of so many rows are filled up with: to their longest row, and
+    that to a multiple; packs only to the multiple."""
+    if packed:
+        lengths, rows = np.add.reduceat(lengths.astype(np.int64), np.arange(0, len(lengths), rows)), 1
+    wide = -(-_longest(lengths, rows) // multiple) * multiple
+    return int((_held(lengths, rows) * wide).sum())
 
 
 def _longest(lengths: np.ndarray, rows: int) -> np.ndarray:

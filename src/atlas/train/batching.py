@@ -144,8 +144,10 @@ class Batching:
                 f"; attention looks at all pairs of the {rows} packs of a micro-batch, so "
                 f"train.per_device_train_batch_size=1 with train.gradient_accumulation_steps={steps} would be faster"
             )
-        before, after = (1 - lengths.sum() / padded(orders[of], rows) for of in (PAD, GROUP))
-        after = {PAD: before, GROUP: after}.get(way, 0)
+        multiple = getattr(arguments, "pad_to_multiple_of", None)
+        multiple = multiple if isinstance(multiple, int) else 1
+        before = 1 - lengths.sum() / padded(orders[PAD], rows, multiple)
+        after = 1 - lengths.sum() / padded(orders.get(way, orders[PAD]), rows, multiple, packed=way in (PACK, PACKS))
         follows = dict(PADDING_FREE if way == PACK else {})
         if way == GROUP:
             follows["shuffle_dataset"] = False  # each epoch is
