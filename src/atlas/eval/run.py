@@ -3,7 +3,6 @@
 Each finished task is on the disk before the next begins, so that a run that was stopped continues where it stopped.
 """
 
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from atlas.eval.store import METRICS, claimed, read_metrics, records_file, store
 from atlas.eval.tasks import LoadedTask, load_task
 from atlas.files import digest, sha256
 from atlas.hub_client import split_revision
-from atlas.launch import command_line
+from atlas.launch import command_line, wait_for_threads
 from atlas.models.adapters import WEIGHTS, Adapter, find_adapter, is_no_folder
 from atlas.models.load import load_model
 from atlas.models.tokenizer import load_tokenizer, read_tokenizer
@@ -49,7 +48,7 @@ class Target:
 
 @command("eval")
 def main(arguments: Namespace) -> int:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_for_threads()
     for option in ("adapter", "merged", "name", "tasks"):
         if getattr(arguments, option) == "":  # a shell variable that is not set
             raise UserError(f"--{option} is empty: give it a value, or leave it out")

@@ -8,7 +8,6 @@ second score shows how much of the difference is the chat format, and how much i
 Everything runs for real (NF4, LoRA, SFTTrainer, lm-eval's own scorer), on two CPU cores, without a network.
 """
 
-import os
 import time
 from argparse import Namespace
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from atlas.errors import DONE, FAILED, UserError
 from atlas.eval.compare import comparison, show
 from atlas.eval.run import Target, evaluate
 from atlas.files import write_json, writing
+from atlas.launch import wait_for_threads
 from atlas.models.adapters import find_adapter
 from atlas.pocket import world
 from atlas.pocket.base import build
@@ -31,7 +31,7 @@ from atlas.train import sft
 
 @command("pocket")
 def main(arguments: Namespace) -> int:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_for_threads()
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed}: give 0 or more")
     overrides = list(arguments.overrides)

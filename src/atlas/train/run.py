@@ -4,7 +4,6 @@ The entry file of a phase reads in this order; see `atlas.train.sft`.
 """
 
 import contextlib
-import os
 import shutil
 import signal
 import sys
@@ -23,7 +22,7 @@ from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError
 from atlas.files import flush, sha256, write_json
 from atlas.hub.card import write_card
 from atlas.hub.push import push
-from atlas.launch import is_main_process
+from atlas.launch import is_main_process, wait_for_threads
 from atlas.lock import held
 from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm
 from atlas.models.load import load_base_model_and_tokenizer
@@ -71,8 +70,7 @@ def _main(phase: str, train: Train, arguments: Namespace) -> int:
     if arguments.print_config:
         print(render_config(loaded, choose_device(loaded.config, Machine.without_torch()).decided), end="")
         return DONE
-    # On a shared machine OpenMP's spinning barriers make small steps 6-13x slower; read once, when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_for_threads()
     if arguments.dump_template_audit:
         audit = phase_of(loaded.config).audit
         if audit is None:

@@ -1,0 +1,44 @@
+"""How a process starts: whether its threads stay awake depends on who else wants the cores."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from atlas import launch
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(os, "environ", dict(os.environ))
+
+
+def test_threads_sleep_beside_a_busy_process(capsys: pytest.CaptureFixture[str]):
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        launch.wait_for_threads()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and "GOMP_SPINCOUNT" not in os.environ
+    assert "sleep between operations" in capsys.readouterr().out
+
+
+def test_threads_stay_awake_on_an_idle_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "IDLE_BELOW", 101)  # however busy this machine is
+    launch.wait_for_threads()
+    assert os.environ["GOMP_SPINCOUNT"] == "10000" and "OMP_WAIT_POLICY" not in os.environ
+    assert "stay awake" in capsys.readouterr().out
+    launch.wait_for_threads()  # decided
+    assert capsys.readouterr().out == ""
+
+
+def test_processes_of_one_launch_sleep(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "IDLE_BELOW", 101)
+    os.environ["WORLD_SIZE"] = "2"
+    launch.wait_for_threads()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
