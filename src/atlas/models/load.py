@@ -263,25 +263,30 @@ def _read_quantized(
                 say(f"the quantised base model is not kept: {first_line(error)}", flush=True)
         if copy is not None and copy.is_damaged:
             say(f"the kept copy of the quantised base model ({copy.folder}) is damaged: quantised anew", flush=True)
-        if copy is not None and copy.is_whole:
-            try:
-                model = read(str(copy.folder))
-            except (*_UNREADABLE, UserError) as error:
-                reason = f"({copy.folder}) cannot be read ({first_line(error)})"
-                say(f"the kept copy of the quantised base model {reason}: quantised anew", flush=True)
-            else:
-                model.name_or_path = model.config.name_or_path = name  # which PEFT writes into the adapter
-                say("base model: the quantised copy that an earlier start has kept (`atlas cache`)", flush=True)
-                return model
+        if copy is not None and copy.is_whole and (kept := _read_kept(read, copy, name)) is not None:
+            say("base model: the quantised copy that an earlier start has kept (`atlas cache`)", flush=True)
+            return kept
         model = read(name, revision=revision or "main", quantization_config=four_bit)
         if copy is not None and _keep(model, copy, allowed) and device == "cpu":
             # Quantising leaves 1 GB behind with 0.5B parameters. The copy's weights are mapped from its file instead.
             del model
             return_memory()
-            model = read(str(copy.folder))
-            model.name_or_path = model.config.name_or_path = name
+            kept = _read_kept(read, copy, name)
+            model = read(name, revision=revision or "main", quantization_config=four_bit) if kept is None else kept
         if copy is not None:
             cache.make_room("base", allowed)
+    return model
+
+
+def _read_kept(read: "Callable[..., PreTrainedModel]", copy: cache.Entry, name: str) -> "PreTrainedModel | None":
+    """The model from its quantised copy; None, with a line that says why, where that cannot be read."""
+    try:
+        model = read(str(copy.folder))
+    except (*_UNREADABLE, UserError) as error:
+        reason = f"({copy.folder}) cannot be read ({first_line(error)})"
+        say(f"the kept copy of the quantised base model {reason}: quantised anew", flush=True)
+        return None
+    model.name_or_path = model.config.name_or_path = name  # which PEFT writes into the adapter
     return model
 
 

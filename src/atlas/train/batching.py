@@ -41,7 +41,7 @@ def open_ways(config: Config) -> tuple[list[str], str]:
         fits[f"data.curriculum={config.data.curriculum}"] = any_order
     if config.data.streaming:
         fits["data.streaming=true"] = any_order
-    if noise := train.get("neftune_noise_alpha"):
+    if noise := train.get("neftune_noise_alpha"):  # divided by the root of a batch row's length, which is a pack's here
         fits[f"train.neftune_noise_alpha={noise}"] = {PAD, GROUP, PACKS}
     own = "batching" in config.train_schema.own
     if own and (asked := config.train_value("batching")) != "auto":
