@@ -136,9 +136,11 @@ def make(shape: str, batch: int, length: int, overrides: list[str], folder: Path
 def measure(shape: str, batch: int, length: int, overrides: list[str], folder: Path) -> None:
     """Train for two steps, and print what preflight has estimated and what the steps took, in bytes, as JSON."""
     from atlas.config import load_config
+    from atlas.launch import set_up_torch
     from atlas.train.run import open_run
     from atlas.train.sft import SFT
 
+    set_up_torch()  # as the commands do
     (folder / "run.yaml").write_text("base: null")
     loaded = load_config(folder / "run.yaml", json.loads((folder / "run.json").read_text()))
     with open_run(SFT, loaded, "never") as run:

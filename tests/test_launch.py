@@ -11,7 +11,7 @@ from atlas import launch
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(os, "environ", dict(os.environ))
 
@@ -19,7 +19,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_sleep_beside_a_busy_process(capsys: pytest.CaptureFixture[str]):
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     try:
-        launch.wait_for_threads()
+        launch.set_up_torch()
     finally:
         for process in busy:
             process.kill()
@@ -30,15 +30,16 @@ def test_threads_sleep_beside_a_busy_process(capsys: pytest.CaptureFixture[str])
 
 def test_threads_stay_awake_on_an_idle_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch, "IDLE_BELOW", 101)  # however busy this machine is
-    launch.wait_for_threads()
+    launch.set_up_torch()
     assert os.environ["GOMP_SPINCOUNT"] == "10000" and "OMP_WAIT_POLICY" not in os.environ
     assert "stay awake" in capsys.readouterr().out
-    launch.wait_for_threads()  # decided
+    launch.set_up_torch()  # decided
     assert capsys.readouterr().out == ""
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
 
 def test_processes_of_one_launch_sleep(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch, "IDLE_BELOW", 101)
     os.environ["WORLD_SIZE"] = "2"
-    launch.wait_for_threads()
+    launch.set_up_torch()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"

@@ -128,14 +128,15 @@ class DevicePlan:
     liger_kernels: bool
     """Liger's kernels for norm, rotary embedding and MLP; the loss keeps its own head."""
     gradient_checkpointing: bool | None
-    """None: open until the model's shape is known; see `with_checkpointing`."""
+    """None: open until the model's shape, and where that does not suffice the rows' lengths are known."""
     decided: dict[str, tuple[Any, str]]
     """Config key -> (value, reason)."""
 
-    def with_checkpointing(self, on: bool, reason: str) -> "DevicePlan":
-        """The plan with this decision in it."""
+    def with_checkpointing(self, on: bool | None, reason: str) -> "DevicePlan":
+        """The plan with this decision in it. `on` is None while it is open."""
+        shown = "auto" if on is None else on
         return replace(
-            self, gradient_checkpointing=on, decided={**self.decided, "train.gradient_checkpointing": (on, reason)}
+            self, gradient_checkpointing=on, decided={**self.decided, "train.gradient_checkpointing": (shown, reason)}
         )
 
     def table(self) -> str:

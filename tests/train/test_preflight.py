@@ -455,21 +455,38 @@ def test_names_of_the_hub(hub: HubServer, base_folder: Path, sft_args: list[str]
 def test_activations_are_recomputed_only_where_they_do_not_fit(
     sft_args: list[str], monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    """The estimate is taken at the free memory of this machine and of a smaller one."""
+    """The estimate is taken at the free memory of this machine and of smaller ones: first for rows of max_length, then, where
+    those do not fit, for the longest rows that there are."""
     import psutil
 
-    def plan(free: int | None, *more: str) -> tuple[bool, str, str]:
-        if free is not None:
-            memory = psutil.virtual_memory()._replace(available=free)
-            monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    here = psutil.virtual_memory()
+
+    def plan(free: int | None, *more: str) -> tuple[bool | None, str, str]:
+        memory = here if free is None else here._replace(available=free)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
         ready = preflight.preflight(load_config(sft_args[1], [*sft_args[2:], *more]))
-        on, reason = ready.plan.decided["train.gradient_checkpointing"]
-        assert ready.plan.gradient_checkpointing is on is ready.arguments.activation_checkpointing
-        return on, reason, next(line.status for line in ready.lines if line.name == "memory")
+        _, reason = ready.plan.decided["train.gradient_checkpointing"]
+        assert bool(ready.plan.gradient_checkpointing) is ready.arguments.activation_checkpointing
+        return ready.plan.gradient_checkpointing, reason, next(x.status for x in ready.lines if x.name == "memory")
 
     on, reason, status = plan(None)
-    assert not on and status == "ok" and "with all activations of 2 x 256 tokens" in reason
-    on, reason, status = plan(12 * 2**20)
-    assert on and reason.endswith("MiB with it") and status == "ok"
+    assert on is False and status == "ok" and "with all activations of 2 x 256 tokens" in reason
+    on, reason, status = plan(14 * 2**20)
+    assert on is None and reason.endswith("rows may be shorter") and status == "ok"
     assert plan(6 * 2**20, "train.gradient_checkpointing=false") == (False, "set in the config", "warn")
     assert plan(2**40, "train.gradient_checkpointing=true") == (True, "set in the config", "ok")
+
+    def trained(free: int) -> tuple[bool, str]:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: here._replace(available=free))
+        capsys.readouterr()
+        run = sft.train(load_config(sft_args[1], [*sft_args[2:], "train.max_steps=1"]), resume="never")
+        said = re.search(r"^gradient checkpointing (on|off): (.*)$", capsys.readouterr().out, re.MULTILINE)
+        assert run.trainer is not None and said is not None
+        on = run.trainer.model.is_gradient_checkpointing
+        assert on is (said[1] == "on") is run.manifest["device"]["train.gradient_checkpointing"]
+        return on, said[2]
+
+    on, reason = trained(14 * 2**20)
+    assert not on and re.search(r"with all activations of 2 x \d+ tokens", reason)
+    on, reason = trained(8 * 2**20)
+    assert on and reason.endswith("MiB with it")

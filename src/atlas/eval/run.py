@@ -22,7 +22,7 @@ from atlas.eval.store import METRICS, claimed, read_metrics, records_file, store
 from atlas.eval.tasks import LoadedTask, load_task
 from atlas.files import digest, sha256
 from atlas.hub_client import split_revision
-from atlas.launch import command_line, wait_for_threads
+from atlas.launch import command_line, set_up_torch
 from atlas.models.adapters import WEIGHTS, Adapter, find_adapter, is_no_folder
 from atlas.models.load import load_model
 from atlas.models.tokenizer import load_tokenizer, read_tokenizer
@@ -48,7 +48,7 @@ class Target:
 
 @command("eval")
 def main(arguments: Namespace) -> int:
-    wait_for_threads()
+    set_up_torch()
     for option in ("adapter", "merged", "name", "tasks"):
         if getattr(arguments, option) == "":  # a shell variable that is not set
             raise UserError(f"--{option} is empty: give it a value, or leave it out")

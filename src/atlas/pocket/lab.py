@@ -21,7 +21,7 @@ from atlas.errors import DONE, FAILED, UserError
 from atlas.eval.compare import comparison, show
 from atlas.eval.run import Target, evaluate
 from atlas.files import write_json, writing
-from atlas.launch import wait_for_threads
+from atlas.launch import set_up_torch
 from atlas.models.adapters import find_adapter
 from atlas.pocket import world
 from atlas.pocket.base import build
@@ -31,7 +31,7 @@ from atlas.train import sft
 
 @command("pocket")
 def main(arguments: Namespace) -> int:
-    wait_for_threads()
+    set_up_torch()
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed}: give 0 or more")
     overrides = list(arguments.overrides)

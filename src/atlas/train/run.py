@@ -22,7 +22,7 @@ from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError
 from atlas.files import flush, sha256, write_json
 from atlas.hub.card import write_card
 from atlas.hub.push import push
-from atlas.launch import is_main_process, wait_for_threads
+from atlas.launch import is_main_process, set_up_torch
 from atlas.lock import held
 from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm
 from atlas.models.load import load_base_model_and_tokenizer
@@ -33,6 +33,7 @@ from atlas.train.folder import STAGING, own
 from atlas.train.manifest import build_manifest
 from atlas.train.phase import phase_of
 from atlas.train.preflight import preflight
+from atlas.train.preflight.machine import choose_checkpointing
 from atlas.train.timing import Parts
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def _main(phase: str, train: Train, arguments: Namespace) -> int:
     if arguments.print_config:
         print(render_config(loaded, choose_device(loaded.config, Machine.without_torch()).decided), end="")
         return DONE
-    wait_for_threads()
+    set_up_torch()
     if arguments.dump_template_audit:
         audit = phase_of(loaded.config).audit
         if audit is None:
@@ -175,6 +176,11 @@ class Run:
             self.train_dataset = self.phase.arrange(self.rows.dataset, arguments)
         if lengths is not None:
             print(self.batching.line(arguments, lengths, len(lengths if config.data.streaming else self.train_dataset)))
+        if self.ready.plan.gradient_checkpointing is None:
+            # Of a stream only the first rows are known.
+            choose_checkpointing(self.ready, way=self.batching.way, lengths=None if config.data.streaming else lengths)
+            on, reason = self.ready.plan.decided["train.gradient_checkpointing"]
+            print(f"gradient checkpointing {'on' if on else 'off'}: {reason}")
         if (arguments.world_size > 1 or arguments.dataloader_drop_last) and not config.data.streaming:
             print(left_out(len(self.train_dataset), arguments))
         self.start.end("data")

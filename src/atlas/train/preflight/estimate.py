@@ -3,6 +3,8 @@ A process may hold more of it than is in use: on a CPU up to twice as much was m
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from atlas.config import Config
 from atlas.data.batches import PACK
 from atlas.device import DevicePlan
@@ -80,17 +82,28 @@ def static_bytes(config: Config, plan: DevicePlan, shape: Shape) -> int:
     return int(linear + shape.other * width + shape.adapter * ADAM_BYTES)
 
 
-def longest_batch(config: Config) -> tuple[int, int]:
-    """Rows of a micro-batch, and the most tokens that one of them may have."""
-    rows = config.train_value("per_device_train_batch_size")
-    fields = config.train_schema.fields()
-    length = config.train_value("max_length") if "max_length" in fields else None
-    return int(rows), int(length or LENGTH_IF_OPEN)
+def largest_batch(
+    config: Config, way: str | None = None, lengths: np.ndarray | None = None, rows: int | None = None
+) -> tuple[int, int]:
+    """Rows and tokens a row of the largest micro-batch, as the model gets it: the rows of a pack are one.
+
+    `way` to batch (None: as the config says so far), `lengths` in tokens of all rows (None: each may have max_length), `rows` of a
+    micro-batch (None: as in the config).
+    """
+    rows = rows or int(config.train_value("per_device_train_batch_size"))
+    way = way or open_ways(config)[0][0]
+    known = config.train_value("max_length") if "max_length" in config.train_schema.fields() else None
+    most = int(known or LENGTH_IF_OPEN)
+    longest = [most] * rows if lengths is None or way == PACKS else np.sort(lengths)[-rows:]
+    return (1, int(sum(longest))) if way == PACK else (rows, int(max(longest)))
 
 
-def training_bytes(config: Config, plan: DevicePlan, shape: Shape, checkpointing: bool) -> int:
-    """Peak bytes of a training step at the most tokens that a micro-batch may have, the static ones included."""
-    rows, length = longest_batch(config)
+def training_bytes(
+    config: Config, plan: DevicePlan, shape: Shape, checkpointing: bool, batch: tuple[int, int], packed: bool
+) -> int:
+    """Peak bytes of a training step on a micro-batch, the static ones included. `batch`: its rows and the tokens of one. `packed`:
+    a row holds several of the data's."""
+    rows, length = batch
     tokens, width = rows * length, 4 if plan.dtype == "float32" else 2
     fp32_cpu = plan.device == "cpu" and width == 4
     hidden, attention, mlp = shape.hidden, shape.attention, shape.mlp
@@ -108,8 +121,7 @@ def training_bytes(config: Config, plan: DevicePlan, shape: Shape, checkpointing
     scores = shape.heads * length * (4 if width == 4 else 6) if plan.attn_implementation == "eager" else 0
     layer = tokens * (norms + heads + gate + inputs + scores)
     # Rows that stand one after the other have a mask of all pairs, and attention a copy of it; flash attention has none.
-    packed = open_ways(config)[0][0] in (PACK, PACKS) and "flash" not in plan.attn_implementation
-    mask = 2 * 4 * tokens**2 if packed else 0
+    mask = 2 * 4 * tokens * length if packed and "flash" not in plan.attn_implementation else 0
 
     # On top of what is kept: the head's chunks with the hidden states and their gradient, or a layer's backward pass.
     logits = min(HEAD_BYTES, 2 * tokens * shape.vocabulary * 4)

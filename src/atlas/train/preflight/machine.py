@@ -1,16 +1,20 @@
 """Checks of this machine: device, libraries and memory."""
 
+import numpy as np
+
 from atlas.compat import check_libraries
 from atlas.console import size
+from atlas.data.batches import PACK
 from atlas.device import Machine, choose_device
 from atlas.errors import UserError
 from atlas.launch import processes
+from atlas.train.batching import PACKS, open_ways
 from atlas.train.preflight.checklist import GIB, Found, Ready
-from atlas.train.preflight.estimate import longest_batch, static_bytes, training_bytes
+from atlas.train.preflight.estimate import largest_batch, static_bytes, training_bytes
 
-# The estimate is of what is in use. On a CPU glibc 2.36 held twice that: 2.15 GiB measured, 1.00 estimated (1 M parameters,
-# 32 x 512 tokens). On a GPU it has not been compared with anything yet.
-MARGIN = {"cpu": 2.2, "cuda": 1.25}
+# The estimate is of what is in use. On a CPU glibc 2.36 held up to 1.7 times that (`benchmarks/memory.py --heap`, 1 M and 60 M
+# parameters). On a GPU it has not been compared with anything yet.
+MARGIN = {"cpu": 1.8, "cuda": 1.25}
 
 
 def device(ready: Ready) -> str:
@@ -28,29 +32,59 @@ def libraries(ready: Ready) -> str:
 def memory(ready: Ready) -> Found:
     """Does training fit, and do activations have to be recomputed for that? Without the user's word they are only where the
     estimate, with a margin for its error, does not fit."""
-    config, plan, shape = ready.loaded.config, ready.plan, ready.shape
+    config, plan = ready.loaded.config, ready.plan
     free, there = _free(ready)
-    static = static_bytes(config, plan, shape)
+    static = static_bytes(config, plan, ready.shape)
     if static > free:
         remedy = "a smaller base model or a smaller lora.r"
         if not config.quantization.load_in_4bit:
             remedy = f"quantization.load_in_4bit=true, {remedy}"
         raise UserError(f"memory: {size(static)} for weights, adapter and optimizer, but {there}: use {remedy}")
-    rows, length = longest_batch(config)
-    kept, recomputed = (training_bytes(config, plan, shape, on) for on in (False, True))
     if plan.gradient_checkpointing is None:
-        fits = kept * MARGIN[plan.device] <= free
-        reason = f"{size(kept)} with all activations of {rows} x {length:,} tokens, {size(free)} free"
-        ready.plan = plan.with_checkpointing(not fits, reason + (f"; {size(recomputed)} with it" if not fits else ""))
-    ready.memory = recomputed if ready.plan.gradient_checkpointing else kept
+        choose_checkpointing(ready)
+    batch = largest_batch(config)
+    # What stays open is decided by the rows' lengths, and with checkpointing where they are long.
+    ready.memory = estimate(ready, ready.plan.gradient_checkpointing is not False, batch)
+    rows, length = batch
     said = f"about {size(ready.memory)} at {rows} x {length:,} tokens, {size(static)} of it for weights, adapter and optimizer"
     if ready.memory > free:
-        on = "" if ready.plan.gradient_checkpointing else "train.gradient_checkpointing=true, "
+        on = "train.gradient_checkpointing=true, " if ready.plan.gradient_checkpointing is False else ""
         return "warn", (
             f"{said}, but {there}: shorter rows may fit, and a micro-batch that does not is trained in halves "
             f"(train.halve_on_oom). Remedy: {on}a smaller train.per_device_train_batch_size or train.max_length"
         )
     return "ok", f"{said}, of {size(free)} free"
+
+
+def estimate(ready: Ready, checkpointing: bool, batch: tuple[int, int], way: str | None = None) -> int:
+    """Bytes in use at the peak of training on micro-batches of so many rows and tokens."""
+    config = ready.loaded.config
+    packed = (way or open_ways(config)[0][0]) in (PACK, PACKS)
+    return training_bytes(config, ready.plan, ready.shape, checkpointing, batch, packed)
+
+
+def choose_checkpointing(ready: Ready, way: str | None = None, lengths: np.ndarray | None = None) -> None:
+    """Recompute activations or keep them, where the config leaves it open: they are recomputed only where the largest micro-batch,
+    with a margin for the estimate's error, does not fit.
+
+    Before the data is read (`way` is None) that is one of rows of max_length. If it does not fit, the decision stays open until the
+    way to batch and the `lengths` of the rows are known: rows are often shorter.
+    """
+    config, plan = ready.loaded.config, ready.plan
+    rows = ready.arguments.per_device_train_batch_size if way else None
+    batch = largest_batch(config, way, lengths, rows)
+    free, _ = _free(ready)
+    kept, recomputed = (estimate(ready, on, batch, way) for on in (False, True))
+    fits = kept * MARGIN[plan.device] <= free
+    reason = f"{size(kept)} with all activations of {batch[0]} x {batch[1]:,} tokens, {size(free)} free"
+    if way is None:
+        ready.plan = plan.with_checkpointing(
+            False if fits else None, f"{reason}{'' if fits else '; rows may be shorter'}"
+        )
+        return
+    ready.plan = plan.with_checkpointing(not fits, reason if fits else f"{reason}; {size(recomputed)} with it")
+    ready.memory = kept if fits else recomputed
+    ready.arguments.gradient_checkpointing = ready.arguments.activation_checkpointing = not fits
 
 
 def _free(ready: Ready) -> tuple[int, str]:
