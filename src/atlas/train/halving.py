@@ -22,8 +22,10 @@ class Halving(Trainer):
 
     identity: checkpoints.Identity
     halve_on_oom = True
-    _halves = _failed = False
-    """Are micro-batches split; did a half fail too?"""
+    halved_from: int | None = None
+    """The step from which on micro-batches are trained in two halves."""
+    _failed = False
+    """Did a half not fit either?"""
 
     def counts(self) -> dict[str, Any]:
         """What a trainer has counted since the start by itself, for its checkpoints."""
@@ -37,7 +39,7 @@ class Halving(Trainer):
     ) -> torch.Tensor:
         # Several processes: the others would wait for ever in the reduction of the gradients.
         may_split = self.halve_on_oom and self.args.world_size == 1 and num_items_in_batch is not None
-        if not self._halves:
+        if self.halved_from is None:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             # A backward pass that breaks off has changed some of the gradients.
             gradients = [p.grad.clone() if may_split and p.grad is not None else None for p in trained]
@@ -53,9 +55,9 @@ class Halving(Trainer):
             restore_metric_sums(self, metrics)
             clear_device_cache(garbage_collection=True)
             return_memory()
-            self._halves = True
+            self.halved_from = self.state.global_step + 1
             say(
-                f"out of memory in step {self.state.global_step + 1} ({reason}). From here on each micro-batch is trained in two "
+                f"out of memory in step {self.halved_from} ({reason}). From here on each micro-batch is trained in two "
                 f"halves; the effective batch, its loss and its gradient stay. For the next run {self._smaller()}; "
                 "train.halve_on_oom=false stops instead",
                 flush=True,
@@ -83,7 +85,8 @@ class Halving(Trainer):
 
     def _does_not_fit(self, reason: str) -> NoReturn:
         last = checkpoints.newest(Path(str(self.args.output_dir)), self.identity.start)
-        half, self._failed = " half of" * self._halves, self._halves
+        self._failed = self.halved_from is not None
+        half = " half of" if self._failed else ""
         raise RunError(
             f"out of memory in step {self.state.global_step + 1}: there is no room for{half} a micro-batch ({reason}). "
             f"{f'{last} is whole' if last else 'There is no checkpoint'}. For less memory "

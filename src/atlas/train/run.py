@@ -308,6 +308,7 @@ class Run:
             "train_seconds": round(self._outcome.metrics["train_runtime"], 2),
             "seconds": round(time.perf_counter() - self.started, 2),
             "peak_memory_gib": round(memory_gib(), 3),
+            "halved_from_step": trainer.halved_from,  # memory ran out
         }
 
     def _save(self, trainer: "Resumable", manifest: dict[str, Any]) -> None:
