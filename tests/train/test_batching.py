@@ -15,6 +15,7 @@ from atlas.train.checkpoints import SEAL
 from rows import write_rows
 from runs import BASIC, broken_off, trace, train
 
+EAGER = "model.attn_implementation=eager"
 FP32 = ["quantization.load_in_4bit=false", "lora.lora_dropout=0", "train.learning_rate=1e-2", "train.warmup_steps=0"]
 
 
@@ -40,8 +41,9 @@ def uneven(tmp_path: Path) -> Path:
         ["model.attn_implementation=eager", "train.per_device_train_batch_size=4"],
         ["data.curriculum=length", "train.gradient_accumulation_steps=2"],
         ["data.streaming=true", "train.gradient_accumulation_steps=2"],
+        ["train.gradient_checkpointing=true", "train.per_device_train_batch_size=4"],
     ],
-    ids=["sdpa, accumulation", "eager", "curriculum", "stream"],
+    ids=["sdpa, accumulation", "eager", "curriculum", "stream", "checkpointing"],
 )
 def test_packs_of_a_micro_batch_have_the_losses_of_the_padded_one(
     more: list[str], sft_args: list[str], uneven: Path, tmp_path: Path, capfd
@@ -184,26 +186,38 @@ def test_a_step_holds_no_more_rows_than_there_are(sft_args: list[str], rows_file
         (["train.padding_free=true"], "pack", r"train\.padding_free=true"),
         (["train.train_sampling_strategy=group_by_length"], "group", r"train\.train_sampling_strategy=group_by_length"),
         (
-            ["train.packing=true"],
+            ["train.packing=true", EAGER],
             "packs",
             r"train\.packing=true; .* all pairs of the 2 packs .*batch_size=1 with train\.gradient_accumulation_steps=4 ",
         ),
+        (["train.per_device_train_batch_size=8"], "pack", r"by the estimate pack \d+% of the work of pad\)"),
+        # Eager attention looks at all pairs of a pack's positions.
         (
-            ["train.per_device_train_batch_size=8", "train.gradient_accumulation_steps=4"],
+            ["train.per_device_train_batch_size=8", "train.gradient_accumulation_steps=4", EAGER],
             "group",
             r"by the estimate pack \d+% and group \d+% of the work of pad",
         ),
         # Of two groups, a step would be of short or of long rows alone.
         (
-            ["train.per_device_train_batch_size=8"],
+            ["train.per_device_train_batch_size=8", EAGER],
             "pad",
             r"by the estimate pack \d+% of the work of pad, which saves too little",
         ),
-        (["data.curriculum=length"], "pad", r"by the estimate pack \d+% of the work of pad, which saves too little"),
+        (
+            ["data.curriculum=length", EAGER],
+            "pad",
+            r"by the estimate pack \d+% of the work of pad, which saves too little",
+        ),
         (
             ["train.per_device_train_batch_size=1"],
             "pad",
             r"pack 100% of the work of pad: each micro-batch is one",
+        ),
+        # Short rows share a micro-batch of no more tokens than max_length.
+        (
+            ["train.per_device_train_batch_size=1", "train.max_length=2048"],
+            "pack",
+            r"pack \d+% of the work of pad\).*, in micro-batches of 2 rows",
         ),
     ],
 )
@@ -220,10 +234,10 @@ def test_a_resumed_run_keeps_the_way_of_its_checkpoint(sft_args: list[str], unev
     """Another machine may choose otherwise: here a checkpoint says so."""
     asked = [*sft_args, *BASIC, f"data.train={uneven}", "train.max_steps=5"]
     whole = train(asked)
-    assert whole.manifest["batching"]["way"] == "pad"
+    assert whole.manifest["batching"]["way"] == "pack"
     folder = broken_off(whole.folder, tmp_path / "broken", 3)
     seal = json.loads((folder / "checkpoint-3" / SEAL).read_text())
-    assert seal["batching"] == "pad"
+    assert seal["batching"] == "pack"
     (folder / "checkpoint-3" / SEAL).write_text(json.dumps(seal | {"batching": "group"}))
     for number in (1, 2):
         shutil.rmtree(folder / f"checkpoint-{number}")
@@ -239,7 +253,7 @@ def test_more_rows_in_a_micro_batch_where_attention_takes_them_one_by_one():
     def found(rows: int, steps: int, lengths: list[int]) -> tuple[int, int]:
         more = {"bf16": False, "use_cpu": True, "report_to": [], "output_dir": "none", "max_length": 1000}
         arguments = SFTConfig(per_device_train_batch_size=rows, gradient_accumulation_steps=steps, **more)
-        return tuple(larger(arguments, np.array(lengths)).values())
+        return tuple(larger(arguments, np.array(lengths)).values()) or (rows, steps)
 
     assert found(2, 8, [100] * 500) == (16, 1)
     assert found(2, 8, [100] * 490 + [500] * 10) == (4, 4)  # 4 of 500, 8 hold up to 4,000

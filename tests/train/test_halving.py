@@ -117,7 +117,7 @@ with open_run(SFT, loaded(sys.argv[2:]), "never") as run:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux'")
 def test_memory_that_really_runs_out(sft_args: list[str], tmp_path: Path):
-    """The limit leaves three quarters of what the step needs."""
+    """The limit leaves less than what the step needs."""
     more = [
         "train.per_device_train_batch_size=64",
         "train.max_steps=2",
@@ -133,7 +133,7 @@ def test_memory_that_really_runs_out(sft_args: list[str], tmp_path: Path):
 
     free = train(0, "free")
     needed = int(re.search(r"needed (\d+)", free)[1])
-    limited = train(0.75 * needed, "limited")
+    limited = train(0.85 * needed, "limited")
     assert "out of memory" not in free
     assert limited.count("out of memory in step 1 (tried to allocate") == 1
     losses = [[float(loss) for loss in re.findall(r"loss (\d+\.\d+) ", out)] for out in (free, limited)]

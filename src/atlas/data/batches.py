@@ -59,8 +59,10 @@ class Work:
     """Of two positions of one row in attention."""
     each: float = 0.0
     """Of a micro-batch, however short."""
-    varlen: bool = False
-    """Attention takes each row of a pack by itself and skips padding (flash attention); else it looks at all pairs."""
+    by_row: bool = False
+    """Attention takes each row of a pack by itself; else it looks at all pairs of its positions."""
+    flash: bool = False
+    """Flash attention also skips padding."""
 
     def of(self, way: str, lengths: np.ndarray, rows: int) -> float:
         """Of an epoch in this order. `rows`: of a micro-batch."""
@@ -68,10 +70,13 @@ class Work:
         lengths = lengths.astype(np.int64)
         totals, squares = np.add.reduceat(lengths, starts), np.square(lengths).sum() / 2
         if way == PACK:
-            tokens, pairs = totals.sum(), np.square(totals).sum()
+            tokens, pairs = totals.sum(), squares if self.by_row else np.square(totals).sum()
         else:
-            tokens, pairs = padded(lengths, rows), (_held(lengths, rows) * _longest(lengths, rows) ** 2).sum()
-        return float(tokens + self.pair * (squares if self.varlen else pairs) + self.each * len(starts))
+            held, longest = _held(lengths, rows), _longest(lengths, rows)
+            # Without padding there is no mask, and half of the pairs.
+            each = held * longest**2 / np.where(held * longest == totals, 2, 1)
+            tokens, pairs = padded(lengths, rows), squares if self.flash else each.sum()
+        return float(tokens + self.pair * pairs + self.each * len(starts))
 
 
 def padded(lengths: np.ndarray, rows: int, multiple: int = 1, packed: bool = False) -> int:

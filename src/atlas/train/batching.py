@@ -13,6 +13,7 @@ from atlas.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
+    from atlas.device import DevicePlan
     from atlas.train.preflight import Ready
 
 PACKS = "packs"
@@ -64,6 +65,13 @@ def packs_apart(model: "PreTrainedModel") -> bool:
     return model.is_backend_compatible() and {*layers} <= _APART
 
 
+def row_by_row(plan: "DevicePlan", text_config: Any) -> bool:
+    """Does attention take each row of a pack by itself? Else it looks at all pairs of positions in it, under a mask."""
+    layers = {*(getattr(text_config, "layer_types", None) or ())}
+    by_atlas = plan.device == "cpu" and plan.attn_implementation == "sdpa" and layers <= {"full_attention"}
+    return by_atlas or "flash" in plan.attn_implementation
+
+
 def work(ready: "Ready") -> Work:
     """What the model costs on this machine, in units of one token's linear layers.
 
@@ -83,7 +91,8 @@ def work(ready: "Ready") -> Work:
     return Work(
         pair=14 / 4 * layers * width / linear / rate,
         each=35 + 3.5e7 * layers / linear,
-        varlen="flash" in ready.plan.attn_implementation,
+        by_row=row_by_row(ready.plan, config),
+        flash="flash" in ready.plan.attn_implementation,
     )
 
 
@@ -124,7 +133,9 @@ class Batching:
             order = np.random.default_rng(arguments.seed).permutation(order)
         orders = dict.fromkeys((PAD, PACK), lengths[order])
         orders[GROUP] = lengths[sampler(lengths, arguments).order()]
-        costs = {way: model.of(way, orders[way], rows) for way in ways if way != PACKS}
+        joined = larger(arguments, lengths) if model.by_row and not arguments.dataloader_drop_last else {}
+        of_pack = joined.get("per_device_train_batch_size", rows)
+        costs = {way: model.of(way, orders[way], of_pack if way == PACK else rows) for way in ways if way != PACKS}
         if len(ways) > 1 and arguments.gradient_accumulation_steps * arguments.world_size < _MIXED and kept != GROUP:
             ways = [way for way in ways if way != GROUP]
         way = ways[0]
@@ -138,7 +149,7 @@ class Batching:
             if way == PAD:
                 reason += ", which saves too little" if rows > 1 else ": each micro-batch is one row"
         reason = reason or "the phase knows no other"
-        if way == PACKS and rows > 1 and not model.varlen and arguments.packing_strategy != "wrapped":
+        if way == PACKS and rows > 1 and not model.by_row and arguments.packing_strategy != "wrapped":
             steps = rows * arguments.gradient_accumulation_steps
             reason += (
                 f"; attention looks at all pairs of the {rows} packs of a micro-batch, so "
@@ -151,8 +162,8 @@ class Batching:
         follows = dict(PADDING_FREE if way == PACK else {})
         if way == GROUP:
             follows["shuffle_dataset"] = False  # each epoch is
-        if way == PACK and model.varlen and not arguments.dataloader_drop_last:
-            follows |= larger(arguments, lengths)
+        if way == PACK:
+            follows |= joined
         return Batching(
             way, reason, round(float(before), 4), round(float(after), 4), follows, streamed=config.data.streaming
         )
@@ -175,9 +186,12 @@ class Batching:
         if self.way == PACKS:
             what, most = "packs", min(step * arguments.max_length, int(lengths.sum()))
         step = step if self.streamed else min(step, count)
+        joined = ""
+        if "gradient_accumulation_steps" in self.follows:
+            joined = f", in micro-batches of {arguments.per_device_train_batch_size} rows"
         return (
             f"batching {self.way} ({self.reason}): padding {self.before:.1%} -> {self.after:.1%}; a step holds {step:,} {what}, "
-            f"{step * lengths.sum() / count:,.0f} tokens on average, at most {most:,}"
+            f"{step * lengths.sum() / count:,.0f} tokens on average, at most {most:,}{joined}"
         )
 
 
@@ -188,10 +202,13 @@ def sampler(lengths: np.ndarray, arguments: "TrainingArguments") -> LengthGroups
 
 def larger(arguments: "TrainingArguments", lengths: np.ndarray) -> dict[str, int]:
     """More rows in a micro-batch, fewer micro-batches in a step: where attention takes a pack row by row, a long one costs no more,
-    and 4-bit weights are dequantised once per micro-batch. No more tokens than as many rows of max_length as were asked for."""
+    and 4-bit weights are dequantised once per micro-batch. No more tokens than as many rows of max_length as were asked for.
+    Nothing where there is nothing to join."""
     rows, steps = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     longest = np.sort(lengths)[::-1]
     most = rows * (getattr(arguments, "max_length", None) or int(longest[0]))
     fits = [times for times in range(1, steps + 1) if steps % times == 0 and longest[: rows * times].sum() <= most]
     times = max(fits, default=1)
+    if times == 1:
+        return {}
     return {"per_device_train_batch_size": rows * times, "gradient_accumulation_steps": steps // times}

@@ -24,6 +24,8 @@ class Halving(Trainer):
     halve_on_oom = True
     halved_from: int | None = None
     """The step from which on micro-batches are trained in two halves."""
+    asked_batch: tuple[int, int] | None = None
+    """Rows of a micro-batch and micro-batches of a step as the config has them; `train.batching` may have joined some."""
     _failed = False
     """Did a half not fit either?"""
 
@@ -95,7 +97,10 @@ class Halving(Trainer):
         )
 
     def _smaller(self) -> str:
-        rows, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        rows, steps = self.asked_batch or (
+            self.args.per_device_train_batch_size,
+            self.args.gradient_accumulation_steps,
+        )
         parts = 2 * (1 + self._failed)
         if rows % parts:
             return "lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps"

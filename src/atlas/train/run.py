@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from atlas.cli import Main, command
 from atlas.config import LoadedConfig, load_config, render_config
 from atlas.console import duration, quiet_libraries, say
+from atlas.data.batches import PACK
 from atlas.device import Machine, choose_device, memory_gib
 from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError
 from atlas.files import flush, sha256, write_json
@@ -27,7 +28,7 @@ from atlas.lock import held
 from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm
 from atlas.models.load import load_base_model_and_tokenizer
 from atlas.train.arguments import left_out
-from atlas.train.batching import Batching
+from atlas.train.batching import PACKS, Batching, row_by_row
 from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest, newest
 from atlas.train.folder import STAGING, own
 from atlas.train.manifest import build_manifest
@@ -196,6 +197,7 @@ class Run:
         """The phase's trainer, with the adapter in float32 on `model`."""
         from transformers import PrinterCallback, ProgressCallback, set_seed
 
+        from atlas.models.attention import attend_by_row
         from atlas.models.dropout import fuse_dropout
 
         set_seed(
@@ -212,12 +214,21 @@ class Run:
             sampler=self.batching.sampler(self.ready.arguments, self.rows.lengths),
         )
         self.rows.begin()
-        trainer.halve_on_oom = self.loaded.config.train_value("halve_on_oom")
+        value = self.loaded.config.train_value
+        trainer.halve_on_oom = value("halve_on_oom")
+        trainer.asked_batch = value("per_device_train_batch_size"), value("gradient_accumulation_steps")
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         self.trainable = cast_trainable_to_fp32(trainer.model)
         if (self.ready.plan.device, self.ready.plan.dtype) == ("cpu", "float32"):
             fuse_dropout(trainer.model)
+        base = trainer.model.get_base_model()
+        if (
+            self.batching.way in (PACK, PACKS)
+            and self.ready.plan.device == "cpu"
+            and row_by_row(self.ready.plan, base.config.get_text_config())
+        ):
+            attend_by_row(base)
         lora = self.loaded.config.lora
         print(f"adapter r={lora.r} alpha={lora.lora_alpha}: {self.trainable:,} trainable parameters, float32")
         for what, text in trainer.decided().items():

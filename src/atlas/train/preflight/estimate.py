@@ -99,10 +99,10 @@ def largest_batch(
 
 
 def training_bytes(
-    config: Config, plan: DevicePlan, shape: Shape, checkpointing: bool, batch: tuple[int, int], packed: bool
+    config: Config, plan: DevicePlan, shape: Shape, checkpointing: bool, batch: tuple[int, int], masked: bool
 ) -> int:
-    """Peak bytes of a training step on a micro-batch, the static ones included. `batch`: its rows and the tokens of one. `packed`:
-    a row holds several of the data's."""
+    """Peak bytes of a training step on a micro-batch, the static ones included. `batch`: its rows and the tokens of one. `masked`:
+    attention looks at all pairs of a pack's positions, under a mask."""
     rows, length = batch
     tokens, width = rows * length, 4 if plan.dtype == "float32" else 2
     fp32_cpu = plan.device == "cpu" and width == 4
@@ -120,8 +120,8 @@ def training_bytes(
     inputs = common * width + own * dropout if fp32_cpu or not dropout else own * (width + 1)
     scores = shape.heads * length * (4 if width == 4 else 6) if plan.attn_implementation == "eager" else 0
     layer = tokens * (norms + heads + gate + inputs + scores)
-    # Rows that stand one after the other have a mask of all pairs, and attention a copy of it; flash attention has none.
-    mask = 2 * 4 * tokens * length if packed and "flash" not in plan.attn_implementation else 0
+    # And attention has a copy of it.
+    mask = 2 * 4 * tokens * length if masked else 0
 
     # On top of what is kept: the head's chunks with the hidden states and their gradient, or a layer's backward pass.
     logits = min(HEAD_BYTES, 2 * tokens * shape.vocabulary * 4)

@@ -8,7 +8,7 @@ from atlas.data.batches import PACK
 from atlas.device import Machine, choose_device
 from atlas.errors import UserError
 from atlas.launch import processes
-from atlas.train.batching import PACKS, open_ways
+from atlas.train.batching import PACKS, open_ways, row_by_row
 from atlas.train.preflight.checklist import GIB, Found, Ready
 from atlas.train.preflight.estimate import largest_batch, static_bytes, training_bytes
 
@@ -60,7 +60,8 @@ def estimate(ready: Ready, checkpointing: bool, batch: tuple[int, int], way: str
     """Bytes in use at the peak of training on micro-batches of so many rows and tokens."""
     config = ready.loaded.config
     packed = (way or open_ways(config)[0][0]) in (PACK, PACKS)
-    return training_bytes(config, ready.plan, ready.shape, checkpointing, batch, packed)
+    masked = packed and not row_by_row(ready.plan, ready.empty.config.get_text_config())
+    return training_bytes(config, ready.plan, ready.shape, checkpointing, batch, masked)
 
 
 def choose_checkpointing(ready: Ready, way: str | None = None, lengths: np.ndarray | None = None) -> None:
