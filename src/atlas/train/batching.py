@@ -133,7 +133,9 @@ class Batching:
             order = np.random.default_rng(arguments.seed).permutation(order)
         orders = dict.fromkeys((PAD, PACK), lengths[order])
         orders[GROUP] = lengths[sampler(lengths, arguments).order()]
-        joined = larger(arguments, lengths) if model.by_row and not arguments.dataloader_drop_last else {}
+        # Of a stream only the first rows are known.
+        may_join = model.by_row and not arguments.dataloader_drop_last and not config.data.streaming
+        joined = larger(arguments, lengths) if may_join else {}
         of_pack = joined.get("per_device_train_batch_size", rows)
         costs = {way: model.of(way, orders[way], of_pack if way == PACK else rows) for way in ways if way != PACKS}
         if len(ways) > 1 and arguments.gradient_accumulation_steps * arguments.world_size < _MIXED and kept != GROUP:
