@@ -1,5 +1,6 @@
 """Attention over rows that stand one after the other in a pack, each by itself: on a CPU, as flash attention does it on a GPU."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -17,11 +18,23 @@ def attend_by_row(model: Any) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def mask(
-        batch_size: int, q_length: int, kv_length: int, *args: Any, attention_mask: Any = None, **kwargs: Any
-    ) -> Any:
-        if batch_size == 1 and q_length == kv_length and attention_mask is None:
-            return None  # the positions say where a row begins
-        return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        mask_function: Callable[..., torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        device: torch.device | str = "cpu",
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """For a pack: which positions belong to the same row as the one before, (1, 1, 1, tokens). Else transformers' mask."""
+        if batch_size == 1 and q_length == kv_length > 1 and attention_mask is None:
+            before = torch.arange(q_length - 1, device=device)
+            if not mask_function(0, 0, before, before + 1).any():  # nobody looks ahead
+                same = mask_function(0, 0, before + 1, before)
+                return None if same.all() else torch.cat([same.new_zeros(1), same])[None, None, None]
+        asked = {"mask_function": mask_function, "attention_mask": attention_mask, "device": device, **kwargs}
+        found: torch.Tensor | None = sdpa_mask(batch_size, q_length, kv_length, **asked)
+        return found
 
     def attention(
         module: torch.nn.Module,
@@ -29,15 +42,16 @@ def attend_by_row(model: Any) -> None:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """`query`, `key`, `value`: (1, heads, tokens, size). Returns (1, tokens, heads, size)."""
-        starts = [] if position_ids is None else (position_ids[0] == 0).nonzero().flatten().tolist()
+        """`query`, `key`, `value`: (batch, heads, tokens, size). Returns (batch, tokens, heads, size)."""
+        if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
+            found: tuple[torch.Tensor, None] = sdpa_attention_forward(
+                module, query, key, value, attention_mask, **kwargs
+            )
+            return found
+        starts = (~attention_mask.flatten()).nonzero().flatten().tolist()
         lengths = [after - start for start, after in pairwise([*starts, query.shape[2]])]
-        if attention_mask is not None or len(lengths) < 2 or query.shape[2] != key.shape[2]:
-            out: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-            return out
         rows = zip(*(whole.split(lengths, dim=2) for whole in (query, key, value)), strict=True)
         return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1), None
 
