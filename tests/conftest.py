@@ -120,7 +120,7 @@ def trained_run(base_folder: Path, rows_file: Path, tmp_path_factory: pytest.Tem
 
     arguments = run_arguments(base_folder, rows_file, tmp_path_factory.mktemp("run"))
     # At this rate three steps move the logits by a tenth, so that a missing adapter could not go unseen.
-    fast = ["quantization.load_in_4bit=false", "train.learning_rate=5e-2", "train.warmup_steps=0"]
+    fast = ["quantization.load_in_4bit=false", "train.learning_rate=5e-2", "train.warmup_steps=0", "train.batching=pad"]
     run = sft.train(load_config(arguments[1], [*arguments[2:], *fast]))
     text = "<|im_start|>user\nWhere does Mira live?<|im_end|>\n<|im_start|>assistant\n"
     assert run.trainer is not None

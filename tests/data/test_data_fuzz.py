@@ -68,6 +68,9 @@ conversations = st.fixed_dictionaries(
 columns = st.dictionaries(st.sampled_from(COLUMNS), st.sampled_from(COLUMNS) | texts, max_size=2)
 
 
+ASKED = {"role": "user", "content": "a"}
+
+
 def written(row: Any, ascii_only: bool) -> str:
     text = json.dumps(row, ensure_ascii=ascii_only)
     return text.replace(f'"{BIG}"', "9" * 5000).replace(f'"{DEEP}"', "[" * 2000 + "]" * 2000)
@@ -144,6 +147,7 @@ def fuzz(labeler: Labeler, folder: Path, examples: int) -> None:
         "messages",
     )
     @example(("jsonl", b'{"messages": [{"role": "assistant", "content": 3}]}'), {}, None)
+    @example(("jsonl", written({"messages": [ASKED, {"role": "assistant", "content": "a"}]}, True).encode()), {}, None)
     @example(("json", b"[" + written({"prompt": BIG, "completion": DEEP}, True).encode() + b"]"), {}, None)
     def of_files(file: tuple[str, bytes], mapping: dict[str, str], asked: str | None) -> None:
         path = folder / f"rows.{file[0]}"
