@@ -11,6 +11,7 @@ LENGTHS = (5, 1, 9, 7)
 MODELS = {
     "qwen2": SIZES | {"num_key_value_heads": 2},
     "llama": SIZES,
+    "mistral": SIZES | {"num_key_value_heads": 2, "sliding_window": 4},
     "gpt_neox": SIZES,  # its layers are not told the positions
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 50},
 }

@@ -29,8 +29,11 @@ def attend_by_row(model: Any) -> None:
         """For a pack: which positions belong to the same row as the one before, (1, 1, 1, tokens). Else transformers' mask."""
         if batch_size == 1 and q_length == kv_length > 1 and attention_mask is None:
             before = torch.arange(q_length - 1, device=device)
-            if not mask_function(0, 0, before, before + 1).any():  # nobody looks ahead
-                same = mask_function(0, 0, before + 1, before)
+            same = mask_function(0, 0, before + 1, before)
+            starts = torch.cat([before.new_zeros(1), before[~same] + 1])
+            ends = torch.cat([before[~same], before.new_tensor([q_length - 1])])
+            # Nobody looks ahead, and each row's last position sees its first one: no window.
+            if not mask_function(0, 0, before, before + 1).any() and mask_function(0, 0, ends, starts).all():
                 return None if same.all() else torch.cat([same.new_zeros(1), same])[None, None, None]
         asked = {"mask_function": mask_function, "attention_mask": attention_mask, "device": device, **kwargs}
         found: torch.Tensor | None = sdpa_mask(batch_size, q_length, kv_length, **asked)

@@ -1,5 +1,5 @@
 """How much memory training has in use at its peak, from the model's shape; benchmarks/memory.py compares it with measured peaks.
-A process may hold more of it than is in use: on a CPU up to twice as much was measured."""
+A process may hold more of it than is in use: on a CPU up to 1.7 times as much was measured."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
