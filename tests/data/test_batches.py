@@ -60,10 +60,8 @@ def test_what_micro_batches_cost():
     assert padded(given, 2) == 2 * 4 + 2 * 6 + 5
     assert padded(given, 2, multiple=4) == 2 * 4 + 2 * 8 + 8
     assert padded(given, 2, multiple=4, packed=True) == 8 + 12 + 8
-    rows, padding = (
-        (4 + 16 + 36 + 9 + 25) / 2,
-        2 * 16 + 2 * 36 + 25 / 2,
-    )  # alone in its micro-batch the last one has no mask
+    rows = (4 + 16 + 36 + 9 + 25) / 2
+    padding = 2 * 16 + 2 * 36 + 25 / 2  # alone in its micro-batch the last one has no mask
     pairs = {PAD: padding, GROUP: padding, PACK: 36 + 81 + 25}
     for way, count in pairs.items():
         tokens = 20 if way == PACK else padded(given, 2)

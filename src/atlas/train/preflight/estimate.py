@@ -120,7 +120,7 @@ def training_bytes(
     inputs = common * width + own * dropout if fp32_cpu or not dropout else own * (width + 1)
     scores = shape.heads * length * (4 if width == 4 else 6) if plan.attn_implementation == "eager" else 0
     layer = tokens * (norms + heads + gate + inputs + scores)
-    # And attention has a copy of it.
+    # The mask of all pairs, and attention's copy of it.
     mask = 2 * 4 * tokens * length if masked else 0
 
     # On top of what is kept: the head's chunks with the hidden states and their gradient, or a layer's backward pass.
