@@ -199,6 +199,7 @@ class Run:
 
         from atlas.models.attention import attend_by_row
         from atlas.models.dropout import fuse_dropout
+        from atlas.models.swiglu import fuse_swiglu
 
         set_seed(
             self.ready.arguments.seed
@@ -223,6 +224,7 @@ class Run:
         if (self.ready.plan.device, self.ready.plan.dtype) == ("cpu", "float32"):
             fuse_dropout(trainer.model)
         base = trainer.model.get_base_model()
+        fuse_swiglu(base)
         if (
             self.batching.way in (PACK, PACKS)
             and self.ready.plan.device == "cpu"

@@ -32,6 +32,8 @@ class Shape(NamedTuple):
     """Heads times their size."""
     heads: int
     mlp: int
+    gate: int
+    """Numbers that the activation of a layer keeps for the backward pass of a token, its product apart."""
     vocabulary: int
     largest: int
     """Parameters of the largest layer of `linear`."""
@@ -41,6 +43,8 @@ class Shape(NamedTuple):
     @staticmethod
     def of(model: "PeftModel") -> "Shape":
         import torch
+
+        from atlas.models.swiglu import gated_layers
 
         config, head = model.config.get_text_config(), model.get_output_embeddings()
         linear = [
@@ -55,6 +59,7 @@ class Shape(NamedTuple):
             module for module in model.modules() if getattr(module, "lora_A", None) and hasattr(module, "in_features")
         ]
         heads = config.num_attention_heads
+        mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         return Shape(
             linear=sum(sizes),
             other=total - sum(sizes),
@@ -63,7 +68,8 @@ class Shape(NamedTuple):
             hidden=config.hidden_size,
             attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
             heads=heads,
-            mlp=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            mlp=mlp,
+            gate=(2 if gated_layers(model) else 3) * mlp,
             vocabulary=model.get_input_embeddings().weight.shape[0],
             largest=max(sizes),
             lora_inputs=sum(module.in_features for module in adapted),
@@ -112,7 +118,7 @@ def training_bytes(
     norms = 2 * hidden * 4  # the inputs of the two norms, which compute in float32
     # query, and key and value repeated for each head of it, and the result
     heads = 4 * attention * width
-    gate = 3 * mlp * width  # gate, its SiLU, up
+    gate = shape.gate * width
     # The inputs of the adapter's modules. q, k, v have one in common, and gate, up. Dropout keeps a mask of one byte for each
     # module, and, but for models/dropout.py, each one's own dropped input.
     own, common = shape.lora_inputs / shape.layers, 2 * hidden + attention + mlp
