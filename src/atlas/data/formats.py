@@ -125,7 +125,7 @@ def refuse_columns(columns: Mapping[str, str], format_name: str | None) -> None:
             meant = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             if column in known and not near:
                 meant = f"write it the other way round, {{{column}: {name}}}"
-            raise UserError(f"data.train: columns: {name!r} is no name that {format_name or 'a format'} reads; {meant}")
+            raise UserError(f"data: columns: {name!r} is no name that {format_name or 'a format'} reads; {meant}")
 
 
 def renamed(row: str | Mapping[str, Any], columns: Mapping[str, str]) -> str | Mapping[str, Any]:
@@ -183,7 +183,7 @@ def detect(
     if found:
         what, remedy = f"fits several formats ({', '.join(sorted(found))})", "Name one with `format:` in the source"
     else:
-        what, remedy = "fits no known format", f"Say in the source what they are:\n{_advice(place, readable[0])}"
+        what, remedy = "fits no known format", f"Say in the source (here of data.train) what they are:\n{_advice(place, readable[0])}"
     raise UserError(f"data: {place} {what}. {columns_seen}. Known: {formats}. {remedy}")
 
 
