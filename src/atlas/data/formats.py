@@ -183,7 +183,8 @@ def detect(
     if found:
         what, remedy = f"fits several formats ({', '.join(sorted(found))})", "Name one with `format:` in the source"
     else:
-        what, remedy = "fits no known format", f"Say in the source (here of data.train) what they are:\n{_advice(place, readable[0])}"
+        what, advice = "fits no known format", _advice(place, readable[0])
+        remedy = f"Say in the source (here of data.train) what they are:\n{advice}"
     raise UserError(f"data: {place} {what}. {columns_seen}. Known: {formats}. {remedy}")
 
 
