@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons test test-slow test-notebook lint sft sft-smoke data audit eval compare config preflight bench speed factory growth generate gpu kill layers matrix figures picture docs clean
+.PHONY: help setup pocket lessons test test-slow test-notebook lint sft sft-smoke data audit eval compare config preflight bench speed factory growth generate gpu kill strategies layers matrix figures picture docs clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -110,6 +110,9 @@ outputs/factory/.installed: constraints.txt
 
 kill: setup             ## kill thirty runs with SIGKILL, resume them, and compare each with a run left alone (about 25 minutes)
 	$(RUN) benchmarks/kills.py $(ARGS)
+
+strategies: setup       ## two processes under each strategy against one: losses, weights, resumed after SIGKILL (about 15 minutes)
+	$(RUN) benchmarks/strategies.py $(ARGS)
 
 layers: setup           ## for maintainers: the matrix of imports in docs/architecture.md
 	$(RUN) benchmarks/layers.py

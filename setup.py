@@ -12,8 +12,10 @@ class WithConfigs(build_py):
         if not self.editable_mode:  # an editable install reads them from the checkout
             folder = Path(self.build_lib) / "atlas" / "configs"
             folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(Path("configs").glob("*.yaml")):
-                self.copy_file(str(path), str(folder / path.name))
+            for path in sorted(Path("configs").rglob("*.yaml")):
+                target = folder / path.relative_to("configs")
+                target.parent.mkdir(exist_ok=True)
+                self.copy_file(str(path), str(target))
 
 
 setup(cmdclass={"build_py": WithConfigs})

@@ -331,6 +331,35 @@ def memory(figures: Path) -> str:
     return f"{markdown_table(table)}\n\n{entry['hardware']}; {entry['date'][:10]}, `{entry['command']}`."
 
 
+def strategies(figures: Path) -> str:
+    """Two processes under each strategy against one."""
+    entry = _read(figures / "benchmarks.json").get("strategies")
+    if entry is None:
+        return NOT_YET.format("strategies")
+    table = [
+        [
+            "trained",
+            "strategy",
+            "losses apart",
+            "weights apart",
+            "same files",
+            "killed",
+            "resumed to the same bits",
+            "CPU of ddp's",
+        ]
+    ]
+    for case in entry["cases"]:
+        names = [case["method"], case["strategy"]]
+        if "error" in case:
+            table.append([*names, markdown_cell(case["error"]), *[""] * 5])
+            continue
+        apart = [f"{case[name]:.0e}" if case[name] else "0" for name in ("losses", "weights")]
+        same = [f"yes, {case['resumed']}" if case["same"] else f"**no** ({markdown_cell(case['resumed'])})"]
+        files = "yes" if case["same_files"] else "**no**"
+        table.append([*names, *apart, files, case["killed"], *same, f"{case['of_ddp']}x"])
+    return _captioned(table, entry)
+
+
 def template_matrix(figures: Path) -> str:
     """The audit's verdict on each of TRL's templates."""
     report = _read(figures / "template_matrix.json")
@@ -383,6 +412,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "generate": generate,
     "gpu": gpu,
     "memory": memory,
+    "strategies": strategies,
     "template-matrix": template_matrix,
     "install": install,
 }

@@ -41,6 +41,7 @@ PRIVATE: dict[str, dict[str, tuple[str, ...]]] = {
     "transformers.trainer:Trainer": {  # overridden or called in train/resume.py
         "_run_epoch": ("epoch",),
         "_save_checkpoint": ("model", "trial"),
+        "_save": ("output_dir", "state_dict"),
         "_evaluate": ("trial", "ignore_keys_for_eval"),
         "_determine_best_metric": ("metrics", "trial"),
         "_get_train_sampler": (),

@@ -135,9 +135,11 @@ class DevicePlan:
     def with_checkpointing(self, on: bool | None, reason: str) -> "DevicePlan":
         """The plan with this decision in it. `on` is None while it is open."""
         shown = "auto" if on is None else on
-        return replace(
-            self, gradient_checkpointing=on, decided={**self.decided, "train.gradient_checkpointing": (shown, reason)}
-        )
+        return replace(self, gradient_checkpointing=on).with_decision("train.gradient_checkpointing", shown, reason)
+
+    def with_decision(self, key: str, value: Any, reason: str) -> "DevicePlan":
+        """The plan with one more value that was decided for the user."""
+        return replace(self, decided={**self.decided, key: (value, reason)})
 
     def table(self) -> str:
         words = {True: "on", False: "off"}

@@ -125,8 +125,8 @@ def test_many_more_values(items: Any, overrides: Any, tmp_path: Path, capsys: An
 NOT_TRIED = {
     *("output.dir", "output.results_dir", "output.hub_repo", "data.num_proc", "model.name", "model.tokenizer_name"),
     *("train.dataloader_num_workers", "train.report_to", "train.torch_compile", "train.torch_compile_backend"),
-    *("train.torch_compile_mode", "train.full_determinism", "train.ddp_backend", "train.deepspeed", "train.fsdp"),
-    *("train.log_level", "train.max_steps", "train.gradient_accumulation_steps", "train.debug", "train.fsdp_config"),
+    *("train.torch_compile_mode", "train.full_determinism", "train.ddp_backend"),
+    *("train.log_level", "train.max_steps", "train.gradient_accumulation_steps", "train.debug"),
 }
 NUMBERS = st.sampled_from([-1, 0, 1, 2, 3, 17, 10**6, 0.0, 1e-9, 0.5, 1.5, 1e9])
 _WORDS = """

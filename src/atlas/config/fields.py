@@ -25,6 +25,7 @@ _SCALARS: dict[str, tuple[type, ...]] = {
     "Literal": (bool,),  # of `Literal[False]`
 }
 _BATCHINGS = ("auto", "pack", "group", "pad")
+STRATEGIES = ("auto", "single", "ddp", "fsdp2", "zero2", "zero3")
 _SAMPLINGS = ("random", "sequential", "group_by_length", "batch_rebalance")
 # What no run can have, and the libraries say late, or not at all: the text of the message, the rule, the fields.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -47,6 +48,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     # transformers takes any other for random
     (f"one of {', '.join(_BATCHINGS)}", lambda x: x in _BATCHINGS, "batching"),
+    (f"one of {', '.join(STRATEGIES)}", lambda x: x in STRATEGIES, "strategy"),
     (f"one of {', '.join(_SAMPLINGS)}", lambda x: x in _SAMPLINGS, "train_sampling_strategy"),
     (
         "a mapping: a file's content would not count as part of the run",
@@ -65,7 +67,7 @@ class TrainField:
     has_default: bool
 
 
-COMMON_OWN = {"halve_on_oom": TrainField("bool", True, True)}
+COMMON_OWN = {"halve_on_oom": TrainField("bool", True, True), "strategy": TrainField("str", "auto", True)}
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,9 @@ COMMON_OWNED = {
     "auto_find_batch_size": "another batch size is another run; set train.per_device_train_batch_size, and "
     "train.gradient_accumulation_steps so that their product stays",
     "local_rank": "torchrun tells each process its own",
+    "fsdp": "set train.strategy=fsdp2 instead; its settings are in configs/launch/fsdp2.yaml",
+    "fsdp_config": "set train.strategy=fsdp2 instead; its settings are in configs/launch/fsdp2.yaml",
+    "deepspeed": "set train.strategy=zero2 or zero3 instead; their settings are in configs/launch/",
     "enable_jit_checkpoint": "atlas writes a checkpoint on SIGTERM and SIGINT by itself",
     "restore_callback_states_from_checkpoint": "atlas restores what its own callbacks need",
     "logging_nan_inf_filter": "a loss that is not finite ends the run",

@@ -188,27 +188,32 @@ def lora_config(settings: LoraSettings) -> "LoraConfig":
     )
 
 
-def cast_trainable_to_fp32(model: Any) -> int:
-    """Make every trainable parameter float32, in place; returns how many numbers that is.
+def cast_trainable_to_fp32(model: Any, keep: bool = False) -> int:
+    """Make every trainable parameter float32, in place, or `keep` its dtype; returns how many numbers that is.
 
     TRL 1.16 casts the adapters of a 4-bit model to bf16 (trl/trainer/sft_trainer.py, "When using QLoRA"). With fp16 on a T4
     GradScaler cannot unscale bf16 gradients, and a resumed run would differ, since a checkpoint comes back as fp32.
     """
     import torch
 
+    from atlas.models.shards import size_of
+
     count = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
-            count += parameter.numel()
+            if not keep:
+                parameter.data = parameter.data.to(torch.float32)
+            count += size_of(parameter).numel()
     return count
 
 
 def lora_b_norm(model: Any) -> float:
     """The Euclidean norm over all LoRA B matrices, those of embeddings too. They start at zero: 0.0 means that no step changed the
-    model."""
+    model. Every process has to call it."""
+    from atlas.models.shards import whole
+
     total = 0.0
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "lora_embedding_B" in name:
-            total += float(parameter.detach().double().pow(2).sum())
+            total += float(whole(parameter).double().pow(2).sum())
     return total**0.5

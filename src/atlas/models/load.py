@@ -163,7 +163,8 @@ def _refuse_missing(name: str, key: str = "", remedy: str = "") -> None:
 
 
 def _refuse_other_family(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", key: str = "") -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    rows = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves a placeholder
     if len(tokenizer) > rows:
         raise UserError(
             f"{key}the tokenizer of {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and does not fit on "
@@ -176,8 +177,9 @@ def load_base(
     revision: str | None = None,
     *,
     dtype: str = "auto",
-    device: str | int = "cpu",
+    device: str | int | None = "cpu",
     quantization: QuantizationConfig | None = None,
+    storage: str | None = None,
     attention: str | None = None,
     key: str = "",
     remedy: str = "",
@@ -188,8 +190,9 @@ def load_base(
         name: Hub id or folder.
         revision: on the Hub.
         dtype: of the weights; "auto" is the checkpoint's.
-        device: where to put the model.
+        device: where to put the model; None: DeepSpeed puts it there in parts.
         quantization: in 4 bits; what computes is `dtype` where the settings leave it open.
+        storage: the dtype as which the 4-bit weights lie in memory; None: bytes.
         attention: transformers' name of the implementation; None: the library's choice.
         key: what the user chose the model by.
         remedy: what else the user can do.
@@ -205,7 +208,7 @@ def load_base(
             output_loading_info=True,
             dtype=dtype,
             attn_implementation=attention,
-            device_map={"": device},
+            device_map=None if device is None else {"": device},
             use_safetensors=True,
             trust_remote_code=False,
             **more,
@@ -220,7 +223,7 @@ def load_base(
     try:
         if quantization is None:
             return read(name, revision=revision or "main")
-        return _read_quantized(read, name, revision, quantization, dtype, device)
+        return _read_quantized(read, name, revision, quantization, storage, dtype, device)
     except _UNREADABLE as error:
         raise UserError(f"{key}the weights of {name!r} cannot be loaded: {first_line(error)}{remedy}") from None
 
@@ -230,8 +233,9 @@ def _read_quantized(
     name: str,
     revision: str | None,
     quantization: QuantizationConfig,
+    storage: str | None,
     dtype: str,
-    device: str | int,
+    device: str | int | None,
 ) -> "PreTrainedModel":
     """The model in 4 bits: the copy that an earlier start has kept, else quantised now and kept.
 
@@ -247,13 +251,15 @@ def _read_quantized(
         bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=getattr(torch, dtype if compute == "auto" else compute),
+        bnb_4bit_quant_storage=storage,
     )
     allowed = cache.limit()
     cache.make_room("base", allowed)  # the limit may be lower than it was
     with contextlib.ExitStack() as stack:
         copy = None
         if allowed and (content := _content_to_load(name, revision)) is not None:
-            where = "cpu" if device == "cpu" else "cuda"  # their kernels need not round alike
+            on_cpu = device == "cpu" or not torch.cuda.is_available()
+            where = "cpu" if on_cpu else "cuda"  # their kernels need not round alike
             depends = [content, four_bit.to_dict(), dtype, where, *map(version, _WRITERS)]
             try:
                 copy = stack.enter_context(
@@ -331,25 +337,37 @@ def _content_to_load(name: str, revision: str | None) -> str | None:
 
 
 def load_base_model_and_tokenizer(
-    config: Config, plan: DevicePlan | None = None, tokenizer: "PreTrainedTokenizerBase | None" = None
+    config: Config,
+    plan: DevicePlan | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    strategy: str = "single",
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """For training: the quantised base model and its repaired tokenizer, with one eos and one pad on tokenizer, config and
     generation config.
 
-    `plan` and `tokenizer` are made from the config where they are not given. Raises `UserError` where the model cannot be
-    loaded or the tokenizer has more tokens than the model has embeddings.
+    `plan` and `tokenizer` are made from the config where they are not given. Of several processes each loads the model, by
+    `strategy` (atlas.train.strategy). Raises `UserError` where the model cannot be loaded or the tokenizer has more tokens than the
+    model has embeddings.
     """
     import torch
     from transformers import GenerationConfig
 
     plan = plan or choose_device(config, Machine.from_torch())
     tokenizer = tokenizer or load_tokenizer(config)
+    quantization = config.quantization if config.quantization.load_in_4bit else None
+    device: str | int | None = torch.cuda.current_device() if plan.device == "cuda" else "cpu"
+    if strategy == "zero3":
+        device = None
+    elif strategy == "fsdp2" and quantization is None:
+        device = "cpu"  # it may not fit on one GPU; each gets its part
     model = load_base(
         config.model.name,
         config.model.revision,
         dtype=plan.dtype,
-        device=torch.cuda.current_device() if plan.device == "cuda" else "cpu",
-        quantization=config.quantization if config.quantization.load_in_4bit else None,
+        device=device,
+        quantization=quantization,
+        # FSDP2 leaves weights that are stored as bytes whole on each process.
+        storage=plan.dtype if strategy == "fsdp2" else None,
         attention=plan.attn_implementation,
         key="model.name: ",
     )

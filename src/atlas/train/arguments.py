@@ -11,6 +11,7 @@ from atlas.device import DevicePlan
 from atlas.errors import UserError
 from atlas.launch import processes
 from atlas.train.batching import open_ways
+from atlas.train.strategy import Strategy
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -20,14 +21,21 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-def phase_arguments(phase: "Phase", loaded: LoadedConfig, plan: DevicePlan) -> "TrainingArguments":
-    """The phase's arguments from `train:`, the device plan and the output folder. Raises `UserError` for what a library refuses."""
+def phase_arguments(
+    phase: "Phase", loaded: LoadedConfig, plan: DevicePlan, strategy: Strategy, **more: Any
+) -> "TrainingArguments":
+    """The phase's arguments from `train:`, the device plan, the strategy and the output folder; `more` of them is known already.
+    Raises `UserError` for what a library refuses."""
     _data_arguments(loaded.config)
-    return accepted(lambda config: build_arguments(phase, config, plan), loaded.config)
+    return accepted(lambda config: build_arguments(phase, config, plan, strategy, **more), loaded.config)
 
 
-def build_arguments(phase: "Phase", config: Config, plan: DevicePlan) -> "TrainingArguments":
+def build_arguments(
+    phase: "Phase", config: Config, plan: DevicePlan, strategy: Strategy, **more: Any
+) -> "TrainingArguments":
     """The same, with the library's own exceptions."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     given = {name: value for name, value in config.train.items() if name not in config.train_schema.own}
     given |= {**phase.fixed, **_data_arguments(config)}
     if given.get("train_sampling_strategy") == "group_by_length":
@@ -48,7 +56,9 @@ def build_arguments(phase: "Phase", config: Config, plan: DevicePlan) -> "Traini
     }
     if processes() > 1:  # all get batches of one size; accelerate would repeat rows to fill the last ones
         given["dataloader_drop_last"] = True
-    return phase.arguments()(**given)
+    arguments = phase.arguments()(**strategy.arguments(), **given, **more)
+    unset_hf_deepspeed_config()  # until the model is loaded (train.strategy.begin_deepspeed)
+    return arguments
 
 
 def accepted(attempt: Callable[[Config], Result], config: Config) -> Result:

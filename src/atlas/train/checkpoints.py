@@ -29,7 +29,7 @@ _OTHER_FOLDER = "Set another output.dir, or change the values back, or give --re
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is. It resumes only from a checkpoint of the same config, base model, data and number of processes."""
+    """What a run is. It resumes only from a checkpoint of the same config, base model, data, number of processes and strategy."""
 
     config_hash: str
     experiment: Mapping[str, Any]
@@ -40,6 +40,8 @@ class Identity:
     base: str | None
     """Digest of the base model's config and weights; None: not known yet."""
     processes: int
+    strategy: str | None = None
+    """How the processes share the model; None: not known yet."""
     start: str = ""
     """An id of this start of the run. A run that resumes keeps the id. Checkpoints of another start are not its own to count."""
     batching: str = ""
@@ -48,8 +50,10 @@ class Identity:
     """SHA-256 of the manifest of a finished run over which `--resume never` trains."""
 
     @staticmethod
-    def of(loaded: LoadedConfig, data: str | None, hardware: str, base: str | None) -> "Identity":
-        return Identity(loaded.config_hash, experiment(loaded.config), data, hardware, base, processes())
+    def of(
+        loaded: LoadedConfig, data: str | None, hardware: str, base: str | None, strategy: str | None = None
+    ) -> "Identity":
+        return Identity(loaded.config_hash, experiment(loaded.config), data, hardware, base, processes(), strategy)
 
     def started(self, output_dir: Path, checkpoint: Path | None) -> "Identity":
         """The same with the id of a new start in `output_dir`, or with that of `checkpoint`."""
@@ -289,6 +293,13 @@ def _difference(contents: Mapping[str, Any], run: Identity) -> str | None:
         return (
             f"it was trained by {number} processes. This launch has {run.processes}, which would train other rows: start "
             f"{number} (torchrun --nproc_per_node {number})"
+        )
+    # Before there was a choice, several processes were ddp.
+    there = contents.get("strategy") or ("single" if number == 1 else "ddp")
+    if run.strategy is not None and there != run.strategy:
+        return (
+            f"it was trained with train.strategy={there}, this is {run.strategy}, which keeps other files and may differ in the "
+            f"last digits: set train.strategy={there}"
         )
     if run.data is not None and contents.get("data") != run.data:
         return "the training data have changed since"

@@ -38,6 +38,7 @@ def build_manifest(
         "local": local_names(loaded.config),
         "base": {"content": base.content, "commit": base.commit},
         "processes": processes(),
+        "strategy": plan.decided["train.strategy"][0],
         "device": {"hardware": plan.hardware, **{key: value for key, (value, _) in plan.decided.items()}},
         "versions": versions(),
         "git": git_state(),

@@ -15,6 +15,7 @@ from atlas.console import say
 from atlas.data.batches import LengthGroups
 from atlas.errors import RunError, first_line
 from atlas.files import write_json
+from atlas.models.shards import gathered, own_part
 from atlas.train import checkpoints
 from atlas.train.halving import Halving
 
@@ -116,11 +117,16 @@ class Resumable(Halving):
         super().log(logs, start_time)
 
     def refuse_divergence(self) -> None:
-        """Raises `RunError` where a loss or a trained parameter is not finite."""
-        if step := int(self._broken_at):
+        """Raises `RunError` where a loss or a trained parameter is not finite, on any process; each has to call it."""
+        finite = [
+            own_part(parameter).isfinite().all() for parameter in self.model.parameters() if parameter.requires_grad
+        ]
+        broken_at = torch.as_tensor(self._broken_at, device=self.args.device)
+        found = torch.stack([broken_at, (~torch.stack(finite).all()).to(broken_at)])  # one wait for the GPU
+        steps, broken = self.accelerator.gather(found[None]).T.tolist()
+        if step := min(filter(None, steps), default=0):
             self._diverged(f"the loss of step {step} is not finite", step)
-        finite = [parameter.isfinite().all() for parameter in self.model.parameters() if parameter.requires_grad]
-        if not torch.stack(finite).all():  # one wait for the GPU
+        if any(broken):
             self._diverged(f"the adapter is not finite after step {self.state.global_step}")
 
     def _diverged(self, what: str, step: int | None = None) -> NoReturn:
@@ -135,6 +141,14 @@ class Resumable(Halving):
         )
 
     # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Where parameters lie in parts, transformers gathers the frozen ones too, or saves none."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            state = gathered(self.model)
+            self._save(output_dir, state_dict=state)
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As transformers does it, with a seal. One that cannot be written does not end the run: the disk may have room again when

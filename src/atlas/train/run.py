@@ -27,7 +27,7 @@ from atlas.launch import is_main_process, set_up_torch
 from atlas.lock import held
 from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm
 from atlas.models.load import load_base_model_and_tokenizer
-from atlas.train.arguments import left_out
+from atlas.train.arguments import left_out, phase_arguments
 from atlas.train.batching import PACKS, Batching, row_by_row
 from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest, newest
 from atlas.train.folder import STAGING, own
@@ -35,6 +35,7 @@ from atlas.train.manifest import build_manifest
 from atlas.train.phase import phase_of
 from atlas.train.preflight import preflight
 from atlas.train.preflight.machine import choose_checkpointing
+from atlas.train.strategy import DDP, DEEPSPEED, SINGLE, begin_deepspeed, refuse_another, set_precision
 from atlas.train.timing import Parts
 
 if TYPE_CHECKING:
@@ -162,7 +163,10 @@ class Run:
             self.rows = self.phase.rows(config, self.ready.tokenizer)
             if not isinstance(self.rows.fingerprint, str):
                 raise TypeError(f"phase {self.phase.name}: the fingerprint of its rows is not a text")
-        identity = Identity.of(self.loaded, self.rows.fingerprint, self.ready.plan.hardware, self.ready.base.content)
+        ready = self.ready
+        identity = Identity.of(
+            self.loaded, self.rows.fingerprint, ready.plan.hardware, ready.base.content, ready.strategy.name
+        )
         if self.resume == "auto" and (manifest := finished_manifest(self.folder, identity)) is not None:
             print(f"this run is finished: {self.folder} (--resume never trains it again)")
             self.finished = FinishedRun(self.folder, None, manifest)
@@ -188,8 +192,15 @@ class Run:
 
     def load_base_model(self) -> "PreTrainedModel":
         """The quantised base model of the config; the tokenizer is set to match it."""
-
-        model, self.tokenizer = load_base_model_and_tokenizer(self.loaded.config, self.ready.plan, self.ready.tokenizer)
+        ready = self.ready
+        if ready.strategy.name in DEEPSPEED:
+            # What DeepSpeed is told is made with the arguments, and the rows have changed some of those.
+            follows = {name: value for name, value in self.batching.follows.items() if hasattr(ready.arguments, name)}
+            ready.arguments = phase_arguments(self.phase, self.loaded, ready.plan, ready.strategy, **follows)
+            begin_deepspeed(ready.arguments)
+        model, self.tokenizer = load_base_model_and_tokenizer(
+            self.loaded.config, ready.plan, ready.tokenizer, ready.strategy.name
+        )
         self.start.end("model")
         return model
 
@@ -220,7 +231,10 @@ class Run:
         trainer.asked_batch = value("per_device_train_batch_size"), value("gradient_accumulation_steps")
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-        self.trainable = cast_trainable_to_fp32(trainer.model)
+        refuse_another(self.ready.strategy, trainer.accelerator)
+        set_precision(trainer, self.ready.plan)
+        half = self.ready.plan.dtype != "float32"
+        self.trainable = cast_trainable_to_fp32(trainer.model, keep=half and self.ready.strategy.keeps_float32)
         if (self.ready.plan.device, self.ready.plan.dtype) == ("cpu", "float32"):
             fuse_dropout(trainer.model)
         base = trainer.model.get_base_model()
@@ -276,6 +290,8 @@ class Run:
     def close(self, trainer: "Resumable") -> FinishedRun:
         """Save adapter, tokenizer, reports, manifest and card. Raises `RunError` where they cannot be written; the last checkpoint
         stays."""
+        from atlas.models.shards import gathered
+
         result = self._result(trainer)
         manifest = build_manifest(
             self.loaded,
@@ -286,8 +302,10 @@ class Run:
             self.tokenizer.get_chat_template(),
             result,
         )
+        # All processes hold parts of what one of them saves.
+        state = None if self.ready.strategy.name in (SINGLE, DDP) else gathered(trainer.model)
         if is_main_process():
-            self._save(trainer, manifest)
+            self._save(trainer, manifest, state)
         trainer.accelerator.wait_for_everyone()
         first, last = result["loss_first"], result["loss_last"]
         said = [
@@ -324,14 +342,15 @@ class Run:
             "halved_from_step": trainer.halved_from,  # memory ran out
         }
 
-    def _save(self, trainer: "Resumable", manifest: dict[str, Any]) -> None:
-        """The manifest comes after the files that it speaks of: it says that the run is finished."""
+    def _save(self, trainer: "Resumable", manifest: dict[str, Any], state: dict[str, Any] | None) -> None:
+        """The manifest comes after the files that it speaks of: it says that the run is finished. `state`: the weights, where they
+        are not whole in the model."""
 
         staging = self.folder / STAGING
         try:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-            trainer.model.save_pretrained(staging, save_embedding_layers=False)
+            trainer.model.save_pretrained(staging, state_dict=state, save_embedding_layers=False)
             self.tokenizer.save_pretrained(staging)
             trainer.model.generation_config.save_pretrained(staging)
         except Exception as error:  # a full disk is an OSError, or safetensors' or tokenizers' own

@@ -11,6 +11,7 @@ from atlas.errors import RunError, UserError
 from atlas.redact import redact
 from atlas.train.phase import Phase
 from atlas.train.preflight.estimate import Shape
+from atlas.train.strategy import Strategy
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -44,6 +45,7 @@ class Ready:
     network: str = field(init=False)
     folder: Path = field(init=False)
     plan: DevicePlan = field(init=False)
+    strategy: Strategy = field(init=False)
     arguments: "TrainingArguments" = field(init=False)
     tokenizer: "PreTrainedTokenizerBase" = field(init=False)
     adapter: "LoraConfig" = field(init=False)

@@ -9,6 +9,7 @@ from atlas.config import Config
 from atlas.data.batches import PACK
 from atlas.device import DevicePlan
 from atlas.train.batching import PACKS, open_ways
+from atlas.train.strategy import DDP, SHARDED, ZERO2, ZERO3
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -86,6 +87,25 @@ def static_bytes(config: Config, plan: DevicePlan, shape: Shape) -> int:
     each = 0.5 + (1 + 4 / 256 if config.quantization.bnb_4bit_use_double_quant else 4) / 64
     linear = shape.linear * (each if config.quantization.load_in_4bit else width)
     return int(linear + shape.other * width + shape.adapter * ADAM_BYTES)
+
+
+def static_parts(config: Config, plan: DevicePlan, shape: Shape, strategy: str, processes: int) -> int:
+    """The same on each of several processes, which may hold parts of it (train/strategy.py). Of a sharded model one layer and the
+    embeddings are whole while they compute."""
+    trained = (
+        4 * shape.adapter
+    )  # bytes of what is trained, in fp32; so many its gradient takes, and twice as many AdamW
+    frozen = static_bytes(config, plan, shape) - shape.adapter * ADAM_BYTES
+    if strategy == DDP:
+        return frozen + shape.adapter * ADAM_BYTES + trained  # the buckets in which gradients are sent
+    if strategy == ZERO2:
+        return frozen + trained + 4 * trained // processes  # DeepSpeed keeps a copy of what is trained
+    if strategy in SHARDED:
+        width = 4 if plan.dtype == "float32" else 2
+        linear = frozen - shape.other * width
+        copies = 5 if strategy == ZERO3 else 4
+        return (frozen + copies * trained) // processes + linear // shape.layers + shape.other * width
+    return frozen + shape.adapter * ADAM_BYTES
 
 
 def largest_batch(

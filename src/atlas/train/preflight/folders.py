@@ -83,7 +83,7 @@ def disk(ready: Ready) -> Found:
         kept = int(arguments.max_steps // max(every, 1)) + 1
     needed = one * ((kept or 1) + 1) + ready.shape.adapter * 4 + tokenizer
     # A resumed run has some of them already, and removes the oldest for each new one.
-    own = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*") if path.is_file())
+    own = sum(path.stat().st_size for path in folder.glob("checkpoint-*/**/*") if path.is_file())
     free = shutil.disk_usage(folder).free
     said = f"{size(needed)} for {kept} checkpoints of {size(one)} and the adapter" if kept else size(one)
     if needed > free + own:

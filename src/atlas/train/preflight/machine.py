@@ -9,8 +9,10 @@ from atlas.device import Machine, choose_device
 from atlas.errors import UserError
 from atlas.launch import processes
 from atlas.train.batching import PACKS, open_ways, row_by_row
+from atlas.train.checkpoints import Identity, refuse_other_runs
 from atlas.train.preflight.checklist import GIB, Found, Ready
-from atlas.train.preflight.estimate import largest_batch, static_bytes, training_bytes
+from atlas.train.preflight.estimate import largest_batch, static_bytes, static_parts, training_bytes
+from atlas.train.strategy import FSDP2, SHARDED, ZERO3, choose
 
 # The estimate is of what is in use. On a CPU glibc 2.36 held up to 1.7 times that (`benchmarks/memory.py --heap`, 1 M and 60 M
 # parameters). On a GPU it has not been compared with anything yet.
@@ -29,16 +31,38 @@ def libraries(ready: Ready) -> str:
     return ready.libraries
 
 
+def strategy(ready: Ready) -> Found:
+    """How do the processes share the model, and is this the strategy of the run in output.dir?"""
+    config, count = ready.loaded.config, processes()
+
+    def fits(name: str) -> tuple[bool, str]:
+        """By the whole memory of a GPU, so that the same machine takes the same way when it resumes."""
+        import torch
+
+        if not hasattr(ready, "shape"):  # its own line says why
+            return True, ""
+        needed = estimate(ready, ready.plan.gradient_checkpointing is not False, largest_batch(config), strategy=name)
+        return needed * MARGIN[ready.plan.device] <= torch.cuda.mem_get_info()[1], f"{size(needed)} on each"
+
+    chosen = ready.strategy = choose(config, ready.plan, count, fits)
+    ready.plan = ready.plan.with_decision("train.strategy", chosen.name, chosen.reason)
+    if ready.resume != "never" and hasattr(ready, "folder"):
+        refuse_other_runs(ready.folder, Identity.of(ready.loaded, None, "", None, chosen.name))
+    return f"{chosen.name}: {chosen.reason}"
+
+
 def memory(ready: Ready) -> Found:
     """Does training fit, and do activations have to be recomputed for that? Without the user's word they are only where the
     estimate, with a margin for its error, does not fit."""
     config, plan = ready.loaded.config, ready.plan
     free, there = _free(ready)
-    static = static_bytes(config, plan, ready.shape)
+    static = static_parts(config, plan, ready.shape, ready.strategy.name, processes())
     if static > free:
         remedy = "a smaller base model or a smaller lora.r"
         if not config.quantization.load_in_4bit:
             remedy = f"quantization.load_in_4bit=true, {remedy}"
+        if processes() > 1 and ready.strategy.name not in SHARDED:
+            remedy = f"train.strategy={FSDP2 if plan.device == 'cuda' else ZERO3} (weights in parts), {remedy}"
         raise UserError(f"memory: {size(static)} for weights, adapter and optimizer, but {there}: use {remedy}")
     if plan.gradient_checkpointing is None:
         choose_checkpointing(ready)
@@ -46,7 +70,9 @@ def memory(ready: Ready) -> Found:
     # What stays open is decided by the rows' lengths, and with checkpointing where they are long.
     ready.memory = estimate(ready, ready.plan.gradient_checkpointing is not False, batch)
     rows, length = batch
-    said = f"about {size(ready.memory)} at {rows} x {length:,} tokens, {size(static)} of it for weights, adapter and optimizer"
+    each = f" on each of {processes()} processes" if processes() > 1 else ""
+    said = f"about {size(ready.memory)}{each} at {rows} x {length:,} tokens"
+    said += f", {size(static)} of it for weights, adapter and optimizer"
     if ready.memory > free:
         on = "train.gradient_checkpointing=true, " if ready.plan.gradient_checkpointing is False else ""
         return "warn", (
@@ -56,12 +82,17 @@ def memory(ready: Ready) -> Found:
     return "ok", f"{said}, of {size(free)} free"
 
 
-def estimate(ready: Ready, checkpointing: bool, batch: tuple[int, int], way: str | None = None) -> int:
-    """Bytes in use at the peak of training on micro-batches of so many rows and tokens."""
+def estimate(
+    ready: Ready, checkpointing: bool, batch: tuple[int, int], way: str | None = None, strategy: str | None = None
+) -> int:
+    """Bytes in use on one device at the peak of training on micro-batches of so many rows and tokens. `strategy`: another one than
+    the run's."""
     config = ready.loaded.config
     packed = (way or open_ways(config)[0][0]) in (PACK, PACKS)
     masked = packed and not row_by_row(ready.plan, ready.empty.config.get_text_config())
-    return training_bytes(config, ready.plan, ready.shape, checkpointing, batch, masked)
+    here = static_parts(config, ready.plan, ready.shape, strategy or ready.strategy.name, processes())
+    alone = static_bytes(config, ready.plan, ready.shape)
+    return training_bytes(config, ready.plan, ready.shape, checkpointing, batch, masked) - alone + here
 
 
 def choose_checkpointing(ready: Ready, way: str | None = None, lengths: np.ndarray | None = None) -> None:

@@ -11,6 +11,7 @@ from atlas.train.arguments import accepted, build_arguments, held_out, phase_arg
 from atlas.train.batching import PADDING_FREE, Batching, open_ways
 from atlas.train.checkpoints import Identity
 from atlas.train.preflight.checklist import Ready
+from atlas.train.strategy import refuse_another
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def training(ready: Ready) -> str:
     """Are the arguments accepted, and how much will be trained?"""
-    arguments = ready.arguments = phase_arguments(ready.phase, ready.loaded, ready.plan)
+    arguments = ready.arguments = phase_arguments(ready.phase, ready.loaded, ready.plan, ready.strategy)
     rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     max_length = getattr(arguments, "max_length", None)
     size = f"{rows} {'packs' if getattr(arguments, 'packing', False) else 'rows'}"
@@ -52,7 +53,7 @@ def _try_trainer(ready: Ready, config: Config) -> "TrainingArguments":
     phase = ready.phase
     # There is nothing to move: the model has no weights.
     trial = type("Trial", (phase.trainer(),), {"_move_model_to_device": lambda self, model, device: None})
-    arguments = build_arguments(phase, config, ready.plan)
+    arguments = build_arguments(phase, config, ready.plan, ready.strategy)
     if open_ways(config)[0] == [PACK]:
         Batching(PACK, "", follows=PADDING_FREE).apply(arguments)
     rows = Dataset.from_list(phase.sample(ready.tokenizer))
@@ -66,6 +67,7 @@ def _try_trainer(ready: Ready, config: Config) -> "TrainingArguments":
             processing_class=ready.tokenizer,
             identity=Identity("", {}, None, "", None, 1),
         )
+        refuse_another(ready.strategy, trainer.accelerator)
         loader = trainer.get_train_dataloader()
         if arguments.dataloader_num_workers == 0:
             next(iter(loader), None)

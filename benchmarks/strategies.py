@@ -1,0 +1,183 @@
+"""Two processes on a CPU under each strategy against one process: `make strategies`.
+
+Each strategy trains the small model of the tests for some steps as one process does (2 x 2 rows a step against 1 x 4), with
+LoRA on weights in float32 and in NF4, and all weights. Losses and saved weights are compared; then the run is killed with SIGKILL
+after a checkpoint, started again with the same command, and compared with the run that was left alone. CPU time of a step is that
+of both processes. The result goes into outputs/figures/benchmarks.json.
+
+FSDP2 needs one more entry in a list of accelerate's on a CPU (tests/fsdp_on_cpu). Without DeepSpeed (the extra `deepspeed`) its two
+strategies are left out.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from measured import record_benchmark, this_command
+
+ROOT = Path(__file__).parent.parent
+METHODS = {
+    "LoRA": ["quantization.load_in_4bit=false"],
+    "LoRA on NF4": ["quantization.load_in_4bit=true"],
+    "all weights": ["quantization.load_in_4bit=false", "lora=null"],
+}
+STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
+STEPS, SAVE_STEPS, WARM = 30, 5, 5
+BASIC = [
+    *(f"train.max_steps={STEPS}", "train.logging_steps=1", "train.learning_rate=1e-3", "train.report_to=none"),
+    *("train.per_device_train_batch_size=2", "train.save_strategy=no", "train.activation_checkpointing=false"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument(
+        "--lab", type=Path, default=Path("outputs/pocket/lab"), help="of `make pocket` (default: %(default)s)"
+    )
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    arguments, rest = parser.parse_known_args()
+    if arguments.worker:
+        worker(arguments.worker, rest)
+        return
+    from atlas.pocket.base import build
+
+    build(arguments.lab, 0)
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        for method, values in METHODS.items():
+            if method != "all weights":
+                values = [*values, "lora.lora_dropout=0"]  # one process draws other masks than two
+            given = [
+                f"model.name={arguments.lab / 'base'}",
+                f"data.train={arguments.lab / 'train.jsonl'}:300",
+                *BASIC,
+                *values,
+            ]
+            place = Path(folder) / method.replace(" ", "_")
+            alone = run(place / "single", "single", [*given, "train.gradient_accumulation_steps=2"])
+            for strategy in STRATEGIES:
+                case = {"method": method, "strategy": strategy}
+                if strategy.startswith("zero") and find_spec("deepspeed") is None:
+                    continue
+                cases.append(case | compare(place / strategy, strategy, given, alone))
+                print(json.dumps(cases[-1]), flush=True)
+    with_ddp = {
+        case["method"]: case["cpu_seconds_a_step"]
+        for case in cases
+        if case["strategy"] == "ddp" and "error" not in case
+    }
+    for case in cases:
+        if "error" not in case:
+            case["of_ddp"] = round(case["cpu_seconds_a_step"] / with_ddp[case["method"]], 2)
+    what = f"{STEPS} steps of the pocket lab's model (1 M parameters) in float32, 2 processes x 2 rows against 1 process x 4 rows"
+    record_benchmark("strategies", {"what": what, "steps": STEPS, "cases": cases}, this_command())
+
+
+def compare(place: Path, strategy: str, given: list[str], alone: dict[str, Any]) -> dict[str, Any]:
+    """What two processes make of the same run, and of one that was killed."""
+    two = run(place / "whole", strategy, given)
+    if "error" in two:
+        return two
+    saving = ["train.save_strategy=steps", f"train.save_steps={SAVE_STEPS}"]
+    killed = run(place / "killed", strategy, [*given, *saving], kill_after=2 * SAVE_STEPS)
+    again = run(place / "killed", strategy, [*given, *saving])
+    return {
+        "losses": max(abs(a - b) for a, b in zip(two["losses"], alone["losses"], strict=True)),
+        "weights": largest_difference(two["folder"], alone["folder"]),
+        "killed": killed.get("error") or killed["killed"],
+        "resumed": again.get("error") or again["resumed"],
+        "same": "error" not in again
+        and again["losses"] == two["losses"]
+        and largest_difference(again["folder"], two["folder"]) == 0,
+        "same_files": sorted(path.name for path in two["folder"].glob("[!.]*") if path.is_file())
+        == sorted(path.name for path in alone["folder"].glob("[!.]*") if path.is_file()),
+        "cpu_seconds_a_step": two["cpu_seconds_a_step"],
+    }
+
+
+def run(folder: Path, strategy: str, given: list[str], kill_after: int | None = None) -> dict[str, Any]:
+    """One run, or one that is killed when the checkpoint of a step is whole. What its processes noted, or an `error`."""
+    from atlas.train.checkpoints import damage
+
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable]
+    if strategy != "single":
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
+    command += [__file__, "--worker", str(folder), "--config", str(ROOT / "configs" / "sft_pocket.yaml"), *given]
+    command += [f"train.strategy={strategy}", f"output.dir={folder / 'out'}", f"output.results_dir={folder}"]
+    paths = [str(ROOT / "tests" / "fsdp_on_cpu"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cpu"}
+    with (folder / "out.txt").open("w") as out, (folder / "error.txt").open("w") as error:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=error, start_new_session=True)
+        while kill_after and process.poll() is None:
+            if damage(folder / "out" / f"checkpoint-{kill_after}") is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.05)
+        status = process.wait()
+    said = (folder / "out.txt").read_text(encoding="utf-8")
+    if kill_after and status == -signal.SIGKILL:
+        steps = [line.split()[1] for line in said.splitlines() if line.startswith("step ")]
+        return {"killed": f"after step {steps[-1].split('/')[0]}" if steps else "before a step was logged"}
+    if status != 0:
+        lines = [line for line in (folder / "error.txt").read_text(encoding="utf-8").splitlines() if "rror" in line]
+        return {"error": lines[0].removeprefix("error: ")[:300] if lines else f"exit status {status}"}
+    noted = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+    seconds = [statistics.median(b - a for a, b in zip(one["cpu"], one["cpu"][1:], strict=False)) for one in noted]
+    resumed = next((line for line in said.splitlines() if line.startswith("resume from ")), "")
+    return {
+        "folder": folder / "out",
+        "losses": noted[0]["losses"],
+        "resumed": f"from {Path(resumed).name}" if resumed else "",
+        "cpu_seconds_a_step": round(sum(seconds), 5),
+    }
+
+
+def worker(folder: Path, argv: list[str]) -> None:
+    """`atlas sft` that notes its losses and the CPU time at the end of each step."""
+    from atlas.launch import rank
+    from atlas.train import run as runs
+    from atlas.train import sft
+
+    fit = runs.Run.fit
+
+    def timed(self: Any, trainer: Any) -> None:
+        from transformers import TrainerCallback
+
+        class Steps(TrainerCallback):
+            cpu: list[float] = []  # noqa: RUF012 (there is one)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+                self.cpu.append(time.process_time())
+
+        trainer.add_callback(Steps())
+        fit(self, trainer)
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        (folder / f"rank{rank()}.json").write_text(json.dumps({"losses": losses, "cpu": Steps.cpu[WARM:]}))
+
+    runs.Run.fit = timed  # type: ignore[method-assign]
+    sys.exit(sft.main(argv))
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Between numbers of the weights that two runs have saved."""
+    from safetensors.torch import load_file
+
+    (name,) = (path.name for path in one.glob("*model.safetensors"))
+    first, second = (load_file(folder / name) for folder in (one, other))
+    if first.keys() != second.keys():
+        return float("inf")
+    return max(float((first[key] - second[key]).abs().max()) for key in first)
+
+
+if __name__ == "__main__":
+    main()
