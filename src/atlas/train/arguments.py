@@ -56,7 +56,7 @@ def build_arguments(
     }
     if processes() > 1:  # all get batches of one size; accelerate would repeat rows to fill the last ones
         given["dataloader_drop_last"] = True
-    arguments = phase.arguments()(**strategy.arguments(), **given, **more)
+    arguments = phase.arguments()(**strategy.arguments() | given | more)
     unset_hf_deepspeed_config()  # until the model is loaded (train.strategy.begin_deepspeed)
     return arguments
 

@@ -87,7 +87,11 @@ def _problem(name: str, config: Config, plan: DevicePlan, count: int) -> str | N
             f"quantization.bnb_4bit_compute_dtype={compute} is another: set it to auto"
         )
     if name == FSDP2 and plan.dtype == "float16":
-        return "loss scaling of float16 has not been tried with FSDP2: take ddp or zero3, or model.dtype=float32"
+        # accelerate says so in `load_state`. transformers 5.23 loads them in the other order.
+        return (
+            "with float16 (loss scaling) a checkpoint could not be resumed, because the scaler would have to be loaded before the "
+            "optimizer: take ddp or zero3"
+        )
     if name in DEEPSPEED and find_spec("deepspeed") is None:
         return "DeepSpeed is not installed: `DS_BUILD_OPS=0 pip install 'atlas-posttraining[deepspeed]'`"
     return None
