@@ -4,6 +4,7 @@ The entry file of a phase reads in this order; see `atlas.train.sft`.
 """
 
 import contextlib
+import os
 import shutil
 import signal
 import sys
@@ -80,7 +81,9 @@ def _main(phase: str, train: Train, arguments: Namespace) -> int:
             raise UserError(f"--dump-template-audit: the data of phase {phase!r} have no audit")
         audit(loaded)
         return DONE
-    with contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(None):
+    with contextlib.ExitStack() as stack:
+        if not is_main_process():  # a file, because DeepSpeed flushes it
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         run = train(loaded, arguments.resume)
     if run.manifest["result"]["lora_b_norm"] == 0.0:
         print(
