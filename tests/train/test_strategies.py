@@ -20,7 +20,7 @@ from rows import ROOT
 from runs import broken_off, environment, run_arguments, train
 
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
-NF4 = {"16-bit": "quantization.load_in_4bit=false", "nf4": "quantization.load_in_4bit=true"}
+NF4 = {"float32": "quantization.load_in_4bit=false", "nf4": "quantization.load_in_4bit=true"}
 LARGEST = {"zero3": 1e-5}
 """Difference to one process in a number of the adapter."""
 # The weights of a checkpoint of which each process has written a part.
@@ -71,7 +71,7 @@ def test_a_strategy_trains_as_one_process_does(
     more = [bits, f"train.strategy={strategy}", "train.gradient_accumulation_steps=1"]
     arguments = asked(base_folder, rows_file, tmp_path, *more)
     done = launched(arguments)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "Params4bit" not in done.stderr, done.stderr  # accelerate: they stay whole
     out = tmp_path / "out"
     assert losses(out) == pytest.approx(losses(one), abs=LARGEST.get(strategy, 1e-6))
     assert largest_difference(out, one) < LARGEST.get(strategy, 1e-6)
@@ -99,11 +99,10 @@ def test_a_strategy_trains_as_one_process_does(
     assert resumed.returncode == 0 and f"resume from {again / 'checkpoint-2'}" in resumed.stdout, resumed.stderr
     assert losses(again) == losses(out) and largest_difference(again, out) == 0
 
-    # Another strategy would go on from files that it cannot read.
-    (again / "manifest.json").unlink()
-    other = launched([*arguments, f"output.dir={again}", f"train.strategy={'fsdp2' if strategy == 'ddp' else 'ddp'}"])
-    assert other.returncode != 0
-    assert f"it was trained with train.strategy={strategy}" in other.stderr and "Traceback" not in other.stderr
+    if strategy == "ddp":  # another strategy would go on from files that it cannot read
+        (again / "manifest.json").unlink()
+        other = launched([*arguments, f"output.dir={again}", "train.strategy=fsdp2"])
+        assert other.returncode != 0 and "it was trained with train.strategy=ddp, this is fsdp2" in other.stderr
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def _main(phase: str, train: Train, arguments: Namespace) -> int:
         return DONE
     with contextlib.ExitStack() as stack:
         if not is_main_process():  # a file, because DeepSpeed flushes it
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
         run = train(loaded, arguments.resume)
     if run.manifest["result"]["lora_b_norm"] == 0.0:
         print(
