@@ -39,6 +39,7 @@ def test_a_sound_run_is_ready_and_nothing_is_written(sft_args: list[str], tmp_pa
         "data",
         "tokenizer",
         "disk",
+        "strategy",
         "memory",
         "cache",
         "loss",
