@@ -204,7 +204,6 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
         ["train.gradient_checkpointing=true", "train.gradient_checkpointing_kwargs.a=1"],
         ["train.gradient_checkpointing_kwargs={'a': 1}: Unexpected keyword arguments: a"],
     ),
-    "deepspeed": (["train.deepspeed=no.json"], ["train.deepspeed is not set here: set train.strategy=zero2 or zero3"]),
     "strategy": (["train.strategy=fsdp2"], ["train.strategy=fsdp2: needs several processes", "atlas launch --nproc 2"]),
     "precision": (["train.fp16=true"], ["train.fp16 asks for float16, which needs a GPU"]),
     "a share of the disk": (["lora.r=4000000"], ["output.dir: ", "make room", "train.save_total_limit"]),

@@ -116,6 +116,11 @@ def begin_deepspeed(arguments: "TrainingArguments") -> None:
     if arguments.deepspeed:
         from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
+        import deepspeed
+        import torch
+
+        # transformers does it on a GPU alone. It takes the group of processes that is there.
+        deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
         set_hf_deepspeed_config(arguments.hf_deepspeed_config)
 
 
