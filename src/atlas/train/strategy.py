@@ -114,10 +114,9 @@ def refuse_another(strategy: Strategy, accelerator: "Accelerator") -> None:
 def begin_deepspeed(arguments: "TrainingArguments") -> None:
     """From here on transformers loads models in parts, if the strategy is zero3. Not earlier: it could not make an empty one."""
     if arguments.deepspeed:
-        from transformers.integrations.deepspeed import set_hf_deepspeed_config
-
         import deepspeed
         import torch
+        from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
         # transformers does it on a GPU alone. It takes the group of processes that is there.
         deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
