@@ -13,8 +13,10 @@ from atlas.lock import refuse_if_held
 from atlas.train.checkpoints import Identity, checkpoints, refuse_other_runs
 from atlas.train.folder import refuse_foreign
 from atlas.train.preflight.checklist import Found, Ready
+from atlas.train.strategy import FSDP2, ZERO2, ZERO3
 
 CHECKPOINT_BYTES = 4 + 8  # a number of the adapter in fp32, AdamW's two moments
+MORE_BYTES = {FSDP2: 4, ZERO2: 8, ZERO3: 8}  # the parts of all processes, from which the run resumes, hold it again
 PREPARED = 3  # times the source: a copy of its text, and 8 bytes for each token of about 4 characters
 
 
@@ -74,7 +76,7 @@ def disk(ready: Ready) -> Found:
     """Is there room for the checkpoints that are kept, one that is being written, and the final adapter?"""
     arguments, folder = ready.arguments, existing(Path(ready.loaded.config.output.dir))
     tokenizer = 4 * len(ready.tokenizer) * 20  # tokenizer.json: vocabulary and merges, about 80 bytes a token
-    one = ready.shape.adapter * CHECKPOINT_BYTES + tokenizer
+    one = ready.shape.adapter * (CHECKPOINT_BYTES + MORE_BYTES.get(ready.strategy.name, 0)) + tokenizer
     kept = None
     if arguments.save_total_limit:
         kept = arguments.save_total_limit + int(arguments.load_best_model_at_end)
