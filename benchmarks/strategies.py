@@ -31,7 +31,7 @@ METHODS = {
     "all weights": ["quantization.load_in_4bit=false", "lora=null"],
 }
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
-STEPS, SAVE_STEPS, WARM = 30, 5, 5
+STEPS, SAVE_STEPS, WARM = 16, 4, 4
 BASIC = [
     *(f"train.max_steps={STEPS}", "train.logging_steps=1", "train.learning_rate=1e-3", "train.report_to=none"),
     *("train.per_device_train_batch_size=2", "train.save_strategy=no", "train.activation_checkpointing=false"),
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument(
         "--lab", type=Path, default=Path("outputs/pocket/lab"), help="of `make pocket` (default: %(default)s)"
     )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="(default: all)")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments, rest = parser.parse_known_args()
     if arguments.worker:
@@ -53,7 +54,8 @@ def main() -> None:
     build(arguments.lab, 0)
     cases = []
     with tempfile.TemporaryDirectory() as folder:
-        for method, values in METHODS.items():
+        for method in arguments.methods:
+            values = METHODS[method]
             if method != "all weights":
                 values = [*values, "lora.lora_dropout=0"]  # one process draws other masks than two
             given = [
@@ -88,7 +90,7 @@ def compare(place: Path, strategy: str, given: list[str], alone: dict[str, Any])
     if "error" in two:
         return two
     saving = ["train.save_strategy=steps", f"train.save_steps={SAVE_STEPS}"]
-    killed = run(place / "killed", strategy, [*given, *saving], kill_after=2 * SAVE_STEPS)
+    killed = run(place / "killed", strategy, [*given, *saving], kill_after=SAVE_STEPS)
     again = run(place / "killed", strategy, [*given, *saving])
     return {
         "losses": max(abs(a - b) for a, b in zip(two["losses"], alone["losses"], strict=True)),

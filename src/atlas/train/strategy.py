@@ -10,6 +10,7 @@ The settings of each for transformers are in configs/launch/.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -118,6 +119,8 @@ def begin_deepspeed(arguments: "TrainingArguments") -> None:
         import torch
         from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
+        # DeepSpeed 0.19 calls these at each step.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         # transformers does it on a GPU alone. It takes the group of processes that is there.
         deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
         set_hf_deepspeed_config(arguments.hf_deepspeed_config)
