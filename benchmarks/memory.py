@@ -32,6 +32,7 @@ NO_NF4, RECOMPUTE, FULL = (
     "train.activation_checkpointing=true",
     "lora.lora_dropout=0",
 )
+WHOLE = "lora=null"
 KEEP, EAGER, BF16 = "train.activation_checkpointing=false", "model.attn_implementation=eager", "model.dtype=bfloat16"
 CASES: list[tuple[str, int, int, list[str]]] = [
     ("1M", 16, 256, [KEEP]),
@@ -51,6 +52,12 @@ CASES: list[tuple[str, int, int, list[str]]] = [
     ("0.5B", 4, 512, [KEEP]),
     ("0.5B", 4, 512, [RECOMPUTE]),
     ("0.5B", 2, 512, [KEEP, NO_NF4]),
+    ("1M", 32, 512, [KEEP, NO_NF4, WHOLE]),
+    ("60M", 4, 512, [KEEP, NO_NF4, WHOLE]),
+    ("60M", 4, 512, [KEEP, NO_NF4, WHOLE, BF16]),
+    ("60M", 8, 1024, [RECOMPUTE, NO_NF4, WHOLE]),
+    ("60M", 1, 512, [KEEP, NO_NF4, WHOLE, "train.gradient_accumulation_steps=2"]),
+    ("0.5B", 1, 256, [KEEP, NO_NF4, WHOLE]),
 ]
 
 

@@ -41,6 +41,8 @@ ADAPTER_FILES = (
     "scores.json",
 )
 _NEEDED = ("adapter_config.json", "adapter_model.safetensors")
+# The files of a whole model in place of these two, as patterns: transformers splits weights of more than 50 GB.
+MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 _LOGIN = "Log in (`hf auth login`) or set HF_TOKEN"
 
 
@@ -223,22 +225,28 @@ def split_revision(name: str | Path) -> tuple[str, str | None]:
     return repo, revision
 
 
-def download(name: str) -> tuple[Path, str]:
-    """The adapter `namespace/name[@revision]`: (its folder in the Hub's cache, its revision). Raises `UserError` or `RunError`."""
+def download(name: str, *, whole: bool = False) -> tuple[Path, str]:
+    """The adapter `namespace/name[@revision]`: (its folder in the Hub's cache, its revision). `whole`: where the repo holds no
+    adapter, its whole model. Raises `UserError` or `RunError`."""
     from huggingface_hub import HfApi, constants, snapshot_download
 
     repo, revision = split_revision(name)
 
     def fetch() -> Path:
-        if not constants.HF_HUB_OFFLINE:
-            HfApi().model_info(repo, revision=revision)  # if the Hub is silent, snapshot_download takes what is cached
+        files = [*ADAPTER_FILES, *MODEL_FILES] if whole else [*ADAPTER_FILES]
+        if not constants.HF_HUB_OFFLINE:  # if the Hub is silent, snapshot_download takes what is cached
+            info = HfApi().model_info(repo, revision=revision)
+            if any(file.rfilename in _NEEDED for file in info.siblings or ()):
+                files = [*ADAPTER_FILES]
         # All files are of one commit, also when a push comes in between. Offline, the same name finds them again.
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(ADAPTER_FILES)))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
 
     try:
         folder = ask(fetch, repo)
     except HubError as problem:
         raise problem.kind(f"{name} cannot be downloaded: {problem}") from None
-    if missing := [file for file in _NEEDED if not (folder / file).is_file()]:
+    is_model = whole and (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    missing = [file for file in _NEEDED if not (folder / file).is_file()]
+    if missing and not is_model:
         raise UserError(f"{name} holds no adapter: {' and '.join(missing)} missing in revision {folder.name}")
     return folder, folder.name

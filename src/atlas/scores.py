@@ -133,6 +133,8 @@ class PublicRun(Stored):
 
     name: str = ""
     adapter_sha256: str | None = None
+    model_sha256: str | None = None
+    """Of the weights of a full fine-tuning; see `atlas.models.weights`."""
     dtype: str | None = None
     quantization: str | None = None
     date: str | None = None
@@ -157,6 +159,7 @@ class Run(PublicRun):
     adapter: str | None = None
     adapter_revision: str | None = None
     adapter_sha256: str | None = None
+    model_sha256: str | None = None
     template_sha256: str | None = None
     dtype: str | None = None
     quantization: str | None = None

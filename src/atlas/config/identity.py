@@ -48,7 +48,7 @@ def experiment(config: Config) -> dict[str, Any]:
         if (not _NOT_HASHED_TRAIN.match(key) or key.startswith(chosen))
         and not (fields[key].has_default and fields[key].default == value)
     }
-    return {section: values for section, values in tree.items() if values}
+    return {section: values for section, values in tree.items() if values or values is None}  # lora: null
 
 
 def _without_folder(name: str) -> str:

@@ -28,6 +28,7 @@ from atlas.redact import find_secret, redact
 _COMMAND_LINE = "command line"
 _DEPTH = 20  # levels of nesting; a config that a person writes has 5
 _PROMPTS = re.compile(r"eval\.tasks.*\.(prompt|until(\[\d+\])?)")  # keys whose text may have several lines
+_NULL = re.compile(r"^[^#\n]*\b(lora)['\"]? *: *(?:null|Null|NULL|~)", re.MULTILINE)
 _NOT_KEYS = ("literal[", "tuple[", "[key]")  # what pydantic adds to a place: one type of several, a key of a mapping
 _MEANT = {  # names of older releases and of other tools: the key's name here, in the same section or with its own
     "warmup_ratio": "train.warmup_steps (below 1: a share of all steps)",
@@ -94,8 +95,7 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[st
         path = packaged
     tree = _read(path)
     named = tree.pop("base", "base.yaml" if (path.parent / "base.yaml").is_file() else None)
-    # A section without a value, because all its lines are comments, is empty.
-    layer = (path.name, {section: {} if value is None else value for section, value in tree.items()})
+    layer = (path.name, tree)
     if named is None:
         return [layer]
     base = next((p for p in (path.parent / str(named), packaged_configs() / str(named)) if exists(p)), None)
@@ -124,7 +124,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections at the top, got {type(tree).__name__}")
     _refuse_odd(tree, str(path))
-    return tree
+    # A section without a value, because all its lines are comments, is empty. These two may be null, if it is written.
+    null = {"base", *_NULL.findall(text)}
+    return {name: {} if value is None and name not in null else value for name, value in tree.items()}
 
 
 def _no_file(path: Path, error: OSError) -> str:
@@ -213,6 +215,8 @@ def _override(text: str) -> dict[str, Any]:
         tree = value  # `a: b`, `*.jsonl` or an unbalanced bracket: taken as the text it is
     except ValueError as error:
         raise UserError(f"{_COMMAND_LINE}: {_short(key)}: the value cannot be read ({error})") from None
+    if key.strip() == "lora" and not value.strip():  # a shell variable that is not set
+        raise UserError(f"{_COMMAND_LINE}: lora= is empty: write lora=null for full fine-tuning")
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}
     _refuse_odd(tree, _COMMAND_LINE)
@@ -228,6 +232,7 @@ def _merge(
         if isinstance(value, Mapping):
             if not isinstance(tree.get(key), dict):
                 tree[key] = {}
+                sources.pop(dotted, None)
             _merge(tree[key], value, origin, sources, f"{dotted}.")
         else:
             tree[key] = value

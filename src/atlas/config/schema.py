@@ -257,13 +257,23 @@ class Config(_Section):
     """A name in `SCHEMAS`: what kind of training it is."""
     model: ModelConfig
     quantization: QuantizationConfig = QuantizationConfig()
-    lora: LoraSettings = LoraSettings()
+    lora: LoraSettings | None = LoraSettings()
+    """null: full fine-tuning, which trains every weight of the base model and adds none."""
     data: DataConfig
     audit: AuditConfig = AuditConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig
     train: Mapping[str, Any] = Field(default_factory=dict, validate_default=True)
+
+    @model_validator(mode="after")
+    def _trainable(self) -> "Config":
+        if self.lora is None and self.quantization.load_in_4bit:
+            problem = "full fine-tuning (null) trains the weights themselves, and those in 4 bits cannot be trained: set {remedy}"
+            raise PydanticCustomError(
+                "value_error", problem, {"field": "lora", "remedy": "quantization.load_in_4bit=false"}
+            )
+        return self
 
     @field_validator("phase")
     @classmethod

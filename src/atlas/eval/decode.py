@@ -6,7 +6,9 @@
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from atlas.models.adapters import base_of
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +73,7 @@ class _Batch:
         # space has no columns) let rows leave, but none can come before the last one has left.
         kinds = {type(layer) for layer in DynamicCache(config=self.config).layers}
         self.open = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-        self.placed = "position_ids" in inspect.signature(_innermost(model).forward).parameters
+        self.placed = "position_ids" in inspect.signature(base_of(model).forward).parameters
 
     def add(self, rows: list[int], prompts: list[list[int]]) -> list[int]:
         """Takes in prompts; returns the first token of each reply."""
@@ -133,8 +135,3 @@ class _Batch:
         )
         best: list[int] = found.logits[:, -1].float().argmax(-1).tolist()
         return best
-
-
-def _innermost(model: Any) -> Any:
-    """The model without the wrapper of an adapter, which passes every argument on."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -20,12 +20,13 @@ from atlas.errors import DONE, UserError, first_line
 from atlas.eval.harness import run_task
 from atlas.eval.store import METRICS, claimed, read_metrics, records_file, store
 from atlas.eval.tasks import LoadedTask, load_task
-from atlas.files import digest, sha256
+from atlas.files import digest, read_object, sha256
 from atlas.hub_client import split_revision
 from atlas.launch import command_line, set_up_torch
-from atlas.models.adapters import WEIGHTS, Adapter, find_adapter, is_no_folder
+from atlas.models.adapters import Adapter, find_adapter, is_no_folder, refuse_unloadable_model
 from atlas.models.load import load_model
 from atlas.models.tokenizer import load_tokenizer, read_tokenizer
+from atlas.models.weights import holds_model, weights_sha256
 from atlas.scores import Run, Task, name_problem, score_table, text_table
 
 # Two runs of one name are the same run where all of these agree; only then a task is added to a row.
@@ -75,12 +76,23 @@ def _target(arguments: Namespace, config: Config) -> Target:
             raise UserError(f"--merged: there is no folder {merged!r} with a model")
         return Target(arguments.name or _last_part(merged), merged, "merged", of_merged)
     asked, of_adapter = split_revision(arguments.adapter or config.output.dir)
+    if arguments.adapter is None and holds_model(Path(asked)):
+        return finished(arguments.name or _last_part(asked), config, Path(asked))
     if arguments.adapter is None and not (Path(asked) / "adapter_config.json").is_file():
-        raise UserError(f"output.dir: {asked} holds no adapter yet: train first, or give --adapter or --base")
+        raise UserError(f"output.dir: {asked} holds no finished run yet: train first, or give --adapter or --base")
     adapter = find_adapter(asked, of_adapter)
     if base == adapter.base:
         revision = revision or adapter.base_revision
     return Target(arguments.name or _last_part(asked), base, "sft", revision, adapter)
+
+
+def finished(name: str, config: Config, folder: Path) -> Target:
+    """What a run of the config has left in `folder`: a whole model, or an adapter for the config's base. Raises `UserError` where
+    it is damaged."""
+    if holds_model(folder):
+        refuse_unloadable_model(folder)
+        return Target(name, str(folder), "sft")
+    return Target(name, config.model.name, "sft", adapter=find_adapter(str(folder)))
 
 
 def _last_part(name: str) -> str:
@@ -114,12 +126,13 @@ def _evaluate(config: Config, target: Target, ready: Sequence[LoadedTask], repla
     run = Run(
         name=target.name,
         method=target.method,
-        config_hash=adapter.manifest.get("config_hash") if adapter else None,
+        config_hash=adapter.manifest.get("config_hash") if adapter else _manifest(target).get("config_hash"),
         model=target.model,
         model_revision=revision,
         adapter=adapter.name if adapter else None,
         adapter_revision=adapter.revision if adapter else None,
-        adapter_sha256=sha256(adapter.folder / WEIGHTS) if adapter else None,
+        adapter_sha256=weights_sha256(adapter.folder) if adapter else None,
+        model_sha256=weights_sha256(Path(target.model)) if _manifest(target) else None,
         template_sha256=digest(template) if template else None,
         dtype=dtype,
         quantization=quantization.name if quantization else None,
@@ -150,8 +163,10 @@ def _evaluate(config: Config, target: Target, ready: Sequence[LoadedTask], repla
         device=plan.device,
         quantization=quantization,
     )
-    if adapter is not None and sha256(adapter.folder / WEIGHTS) != run.adapter_sha256:
-        raise UserError(f"{adapter.name} was written to while it was loaded: run the same command again")
+    written = weights_sha256(adapter.folder if adapter else Path(target.model)) if adapter or run.model_sha256 else None
+    if written != (run.adapter_sha256 or run.model_sha256):
+        where = adapter.name if adapter else target.model
+        raise UserError(f"{where} was written to while it was loaded: run the same command again")
     for task in left:
         print(f"{run.name}: {task.name}, {task.settings.n} prompts", flush=True)
         scored, asked = run_task(model, tokenizer, task, batch_size=config.eval.batch_size)
@@ -162,15 +177,15 @@ def _evaluate(config: Config, target: Target, ready: Sequence[LoadedTask], repla
 
 
 def _tokenizer(config: Config, target: Target) -> Any:
-    """An adapter brings its own tokenizer. A base or merged model gets the one that training uses, so that the base is asked in the
-    same words; in plain text, its own, since it may have no chat template."""
+    """An adapter brings its own tokenizer, and so does a whole model. A base model gets the one that training uses, so that it is
+    asked in the same words; in plain text, its own, since it may have no chat template."""
     if target.adapter is not None and (target.adapter.folder / "tokenizer_config.json").is_file():
         tokenizer = read_tokenizer(str(target.adapter.folder))
         if config.eval.chat_template and not tokenizer.chat_template:
             raise UserError(f"{target.adapter.name}: its tokenizer has no chat template to ask in")
         return tokenizer
     model = config.model
-    if target.method == "merged":
+    if target.adapter is None and target.method != "base":
         own = {"tokenizer_name": None, "tokenizer_revision": None}
         model = model.model_copy(update={"name": target.model, "revision": target.model_revision} | own)
     if config.eval.chat_template:
@@ -178,6 +193,12 @@ def _tokenizer(config: Config, target: Target) -> Any:
     if model.tokenizer_name is not None:
         return read_tokenizer(model.tokenizer_name, model.tokenizer_revision)
     return read_tokenizer(model.name, model.revision)
+
+
+def _manifest(target: Target) -> dict[str, Any]:
+    """Of the run whose whole model is scored; empty for any other model."""
+    folder = Path(target.model)
+    return read_object(folder / "manifest.json") if target.adapter is None and holds_model(folder) else {}
 
 
 def _quantization(config: Config, target: Target) -> QuantizationConfig | None:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from atlas.files import digest, read_object, sha256, write_json, write_text
+from atlas.files import digest, read_object, write_json, write_text
+from atlas.models.weights import weights_sha256
 from atlas.scores import PublicRun, Stored, rows
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", re.ASCII)
@@ -83,8 +84,8 @@ class _Scores(Stored):
 def _renew_scores(folder: Path, results: Path) -> list[PublicRun]:
     """The stored runs of this adapter, from the results folder or else from the folder's own copy, which is then renewed, so that
     the folder is complete in itself. Scores of another adapter are removed; a file that atlas did not write stays."""
-    own, adapter = folder / "scores.json", sha256(folder / "adapter_model.safetensors")
-    runs = _runs_of(results / "metrics.json", adapter) or _runs_of(own, adapter)
+    own, weights = folder / "scores.json", weights_sha256(folder)
+    runs = _runs_of(results / "metrics.json", weights) or _runs_of(own, weights)
     if not is_foreign(own):
         if runs:
             stored = [run.model_dump(mode="json", exclude_unset=True) for run in runs]
@@ -94,13 +95,13 @@ def _renew_scores(folder: Path, results: Path) -> list[PublicRun]:
     return runs
 
 
-def _runs_of(path: Path, adapter: str) -> list[PublicRun]:
-    """The stored runs of one adapter; none if the file cannot be read."""
+def _runs_of(path: Path, weights: str | None) -> list[PublicRun]:
+    """The stored runs of one adapter or whole model; none if the file cannot be read."""
     try:
         stored = _Scores.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
         return []
-    return [run for run in stored.runs if run.adapter_sha256 == adapter]
+    return [run for run in stored.runs if weights and weights in (run.adapter_sha256, run.model_sha256)]
 
 
 def card(manifest: dict[str, Any], repo: str, runs: list[PublicRun], audit: dict[str, Any]) -> str:
@@ -112,7 +113,7 @@ def card(manifest: dict[str, Any], repo: str, runs: list[PublicRun], audit: dict
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    config, name = manifest["config"], repo.rpartition("/")[2]
+    config, name, full = manifest["config"], repo.rpartition("/")[2], manifest["config"].get("lora", ()) is None
     local = set(manifest.get("local", ()))
     base, revision = config["model"]["name"], config["model"]["revision"]
     sources = [{"rows": 0, "used": 0, "supervised_tokens": 0, "cut": 0} | s for s in manifest["data"]["sources"]]
@@ -140,9 +141,9 @@ def card(manifest: dict[str, Any], repo: str, runs: list[PublicRun], audit: dict
 
     data = ModelCardData(
         base_model=base if on_hub(base) else None,
-        library_name="peft",
+        library_name="transformers" if full else "peft",
         pipeline_tag="text-generation",
-        tags=["atlas", "lora", config.get("phase", "sft"), "trl"],
+        tags=["atlas", "full-fine-tuning" if full else "lora", config.get("phase", "sft"), "trl"],
         datasets=sorted({s["name"] for s in config["data"]["train"] if on_hub(s["name"])}) or None,
         model_name=name if evaluations else None,
         eval_results=evaluations or None,
@@ -176,12 +177,15 @@ def card(manifest: dict[str, Any], repo: str, runs: list[PublicRun], audit: dict
         method=manifest.get("method", "supervised fine-tuning"),
         manifest=manifest,
         config=config,
+        full=full,
         result=manifest["result"],
         sources=sources,
         cut=sum(source["cut"] for source in sources),
         audit=audit,
         scores=scores,
-        recipe=[(f"{part}.{k}", config[part][k]) for part, keys in shown.items() for k in keys if k in config[part]],
+        recipe=[
+            (f"{part}.{k}", config[part][k]) for part, keys in shown.items() for k in keys if k in (config[part] or ())
+        ],
     )
 
 

@@ -1,4 +1,4 @@
-"""`atlas pull`: get an adapter from the Hub, with its revision."""
+"""`atlas pull`: get an adapter, or a whole model, from the Hub, with its revision."""
 
 import shutil
 from argparse import Namespace
@@ -17,11 +17,12 @@ def main(arguments: Namespace) -> int:
 
 
 def pull(name: str, to: Path) -> None:
-    """Download the adapter `namespace/name[@revision]` to the folder `to`, whole or not at all, and print its revision.
+    """Download the adapter (or the whole model) `namespace/name[@revision]` to the folder `to`, whole or not at all, and print its
+    revision.
 
     Raises `UserError` if `to` holds something already, and as `download` does.
     """
     with new_folder(to) as part:
-        cached, revision = download(name)
+        cached, revision = download(name, whole=True)
         shutil.copytree(cached, part)  # the cache holds links, the copy holds files
     print(f"{split_revision(name)[0]}, revision {revision}, is in {to}")

@@ -1,11 +1,13 @@
 """`atlas push`: bring a finished run to the Hugging Face Hub.
 
-A push can fail, but it loses nothing. Everything is on disk before it starts. It is one commit of the files in `ADAPTER_FILES`.
+A push can fail, but it loses nothing. Everything is on disk before it starts. It is one commit of the files in `ADAPTER_FILES`, or
+of a whole model.
 What may succeed later is tried again, and if it does not, one printed command does the rest later. Nothing is committed twice:
 huggingface_hub leaves out files that the repo has already, and the commit names the revision that it changes.
 """
 
 import contextlib
+import fnmatch
 import re
 import shlex
 import signal
@@ -21,9 +23,10 @@ from atlas.console import say
 from atlas.errors import DONE, RunError, UserError, first_line
 from atlas.files import write_json
 from atlas.hub.card import write_card
-from atlas.hub_client import ADAPTER_FILES, HubError, ask
+from atlas.hub_client import ADAPTER_FILES, MODEL_FILES, HubError, ask
 from atlas.lock import held
-from atlas.models.adapters import find_adapter, refuse_unloadable
+from atlas.models.adapters import find_adapter, refuse_unloadable, refuse_unloadable_model
+from atlas.models.weights import holds_model
 from atlas.redact import find_secret
 
 TRIES = 5
@@ -71,14 +74,19 @@ def push(folder: Path, repo: str, *, private: bool = True, access_checked: bool 
         access_checked: `check_access` has been called already.
 
     Raises:
-        UserError: there is no adapter, it cannot be loaded, a file holds a token, or this token may not write to the repo.
+        UserError: there is no adapter or whole model of a run, it cannot be loaded, a file holds a token, or this token may not
+            write to the repo.
         RunError: the push failed; the message has the command that finishes it.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    refuse_unloadable(find_adapter(str(folder)))
+    what = "model" if holds_model(folder) else "adapter"
+    if what == "model":
+        refuse_unloadable_model(folder)
+    else:
+        refuse_unloadable(find_adapter(str(folder)))
     command = shlex.join(["atlas", "push", str(folder), repo, *([] if private else ["--public"])])
-    later = f"The adapter is safe in {folder}. To push it later, from here or from a copy of that folder: {command}"
+    later = f"The {what} is safe in {folder}. To push it later, from here or from a copy of that folder: {command}"
     if not access_checked:
         check_access(repo, private=private, key="namespace/name", remedy=f"\n       {later}")
     with held(folder, "atlas push"), _says_when_stopped(later):  # a run that saves now would give files of two runs
@@ -117,8 +125,10 @@ def _says_when_stopped(later: str) -> Iterator[None]:
 
 
 def files_to_push(folder: Path) -> dict[str, Path]:
-    """The files of `ADAPTER_FILES` that exist, by name. Raises `UserError` for one that holds what looks like a token."""
-    files = {name: folder / name for name in ADAPTER_FILES if (folder / name).is_file()}
+    """The files of an adapter, or of a whole model, that exist, by name. Raises `UserError` for one that holds what looks like a
+    token."""
+    wanted = [*ADAPTER_FILES, *MODEL_FILES] if holds_model(folder) else ADAPTER_FILES
+    files = {path.name: path for name in wanted for path in sorted(folder.glob(name)) if path.is_file()}
     for path in files.values():
         text = "" if path.suffix == ".safetensors" else path.read_text(encoding="utf-8", errors="replace")
         if secret := find_secret(text):
@@ -137,7 +147,11 @@ def _commit(files: dict[str, Path], repo: str) -> tuple[str, bool]:
     operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
     # An earlier run's file would be read together with this run's. The card may be the user's own.
     there = {file.rfilename for file in info.siblings or ()} - {"README.md"}
-    operations += [CommitOperationDelete(name) for name in ADAPTER_FILES if name in there and name not in files]
-    message = "Adapter, tokenizer and manifest by atlas"
+    what, ours = "Adapter", [*ADAPTER_FILES]
+    if "config.json" in files:
+        what, ours = "Model", [*ADAPTER_FILES, *MODEL_FILES]
+    old = {name for name in there - files.keys() if any(fnmatch.fnmatch(name, pattern) for pattern in ours)}
+    operations += [CommitOperationDelete(name) for name in sorted(old)]
+    message = f"{what}, tokenizer and manifest by atlas"
     revision = HfApi().create_commit(repo, operations, commit_message=message, parent_commit=info.sha).oid
     return revision, revision != info.sha

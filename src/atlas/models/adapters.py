@@ -14,12 +14,14 @@ from atlas.errors import UserError, first_line
 from atlas.files import sha256
 from atlas.hub_client import download
 from atlas.lock import refuse_if_held
+from atlas.models.weights import ADAPTER as WEIGHTS
+from atlas.models.weights import INDEX, weight_files, weights_sha256
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
+CONFIG, MANIFEST = "adapter_config.json", "manifest.json"
 # How PEFT calls the two matrices of a module in its file; those of an embedding have no `.weight`.
 _LORA = re.compile(r"(base_model\.model\..+\.lora_(?:embedding_)?)([AB])(?:\.weight)?")
 
@@ -53,6 +55,11 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter:
     else:
         folder, commit = download(f"{name}@{revision}" if revision else name)
     if missing := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
+        if (folder / "config.json").is_file() and weight_files(folder):
+            raise UserError(
+                f"{name} holds a whole model, so there is nothing to put on a base model or to merge. Use it as it is: "
+                f"`atlas eval --merged {name}`, `atlas chat --model {name}`, model.name={name}"
+            )
         pickle = ". Its adapter_model.bin is a pickle, which could run code: save it again as safetensors"
         hint = pickle if (folder / "adapter_model.bin").exists() else ""
         raise UserError(f"{name} holds no adapter: {' and '.join(missing)} missing{hint}")
@@ -111,18 +118,20 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def refuse_non_finite(folder: Path) -> None:
-    """Raises `UserError` where the adapter saved in `folder` holds a number that is not finite: its run has diverged, and all its
-    replies would be noise."""
-    with safe_open(folder / WEIGHTS, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (it is no dict)
-            tensor = tensors.get_tensor(name)
-            if tensor.is_floating_point() and tensor.element_size() == 1:
-                tensor = tensor.float()  # torch 2.13 has no isfinite for 8 bits
-            if not tensor.isfinite().all():
-                raise UserError(
-                    f"{folder}: the adapter is broken: {name} holds numbers that are not finite (nan or inf), so the run "
-                    "that made it has diverged. Take an earlier checkpoint of it, or train again with a lower train.learning_rate"
-                )
+    """Raises `UserError` where the adapter (or the whole model) saved in `folder` holds a number that is not finite: its run has
+    diverged, and all its replies would be noise."""
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and tensor.element_size() == 1:
+                    tensor = tensor.float()  # torch 2.13 has no isfinite for 8 bits
+                if not tensor.isfinite().all():
+                    what = "adapter" if path.name == WEIGHTS else "model"
+                    raise UserError(
+                        f"{folder}: the {what} is broken: {name} holds numbers that are not finite (nan or inf), so the run that "
+                        "made it has diverged. Take an earlier checkpoint of it, or train again with a lower train.learning_rate"
+                    )
 
 
 def refuse_unloadable(adapter: Adapter) -> None:
@@ -153,6 +162,28 @@ def refuse_unloadable(adapter: Adapter) -> None:
         raise UserError(
             f"{path} cannot be loaded with its adapter_config.json: {problem}. Get the adapter's files again"
         )
+
+
+def refuse_unloadable_model(folder: Path) -> None:
+    """Raises `UserError` where the whole model of a run in `folder` is being written, lacks files, holds numbers that are not
+    finite, or is not that of its manifest."""
+    refuse_if_held(folder)
+    index = read_json(folder / INDEX).get("weight_map", {}) if (folder / INDEX).is_file() else {}
+    if missing := [name for name in ("config.json", *sorted({*index.values()})) if not (folder / name).is_file()]:
+        raise UserError(f"{folder} holds no whole model: {' and '.join(missing)} missing: get the run's files again")
+    if read_json(folder / MANIFEST).get("model_sha256") != weights_sha256(folder):
+        raise UserError(
+            f"the weights in {folder} are not those that its manifest.json names (model_sha256): get the run's files again"
+        )
+    try:
+        refuse_non_finite(folder)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(folder, error) from None
+
+
+def base_of(model: Any) -> Any:
+    """The model without the wrapper of an adapter, which passes every argument on."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def put_adapter(model: "PreTrainedModel", adapter: Adapter) -> "PeftModel":

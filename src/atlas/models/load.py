@@ -7,7 +7,6 @@ does not ask on standard input either.
 import contextlib
 import hashlib
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -27,12 +26,11 @@ from atlas.errors import UserError, first_line
 from atlas.files import digest, sha256
 from atlas.models.adapters import MANIFEST, Adapter, put_adapter
 from atlas.models.tokenizer import load_tokenizer, read_tokenizer, stop_ids
+from atlas.models.weights import FILES, INDEX, SINGLE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 # A missing file or a config without meaning, no memory left or other shapes, a package that is not there, a damaged file.
 _UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
 _WRITERS = ("bitsandbytes", "transformers", "torch")
@@ -62,12 +60,12 @@ def check_weights(config: Config) -> BaseFiles:
     if not is_local and not constants.HF_HUB_OFFLINE:
         return _weights_on_hub(name, revision, cannot)
     folder = _folder_of(name, revision)
-    shards = [_SINGLE]
-    if folder is None or not (folder / _SINGLE).is_file():
-        if folder is None or not (folder / _INDEX).is_file():
+    shards = [SINGLE]
+    if folder is None or not (folder / SINGLE).is_file():
+        if folder is None or not (folder / INDEX).is_file():
             where = repr(name) if is_local else "the cache (HF_HUB_OFFLINE is set)"
-            raise UserError(f"{cannot}{where} holds no {_SINGLE}")
-        shards = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            raise UserError(f"{cannot}{where} holds no {SINGLE}")
+        shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     for path in [folder / shard for shard in shards]:
         try:
             with safe_open(path, framework="pt"):  # compares the header with the file's size
@@ -87,11 +85,11 @@ def _weights_on_hub(name: str, revision: str | None, cannot: str) -> BaseFiles:
     except Exception as error:
         raise UserError(f"model.name: {name!r} cannot be loaded: {first_line(error)}") from None
     files = {file.rfilename: file for file in info.siblings or []}
-    if not files.keys() & {_SINGLE, _INDEX}:
-        raise UserError(f"{cannot}{name!r} holds no {_SINGLE}")
+    if not files.keys() & {SINGLE, INDEX}:
+        raise UserError(f"{cannot}{name!r} holds no {SINGLE}")
     download, digests = 0, {}
     for path, file in files.items():
-        if path == "config.json" or _WEIGHTS.fullmatch(path):
+        if path == "config.json" or FILES.fullmatch(path):
             digests[path] = file.lfs.sha256 if file.lfs else str(file.blob_id)
             if path != "config.json" and not isinstance(try_to_load_from_cache(name, path, revision=revision), str):
                 download += file.size or 0
@@ -115,7 +113,7 @@ def content_of(folder: Path) -> str:
     """
     digests = {}
     for path in folder.iterdir():
-        if path.name != "config.json" and not _WEIGHTS.fullmatch(path.name):
+        if path.name != "config.json" and not FILES.fullmatch(path.name):
             continue
         if path.resolve().parent.name == "blobs":
             digests[path.name] = path.resolve().name
@@ -330,7 +328,7 @@ def _content_to_load(name: str, revision: str | None) -> str | None:
     except OSError:  # whoever loads the model says it
         return None
     folder = Path(str(config)).parent
-    if not any(_WEIGHTS.fullmatch(path.name) for path in folder.iterdir()):
+    if not any(FILES.fullmatch(path.name) for path in folder.iterdir()):
         return None
     settings = folder / "generation_config.json"
     return content_of(folder) + (digest(settings.read_text(encoding="utf-8")) if settings.is_file() else "")
@@ -342,8 +340,10 @@ def load_base_model_and_tokenizer(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     strategy: str = "single",
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """For training: the quantised base model and its repaired tokenizer, with one eos and one pad on tokenizer, config and
-    generation config.
+    """For training: the base model and its repaired tokenizer, with one eos and one pad on tokenizer, config and generation config.
+
+    With full fine-tuning its weights are float32, whatever computes: a step changes them by less than 16 bits can show, and
+    GradScaler takes no gradients in fp16. Autocast casts them for each product.
 
     `plan` and `tokenizer` are made from the config where they are not given. Of several processes each loads the model, by
     `strategy` (atlas.train.strategy). Raises `UserError` where the model cannot be loaded or the tokenizer has more tokens than the
@@ -363,7 +363,7 @@ def load_base_model_and_tokenizer(
     model = load_base(
         config.model.name,
         config.model.revision,
-        dtype=plan.dtype,
+        dtype=plan.dtype if config.lora is not None else "float32",
         device=device,
         quantization=quantization,
         # FSDP2 leaves weights that are stored as bytes whole on each process.

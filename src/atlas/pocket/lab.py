@@ -19,10 +19,9 @@ from atlas.config import Config, load_config
 from atlas.data.commands import dump_audit
 from atlas.errors import DONE, FAILED, UserError
 from atlas.eval.compare import comparison, show
-from atlas.eval.run import Target, evaluate
+from atlas.eval.run import Target, evaluate, finished
 from atlas.files import write_json, writing
 from atlas.launch import set_up_torch
-from atlas.models.adapters import find_adapter
 from atlas.pocket import world
 from atlas.pocket.base import build
 from atlas.scores import LABELS, Run, shown, text_table
@@ -68,7 +67,7 @@ def main(arguments: Namespace) -> int:
     targets = {
         "base": (loaded.config, Target("pocket-base", base, "base")),
         "base, own format": (_own_format(loaded.config), Target("pocket-base-own", base, "base")),
-        "tuned": (loaded.config, Target("pocket-tuned", base, "sft", adapter=find_adapter(str(run.folder)))),
+        "tuned": (loaded.config, finished("pocket-tuned", loaded.config, run.folder)),
     }
     runs = {}
     for name, (asked, target) in targets.items():

@@ -9,6 +9,7 @@ import numpy as np
 from atlas.config import Config
 from atlas.data.batches import GROUP, PACK, PAD, LengthGroups, Work, padded
 from atlas.errors import UserError
+from atlas.models.adapters import base_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -75,11 +76,12 @@ def row_by_row(plan: "DevicePlan", text_config: Any) -> bool:
 def work(ready: "Ready") -> Work:
     """What the model costs on this machine, in units of one token's linear layers.
 
-    Each weight of a linear layer takes 4 operations for a token (forward, and backward to the layer's input: LoRA trains no base
-    weight). Two positions take 14 for each layer and each number of its heads (forward 4, backward 10). On a CPU both run at about
-    the same rate: a pair measured 2.0e-3 tokens with 1 M parameters, 1.1e-4 (packs of 1,024) and 2.5e-4 (2,048) with 0.5B; by this
-    formula 2.1e-3 and 2.1e-4. On a GPU attention is taken to reach half of the rate, which has not been measured. A micro-batch of
-    no length measured 35 tokens' work with 0.5B in NF4 (it dequantises all weights), and 190 with 1 M (it starts operations).
+    Each weight of a linear layer takes 4 operations for a token (forward, and backward to the layer's input), and 6 where it is
+    trained itself. Two positions take 14 for each layer and each number of its heads (forward 4, backward 10). On a CPU both run at
+    about the same rate: a pair measured 2.0e-3 tokens with 1 M parameters, 1.1e-4 (packs of 1,024) and 2.5e-4 (2,048) with 0.5B; by
+    this formula 2.1e-3 and 2.1e-4. On a GPU attention is taken to reach half of the rate, which has not been measured. A
+    micro-batch of no length measured 35 tokens' work with 0.5B in NF4 (it dequantises all weights), and 190 with 1 M (it starts
+    operations).
     """
     config = ready.empty.config.get_text_config()
     heads, hidden, layers = (
@@ -89,7 +91,7 @@ def work(ready: "Ready") -> Work:
     rate = 0.5 if ready.plan.device == "cuda" else 1
     linear = max(ready.shape.linear, 1)
     return Work(
-        pair=14 / 4 * layers * width / linear / rate,
+        pair=14 / (4 if ready.loaded.config.lora is not None else 6) * layers * width / linear / rate,
         each=35 + 3.5e7 * layers / linear,
         by_row=row_by_row(ready.plan, config),
         flash="flash" in ready.plan.attn_implementation,
@@ -117,7 +119,7 @@ class Batching:
         of the checkpoint from which the run resumes, or nothing. Raises `UserError` where it cannot be had."""
         config, arguments = ready.loaded.config, ready.arguments
         ways, reason = open_ways(config)
-        apart = packs_apart(ready.empty.get_base_model())
+        apart = packs_apart(base_of(ready.empty))
         if ways == [PACK] and not apart:
             raise UserError(
                 f"{reason}: a model of type {ready.empty.config.model_type} may not keep rows apart in a pack"

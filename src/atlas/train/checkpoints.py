@@ -20,6 +20,7 @@ from atlas.console import say
 from atlas.errors import UserError
 from atlas.files import flush, read_object, sha256, write_json
 from atlas.launch import processes
+from atlas.models.weights import weight_files, weights_sha256
 
 SEAL = "atlas_checkpoint.json"
 PROGRESS = "atlas_progress_{rank}.json"
@@ -148,13 +149,14 @@ def foreign(checkpoint: Path) -> str | None:
 
 
 def finished_manifest(output_dir: Path, run: Identity) -> dict[str, Any] | None:
-    """The manifest in `output_dir` if it is of this run and its adapter is whole, else None."""
+    """The manifest in `output_dir` if it is of this run and its weights are whole, else None."""
     manifest = read_object(output_dir / "manifest.json")
-    adapter = output_dir / "adapter_model.safetensors"
-    there = all((output_dir / name).is_file() for name in (adapter.name, "adapter_config.json", "tokenizer.json"))
+    config = "adapter_config.json" if "adapter_sha256" in manifest else "config.json"
+    there = all((output_dir / name).is_file() for name in (config, "tokenizer.json"))
     if _difference(_of_manifest(manifest), run) or not there:
         return None
-    return manifest if sha256(adapter) == manifest.get("adapter_sha256") else None
+    noted = manifest.get("adapter_sha256", manifest.get("model_sha256"))
+    return manifest if noted and weights_sha256(output_dir) == noted else None
 
 
 def _of_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +173,7 @@ def refuse_other_runs(output_dir: Path, run: Identity) -> None:
     others = {path: problem for path, seal in sealed.items() if "step" in seal and (problem := _difference(seal, run))}
     own = [path for path in sealed if path not in others]
     manifest = output_dir / "manifest.json"
-    if (contents := read_object(manifest)) and (output_dir / "adapter_model.safetensors").is_file():
+    if (contents := read_object(manifest)) and weight_files(output_dir):
         problem = _difference(_of_manifest(contents), run)
         if problem and sha256(manifest) not in (sealed[path].get("over") for path in own):
             raise UserError(f"output.dir: {output_dir} holds a finished run.\n       {problem}\n       {_OTHER_FOLDER}")

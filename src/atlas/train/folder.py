@@ -6,28 +6,34 @@ from typing import Any
 from atlas.errors import UserError
 from atlas.files import read_object, sha256, write_json
 from atlas.hub.card import MARKS, is_foreign, is_generated
+from atlas.models.weights import weight_files
 from atlas.train.checkpoints import checkpoints, foreign
 
 STAGING = ".saving"
 OWNED = ".atlas.files.json"
-_RESULT = (  # files of a result whose names other tools use too
+_RESULT = {  # files of a result whose names other tools use too
     "adapter_config.json",
     "adapter_model.safetensors",
     "chat_template.jinja",
+    "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-)
+}
 
 
-def own(output_dir: Path, staged: Path) -> None:
-    """Record, before they are moved to `output_dir`, that the files in `staged` are atlas' own. Until then older ones are too."""
+def own(output_dir: Path, staged: Path) -> list[Path]:
+    """Record, before they are moved to `output_dir`, that the files in `staged` are atlas' own. Until then older ones are too.
+    Returns files of an earlier result that would be read together with the new ones: an adapter beside a whole model, other parts
+    of it."""
     known = read_object(output_dir / OWNED)
     files: dict[str, Any] = {path.name: [sha256(path)] for path in sorted(staged.iterdir())}
     for name, digests in files.items():
         if (output_dir / name).is_file() and (old := sha256(output_dir / name)) in known.get(name, ()):
             digests.append(old)
-    write_json(output_dir / OWNED, files)
+    older = {name: digests for name, digests in known.items() if name not in files and (output_dir / name).is_file()}
+    write_json(output_dir / OWNED, files | older)
+    return [output_dir / name for name, digests in older.items() if sha256(output_dir / name) in digests]
 
 
 def refuse_foreign(output_dir: Path, resume: str) -> None:
@@ -39,7 +45,7 @@ def refuse_foreign(output_dir: Path, resume: str) -> None:
     # A finished run is not written over with `auto`: it is this run, or it is refused as another one.
     if resume != "auto" or "config_hash" not in manifest:
         known = read_object(output_dir / OWNED)
-        for name in _RESULT:
+        for name in sorted(_RESULT | {path.name for path in weight_files(output_dir)}):
             if (path := output_dir / name).is_file() and sha256(path) not in known.get(name, ()):
                 found.append(f"{name} was not written by atlas, or was changed since")
         found += [f"{name} was not written by atlas" for name in MARKS if is_foreign(output_dir / name)]

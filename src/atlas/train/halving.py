@@ -26,6 +26,8 @@ class Halving(Trainer):
     """The step from which on micro-batches are trained in two halves."""
     asked_batch: tuple[int, int] | None = None
     """Rows of a micro-batch and micro-batches of a step as the config has them; `train.batching` may have joined some."""
+    _of_step: list[dict[str, Any]]
+    """The micro-batches of the current step so far."""
     _failed = False
     """Did a half not fit either?"""
 
@@ -43,18 +45,17 @@ class Halving(Trainer):
         may_split = self.halve_on_oom and self.args.world_size == 1 and num_items_in_batch is not None
         if self.halved_from is None:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            # A backward pass that breaks off has changed some of the gradients.
-            gradients = [p.grad.clone() if may_split and p.grad is not None else None for p in trained]
+            if all(parameter.grad is None for parameter in trained):
+                self._of_step = []
             counts, metrics = self.counts(), metric_sums(self)
             loss, reason = self._attempt(model, [inputs], num_items_in_batch)
             if loss is not None:
+                self._of_step.append(inputs)
                 return loss
             if not may_split or len(halves(inputs)) == 1:
                 self._does_not_fit(reason)
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                parameter.grad = gradient
-            self.restore_counts(counts)
-            restore_metric_sums(self, metrics)
+            for parameter in trained:
+                parameter.grad = None
             clear_device_cache(garbage_collection=True)
             return_memory()
             self.halved_from = self.state.global_step + 1
@@ -64,6 +65,14 @@ class Halving(Trainer):
                 "train.halve_on_oom=false stops instead",
                 flush=True,
             )
+            # A backward pass that breaks off has changed some of the gradients. Those of the step's earlier micro-batches are
+            # computed again: a copy of them before each backward pass would take 4 bytes for each trained number.
+            for earlier in self._of_step:
+                loss, reason = self._attempt(model, halves(earlier), num_items_in_batch)
+                if loss is None:
+                    self._does_not_fit(reason)
+            self.restore_counts(counts)
+            restore_metric_sums(self, metrics)
         loss, reason = self._attempt(model, halves(inputs), num_items_in_batch)
         if loss is None:
             self._does_not_fit(reason)

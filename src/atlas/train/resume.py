@@ -28,8 +28,8 @@ class Resumable(Halving):
     """A mixin over any Trainer of transformers or TRL: `class Mine(Resumable, SFTTrainer)`.
 
     Checkpoints are sealed, hold what transformers and TRL forget (the sums of the log since its last line, counts since the
-    start), and only this run's own are removed. An evaluation changes nothing of the training. A loss or an adapter that is not
-    finite ends the run, and so does memory that has run out, unless half a micro-batch fits (`Halving`). Private parts of
+    start), and only this run's own are removed. An evaluation changes nothing of the training. A loss or a trained weight that
+    is not finite ends the run, and so does memory that has run out, unless half a micro-batch fits (`Halving`). Private parts of
     transformers that it overrides or reads are listed in `atlas.compat`.
     """
 
@@ -127,7 +127,7 @@ class Resumable(Halving):
         if step := min(filter(None, steps), default=0):
             self._diverged(f"the loss of step {step} is not finite", step)
         if any(broken):
-            self._diverged(f"the adapter is not finite after step {self.state.global_step}")
+            self._diverged(f"a trained weight is not finite after step {self.state.global_step}")
 
     def _diverged(self, what: str, step: int | None = None) -> NoReturn:
         """`step`: the first broken one, where it is not the last one."""

@@ -21,13 +21,14 @@ from atlas.console import duration, quiet_libraries, say
 from atlas.data.batches import PACK
 from atlas.device import Machine, choose_device, memory_gib
 from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError
-from atlas.files import flush, sha256, write_json
+from atlas.files import flush, write_json
 from atlas.hub.card import write_card
 from atlas.hub.push import push
 from atlas.launch import is_main_process, set_up_torch
 from atlas.lock import held
-from atlas.models.adapters import cast_trainable_to_fp32, lora_b_norm
+from atlas.models.adapters import base_of, cast_trainable_to_fp32, lora_b_norm
 from atlas.models.load import load_base_model_and_tokenizer
+from atlas.models.weights import Sample, weights_sha256
 from atlas.train.arguments import left_out, phase_arguments
 from atlas.train.batching import PACKS, Batching, row_by_row
 from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest, newest
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run: the folder with adapter, tokenizer and manifest, and the trainer with the model still in memory (None where
-    the run had been finished before)."""
+    """A finished run: the folder with adapter (or whole model), tokenizer and manifest, and the trainer with the model still in
+    memory (None where the run had been finished before)."""
 
     folder: Path
     trainer: "Resumable | None"
@@ -85,9 +86,10 @@ def _main(phase: str, train: Train, arguments: Namespace) -> int:
         if not is_main_process():  # a file, because DeepSpeed flushes it
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
         run = train(loaded, arguments.resume)
-    if run.manifest["result"]["lora_b_norm"] == 0.0:
+    if run.manifest["result"].get("lora_b_norm", run.manifest["result"].get("weights_change")) == 0.0:
+        what = "weights" if loaded.config.lora is None else "adapter (LoRA B is zero)"
         print(
-            "error: no step changed the adapter (LoRA B is zero), so its scores would be the base model's. "
+            f"error: no step changed the {what}, so all scores would be the base model's. "
             f"{_why_unchanged(loaded, run.manifest['result']['steps'])}",
             file=sys.stderr,
         )
@@ -101,14 +103,14 @@ def _main(phase: str, train: Train, arguments: Namespace) -> int:
 def _why_unchanged(loaded: LoadedConfig, steps: int) -> str:
     if steps > 1 and loaded.config.train_value("load_best_model_at_end"):
         return (
-            "By train.metric_for_best_model a step before the first change was the best (see the held-out loss above), and that "
-            "adapter is kept: train longer, or set another metric"
+            "By train.metric_for_best_model a step before the first change was the best (see the held-out loss above), and its "
+            "weights are kept: train longer, or set another metric"
         )
     if steps == 1 and loaded.config.train_value("warmup_steps"):
         return "Train for more than one step: at the first one of a warm-up the learning rate is 0"
     return (
-        "Look at grad and lr in the log above. A grad of 0 means that the adapter had no effect on the loss (a much too large "
-        "train.neftune_noise_alpha does that); else raise train.learning_rate"
+        "Look at grad and lr in the log above. A grad of 0 means that what is trained had no effect on the loss (a much too "
+        "large train.neftune_noise_alpha does that); else raise train.learning_rate"
     )
 
 
@@ -154,6 +156,8 @@ class Run:
     """Set by `prepare` where there is nothing to do."""
     trainable: int = field(init=False)
     """Number of trained parameters."""
+    sample: Sample | None = None
+    """Of the base model's weights, with full fine-tuning."""
     _outcome: Any = field(init=False)
 
     def prepare(self) -> None:
@@ -194,7 +198,7 @@ class Run:
         self.start.end("data")
 
     def load_base_model(self) -> "PreTrainedModel":
-        """The quantised base model of the config; the tokenizer is set to match it."""
+        """The base model of the config, in 4 bits or not; the tokenizer is set to match it."""
         ready = self.ready
         if ready.strategy.name in DEEPSPEED:
             # What DeepSpeed is told is made with the arguments, and the rows have changed some of those.
@@ -204,11 +208,13 @@ class Run:
         model, self.tokenizer = load_base_model_and_tokenizer(
             self.loaded.config, ready.plan, ready.tokenizer, ready.strategy.name
         )
+        if self.loaded.config.lora is None:
+            self.sample = Sample(model)
         self.start.end("model")
         return model
 
     def trainer(self, model: "PreTrainedModel") -> "Resumable":
-        """The phase's trainer, with the adapter in float32 on `model`."""
+        """The phase's trainer, with the adapter in float32 on `model`, or without one."""
         from transformers import PrinterCallback, ProgressCallback, set_seed
 
         from atlas.models.attention import attend_by_row
@@ -240,7 +246,7 @@ class Run:
         self.trainable = cast_trainable_to_fp32(trainer.model, keep=half and self.ready.strategy.keeps_float32)
         if (self.ready.plan.device, self.ready.plan.dtype) == ("cpu", "float32"):
             fuse_dropout(trainer.model)
-        base = trainer.model.get_base_model()
+        base = base_of(trainer.model)
         fuse_swiglu(base)
         if (
             self.batching.way in (PACK, PACKS)
@@ -248,8 +254,11 @@ class Run:
             and row_by_row(self.ready.plan, base.config.get_text_config())
         ):
             attend_by_row(base)
-        lora = self.loaded.config.lora
-        print(f"adapter r={lora.r} alpha={lora.lora_alpha}: {self.trainable:,} trainable parameters, float32")
+        if (lora := self.loaded.config.lora) is None:
+            compute = "" if self.ready.plan.dtype == "float32" else f", computed in {self.ready.plan.dtype} (autocast)"
+            print(f"full fine-tuning: {self.trainable:,} parameters, float32{compute}")
+        else:
+            print(f"adapter r={lora.r} alpha={lora.lora_alpha}: {self.trainable:,} trainable parameters, float32")
         for what, text in trainer.decided().items():
             print(f"{what}: {text}")
         self.start.end("trainer")
@@ -291,8 +300,8 @@ class Run:
         return "the same command" if self.resume == "auto" else f"the same command with --resume {checkpoint}"
 
     def close(self, trainer: "Resumable") -> FinishedRun:
-        """Save adapter, tokenizer, reports, manifest and card. Raises `RunError` where they cannot be written; the last checkpoint
-        stays."""
+        """Save adapter or model, tokenizer, reports, manifest and card. Raises `RunError` where they cannot be written; the last
+        checkpoint stays."""
         from atlas.models.shards import gathered
 
         result = self._result(trainer)
@@ -315,7 +324,9 @@ class Run:
             f"done: {result['steps']} steps",
             *([f"{result['supervised_tokens']:,} supervised tokens"] if "supervised_tokens" in result else []),
             *([f"loss {first:.4f} -> {last:.4f}"] if first is not None else []),
-            f"LoRA B norm {result['lora_b_norm']:.4f}",
+            f"LoRA B norm {result['lora_b_norm']:.4f}"
+            if self.sample is None
+            else f"weights changed by {result['weights_change']:.3%}",
             *([f"audit {manifest['audit']['verdict']}"] if "audit" in manifest else []),
             duration(time.perf_counter() - self.started),
         ]
@@ -332,7 +343,7 @@ class Run:
             "resumed_from": self.checkpoint.name if self.checkpoint else None,
             "trainable_parameters": self.trainable,
             **trainer.result(),
-            "lora_b_norm": lora_b_norm(trainer.model),
+            **self._change(trainer),
             "loss_first": losses[0] if losses else None,
             "loss_last": losses[-1] if losses else None,
             "loss_mean": self._outcome.training_loss,
@@ -345,6 +356,11 @@ class Run:
             "halved_from_step": trainer.halved_from,  # memory ran out
         }
 
+    def _change(self, trainer: "Resumable") -> dict[str, float]:
+        if self.sample is None:
+            return {"lora_b_norm": lora_b_norm(trainer.model)}
+        return {"weights_change": self.sample.change(trainer.model)}
+
     def _save(self, trainer: "Resumable", manifest: dict[str, Any], state: dict[str, Any] | None) -> None:
         """The manifest comes after the files that it speaks of: it says that the run is finished. `state`: the weights, where they
         are not whole in the model."""
@@ -353,17 +369,19 @@ class Run:
         try:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-            trainer.model.save_pretrained(staging, state_dict=state, save_embedding_layers=False)
+            more = {"save_embedding_layers": False} if self.ready.adapter else {}
+            trainer.model.save_pretrained(staging, state_dict=state, **more)
             self.tokenizer.save_pretrained(staging)
             trainer.model.generation_config.save_pretrained(staging)
         except Exception as error:  # a full disk is an OSError, or safetensors' or tokenizers' own
             shutil.rmtree(staging, ignore_errors=True)
             raise self._not_saved(error) from None
         try:
-            manifest["adapter_sha256"] = sha256(staging / "adapter_model.safetensors")
+            manifest["adapter_sha256" if self.ready.adapter else "model_sha256"] = weights_sha256(staging)
             (staging / "README.md").unlink(missing_ok=True)  # PEFT's template
-            own(self.folder, staging)
-            (self.folder / "manifest.json").unlink(missing_ok=True)  # an earlier run's
+            older = own(self.folder, staging)
+            for path in (self.folder / "manifest.json", *older):  # an earlier run's
+                path.unlink(missing_ok=True)
             for path in staging.iterdir():
                 flush(path)
                 path.replace(self.folder / path.name)
@@ -380,5 +398,6 @@ class Run:
         whole = f"{last} is whole" if last else "There is no checkpoint"
         again = f"{self._again(last)} again, which resumes from it" if last else "the same command again"
         return RunError(
-            f"the adapter could not be saved in {self.folder} ({error}). {whole}: make room, then run {again}"
+            f"the {'adapter' if self.ready.adapter else 'model'} could not be saved in {self.folder} ({error}). {whole}: make "
+            f"room, then run {again}"
         )

@@ -64,6 +64,8 @@ def preflight(loaded: LoadedConfig, resume: str = "auto", start: Parts | None = 
     ready.check("strategy", machine.strategy, ready, needs=["plan"])
     ready.check("memory", machine.memory, ready, needs=["strategy", "shape"])
     ready.check("training", trial.training, ready, needs=["strategy", "libraries"])
+    if config.lora is None:
+        ready.check("learning rate", trial.rate, ready, needs=["arguments"])
     ready.check("trainer", trial.trainer, ready, needs=["arguments", "tokenizer", "empty"])
     ready.check("cache", folders.cache, ready, needs=["base"])
     ready.check("disk", folders.disk, ready, needs=["arguments", "tokenizer", "shape"])

@@ -15,7 +15,7 @@ from atlas.train.strategy import Strategy
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from atlas.models.load import BaseFiles
 
@@ -48,8 +48,9 @@ class Ready:
     strategy: Strategy = field(init=False)
     arguments: "TrainingArguments" = field(init=False)
     tokenizer: "PreTrainedTokenizerBase" = field(init=False)
-    adapter: "LoraConfig" = field(init=False)
-    empty: "PeftModel" = field(init=False)
+    adapter: "LoraConfig | None" = field(init=False)
+    """None: full fine-tuning."""
+    empty: "PeftModel | PreTrainedModel" = field(init=False)
     """Base model and adapter without weights."""
     shape: Shape = field(init=False)
     memory: int = field(init=False)

@@ -13,9 +13,14 @@ from atlas.train.strategy import DDP, SHARDED, ZERO2, ZERO3
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
-ADAM_BYTES = 4 + 4 + 8  # fp32 adapter, its gradient, AdamW's two moments
+ADAM_BYTES = 4 + 4 + 8  # a trained number in fp32, its gradient, AdamW's two moments
 HEAD_BYTES = 2 * 128 * 2**20  # at most: one chunk's logits and their exponentials (train/head.py)
+TILE, TILE_BYTES = (
+    (4096, 32768),
+    8 * 4,
+)  # TRL's head: positions and tokens of the vocabulary at a time; torch's buffers of one
 LENGTH_IF_OPEN = 1024
 
 
@@ -26,7 +31,8 @@ class Shape(NamedTuple):
     """Parameters of the layers that 4 bits apply to."""
     other: int
     """Parameters of all others: embeddings, norms, biases."""
-    adapter: int
+    trained: int
+    """Of the adapter, or with full fine-tuning all."""
     layers: int
     hidden: int
     attention: int
@@ -39,10 +45,10 @@ class Shape(NamedTuple):
     largest: int
     """Parameters of the largest layer of `linear`."""
     lora_inputs: int
-    """Sizes of the inputs of all modules with an adapter, summed up."""
+    """Sizes of the inputs of all modules with an adapter, summed up; 0 without one."""
 
     @staticmethod
-    def of(model: "PeftModel") -> "Shape":
+    def of(model: "PeftModel | PreTrainedModel") -> "Shape":
         import torch
 
         from atlas.models.swiglu import gated_layers
@@ -53,9 +59,9 @@ class Shape(NamedTuple):
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
         ]
-        adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        added = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
         sizes = [layer.weight.numel() for layer in linear]
-        total = sum(p.numel() for p in model.parameters()) - adapter
+        total = sum(p.numel() for p in model.parameters()) - added
         adapted = [
             module for module in model.modules() if getattr(module, "lora_A", None) and hasattr(module, "in_features")
         ]
@@ -64,7 +70,7 @@ class Shape(NamedTuple):
         return Shape(
             linear=sum(sizes),
             other=total - sum(sizes),
-            adapter=adapter,
+            trained=added or total,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
@@ -78,34 +84,34 @@ class Shape(NamedTuple):
 
 
 def static_bytes(config: Config, plan: DevicePlan, shape: Shape) -> int:
-    """Bytes that weights, adapter, its gradient and optimizer take whatever the batch is.
+    """Bytes that weights, the gradient of what is trained and its optimizer take whatever the batch is.
 
     NF4: half a byte per weight and one constant per 64 of them, of 4 bytes, or, quantised again, of 1 byte and 4/256
     (https://arxiv.org/abs/2305.14314, section 3).
     """
+    if config.lora is None:
+        return shape.trained * ADAM_BYTES
     width = 4 if plan.dtype == "float32" else 2
     each = 0.5 + (1 + 4 / 256 if config.quantization.bnb_4bit_use_double_quant else 4) / 64
     linear = shape.linear * (each if config.quantization.load_in_4bit else width)
-    return int(linear + shape.other * width + shape.adapter * ADAM_BYTES)
+    return int(linear + shape.other * width + shape.trained * ADAM_BYTES)
 
 
 def static_parts(config: Config, plan: DevicePlan, shape: Shape, strategy: str, processes: int) -> int:
     """The same on each of several processes, which may hold parts of it (train/strategy.py). Of a sharded model one layer and the
     embeddings are whole while they compute."""
-    trained = (
-        4 * shape.adapter
-    )  # bytes of what is trained, in fp32; so many its gradient takes, and twice as many AdamW
-    frozen = static_bytes(config, plan, shape) - shape.adapter * ADAM_BYTES
+    trained = 4 * shape.trained  # bytes in fp32; so many take its gradients, and twice as many AdamW
+    frozen = static_bytes(config, plan, shape) - 4 * trained
     if strategy == DDP:
-        return frozen + shape.adapter * ADAM_BYTES + trained  # the buckets in which gradients are sent
+        return frozen + 5 * trained  # the buckets in which gradients are sent
     if strategy == ZERO2:
         return frozen + trained + 4 * trained // processes  # DeepSpeed keeps a copy of what is trained
     if strategy in SHARDED:
         width = 4 if plan.dtype == "float32" else 2
-        linear = frozen - shape.other * width
+        linear = shape.linear * width if config.lora is None else frozen - shape.other * width
         copies = 5 if strategy == ZERO3 else 4
         return (frozen + copies * trained) // processes + linear // shape.layers + shape.other * width
-    return frozen + shape.adapter * ADAM_BYTES
+    return frozen + 4 * trained
 
 
 def largest_batch(
@@ -135,14 +141,15 @@ def training_bytes(
     hidden, attention, mlp = shape.hidden, shape.attention, shape.mlp
 
     # Of one token in one layer, kept for the backward pass:
-    norms = 2 * hidden * 4  # the inputs of the two norms, which compute in float32
+    # The inputs of the two norms, which compute in float32, and what their weights multiply where these are trained.
+    norms = (2 if config.lora is not None else 4) * hidden * 4
     # query, and key and value repeated for each head of it, and the result
     heads = 4 * attention * width
     gate = shape.gate * width
-    # The inputs of the adapter's modules. q, k, v have one in common, and gate, up. Dropout keeps a mask of one byte for each
-    # module, and, but for models/dropout.py, each one's own dropped input.
+    # The inputs of the adapter's modules, or of the trained layers. q, k, v have one in common, and gate, up. Dropout keeps a mask
+    # of one byte for each module, and, but for models/dropout.py, each one's own dropped input.
     own, common = shape.lora_inputs / shape.layers, 2 * hidden + attention + mlp
-    dropout = config.lora.lora_dropout > 0
+    dropout = config.lora is not None and config.lora.lora_dropout > 0
     inputs = common * width + own * dropout if fp32_cpu or not dropout else own * (width + 1)
     scores = shape.heads * length * (4 if width == 4 else 6) if plan.attn_implementation == "eager" else 0
     layer = tokens * (norms + heads + gate + inputs + scores)
@@ -151,8 +158,15 @@ def training_bytes(
 
     # On top of what is kept: the head's chunks with the hidden states and their gradient, or a layer's backward pass.
     logits = min(HEAD_BYTES, 2 * tokens * shape.vocabulary * 4)
+    copies = 0
+    if config.lora is None:
+        # TRL's head, with the gradient of its weight, and autocast's copies of all layers, kept until the forward pass has ended
+        tile = min(tokens, TILE[0]) * min(shape.vocabulary, TILE[1])
+        logits = tile * (TILE_BYTES if plan.device == "cpu" else width) + shape.vocabulary * hidden * 4
+        copies = shape.linear * width if width == 2 else 0
     head = logits + 3 * tokens * hidden * width
     # Gradients of gate, its SiLU, up and their product; one weight of a layer, dequantised
     backward = tokens * 4 * mlp * width + (shape.largest * width if config.quantization.load_in_4bit else 0)
     kept = shape.layers * (tokens * hidden * width if checkpointing else layer)
-    return int(static_bytes(config, plan, shape) + kept + mask + max(head, backward + (layer if checkpointing else 0)))
+    peak = max(head, backward + (layer if checkpointing else 0))
+    return int(static_bytes(config, plan, shape) + copies + kept + mask + peak)

@@ -15,7 +15,7 @@ from atlas.train.folder import refuse_foreign
 from atlas.train.preflight.checklist import Found, Ready
 from atlas.train.strategy import FSDP2, ZERO2, ZERO3
 
-CHECKPOINT_BYTES = 4 + 8  # a number of the adapter in fp32, AdamW's two moments
+CHECKPOINT_BYTES = 4 + 8  # a trained number in fp32, AdamW's two moments
 MORE_BYTES = {FSDP2: 4, ZERO2: 8, ZERO3: 8}  # the parts of all processes, from which the run resumes, hold it again
 PREPARED = 3  # times the source: a copy of its text, and 8 bytes for each token of about 4 characters
 
@@ -73,21 +73,21 @@ def cache(ready: Ready) -> Found:
 
 
 def disk(ready: Ready) -> Found:
-    """Is there room for the checkpoints that are kept, one that is being written, and the final adapter?"""
+    """Is there room for the checkpoints that are kept, one that is being written, and the final adapter or model?"""
     arguments, folder = ready.arguments, existing(Path(ready.loaded.config.output.dir))
     tokenizer = 4 * len(ready.tokenizer) * 20  # tokenizer.json: vocabulary and merges, about 80 bytes a token
-    one = ready.shape.adapter * (CHECKPOINT_BYTES + MORE_BYTES.get(ready.strategy.name, 0)) + tokenizer
+    one = ready.shape.trained * (CHECKPOINT_BYTES + MORE_BYTES.get(ready.strategy.name, 0)) + tokenizer
     kept = None
     if arguments.save_total_limit:
         kept = arguments.save_total_limit + int(arguments.load_best_model_at_end)
     elif arguments.max_steps > 0 and arguments.save_strategy == "steps":
         every = arguments.save_steps if arguments.save_steps >= 1 else arguments.save_steps * arguments.max_steps
         kept = int(arguments.max_steps // max(every, 1)) + 1
-    needed = one * ((kept or 1) + 1) + ready.shape.adapter * 4 + tokenizer
+    needed = one * ((kept or 1) + 1) + ready.shape.trained * 4 + tokenizer
     # A resumed run has some of them already, and removes the oldest for each new one.
     own = sum(path.stat().st_size for path in folder.glob("checkpoint-*/**/*") if path.is_file())
-    free = shutil.disk_usage(folder).free
-    said = f"{size(needed)} for {kept} checkpoints of {size(one)} and the adapter" if kept else size(one)
+    free, what = shutil.disk_usage(folder).free, "adapter" if ready.adapter else "model"
+    said = f"{size(needed)} for {kept} checkpoints of {size(one)} and the {what}" if kept else size(one)
     if needed > free + own:
         raise UserError(
             f"output.dir: {folder} has {size(free)} free, the run needs {said}: make room, choose another output.dir, or "

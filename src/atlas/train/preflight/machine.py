@@ -57,13 +57,16 @@ def memory(ready: Ready) -> Found:
     config, plan = ready.loaded.config, ready.plan
     free, there = _free(ready)
     static = static_parts(config, plan, ready.shape, ready.strategy.name, processes())
+    what = f"weights, {'adapter' if config.lora is not None else 'gradients'} and optimizer"
     if static > free:
         remedy = "a smaller base model or a smaller lora.r"
-        if not config.quantization.load_in_4bit:
+        if config.lora is None:
+            remedy = "LoRA (without lora: null), or a smaller base model"
+        elif not config.quantization.load_in_4bit:
             remedy = f"quantization.load_in_4bit=true, {remedy}"
         if processes() > 1 and ready.strategy.name not in SHARDED:
             remedy = f"train.strategy={FSDP2 if plan.device == 'cuda' else ZERO3} (weights in parts), {remedy}"
-        raise UserError(f"memory: {size(static)} for weights, adapter and optimizer, but {there}: use {remedy}")
+        raise UserError(f"memory: {size(static)} for {what}, but {there}: use {remedy}")
     if plan.gradient_checkpointing is None:
         choose_checkpointing(ready)
     batch = largest_batch(config)
@@ -71,8 +74,7 @@ def memory(ready: Ready) -> Found:
     ready.memory = estimate(ready, ready.plan.gradient_checkpointing is not False, batch)
     rows, length = batch
     each = f" on each of {processes()} processes" if processes() > 1 else ""
-    said = f"about {size(ready.memory)}{each} at {rows} x {length:,} tokens"
-    said += f", {size(static)} of it for weights, adapter and optimizer"
+    said = f"about {size(ready.memory)}{each} at {rows} x {length:,} tokens, {size(static)} of it for {what}"
     if ready.memory > free:
         on = "train.gradient_checkpointing=true, " if ready.plan.gradient_checkpointing is False else ""
         return "warn", (

@@ -25,12 +25,12 @@ def base(ready: Ready) -> str:
     ready.base = check_weights(config)
     if ready.resume != "never" and hasattr(ready, "folder"):
         refuse_other_runs(ready.folder, Identity.of(ready.loaded, None, "", ready.base.content))
-    ready.adapter = lora_config(config.lora)
+    ready.adapter = None if config.lora is None else lora_config(config.lora)
     try:
         with torch.device("meta"):
-            ready.empty = get_peft_model(model, ready.adapter)
+            ready.empty = get_peft_model(model, ready.adapter) if ready.adapter else model
     except ValueError as error:
         raise UserError(f"lora.target_modules: {first_line(error)}") from None
     shape = ready.shape = Shape.of(ready.empty)
-    total = shape.linear + shape.other
-    return f"{config.model.name}: {total / 1e6:,.1f} M parameters, {shape.adapter / 1e6:,.2f} M in the adapter"
+    trained = f"{shape.trained / 1e6:,.2f} M in the adapter" if ready.adapter else "all trained (lora: null)"
+    return f"{config.model.name}: {(shape.linear + shape.other) / 1e6:,.1f} M parameters, {trained}"

@@ -10,11 +10,27 @@ from atlas.data.batches import PACK
 from atlas.train.arguments import accepted, build_arguments, held_out, phase_arguments
 from atlas.train.batching import PADDING_FREE, Batching, open_ways
 from atlas.train.checkpoints import Identity
-from atlas.train.preflight.checklist import Ready
+from atlas.train.preflight.checklist import Found, Ready
 from atlas.train.strategy import refuse_another
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+
+USUAL_RATE = 5e-5
+"""With full fine-tuning: transformers' default. TRL's own example (trl/scripts/sft.py) trains Qwen2-0.5B at 2e-5, and at 2e-4 with
+LoRA."""
+
+
+def rate(ready: Ready) -> Found:
+    """Is the learning rate one for LoRA, with full fine-tuning?"""
+    found = ready.arguments.learning_rate
+    if found <= USUAL_RATE:
+        return f"{found:g}, within what full fine-tuning usually takes"
+    return "warn", (
+        f"{found:g} is more than full fine-tuning usually takes (up to {USUAL_RATE:g}; TRL's example for Qwen2-0.5B: 2e-5, and "
+        "2e-4 for LoRA). Too high a rate makes a model forget what it knew. Set train.learning_rate; models of few parameters take more"
+    )
 
 
 def training(ready: Ready) -> str:
