@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from atlas.config import load_config
+from atlas.models.weights import weight_files
 from atlas.train import sft
 from atlas.train.run import FinishedRun
 from rows import ROOT
@@ -46,15 +47,13 @@ def train(arguments: list[str], *more: str) -> FinishedRun:
 
 
 def trace(run: FinishedRun) -> tuple[bytes, list[dict]]:
-    """The adapter, and every line of the log with losses, learning rates, accuracies and token counts."""
+    """The trained weights, and every line of the log with losses, learning rates, accuracies and token counts."""
     assert run.trainer is not None
     lines = [
         {k: v for k, v in line.items() if "runtime" not in k and "per_second" not in k}
         for line in run.trainer.state.log_history
     ]
-    return (run.folder / "adapter_model.safetensors").read_bytes(), [
-        line for line in lines if {"loss", "eval_loss"} & {*line}
-    ]
+    return weight_files(run.folder)[0].read_bytes(), [line for line in lines if {"loss", "eval_loss"} & {*line}]
 
 
 def broken_off(whole: Path, to: Path, step: int) -> Path:
@@ -68,6 +67,9 @@ def broken_off(whole: Path, to: Path, step: int) -> Path:
             shutil.rmtree(path)
     assert (to / f"checkpoint-{step}").is_dir()
     return to
+
+
+FULL = ["lora=null", "quantization.load_in_4bit=false"]
 
 
 BASIC = [

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from atlas.errors import RunError
+from atlas.models.adapters import base_of
 from atlas.train.halving import halves
 from atlas.train.run import FinishedRun, open_run
 from atlas.train.sft import SFT
-from runs import loaded
+from runs import FULL, loaded
 
 LINE = ("loss", "grad_norm", "supervised_tokens", "num_tokens", "epoch")
 
@@ -30,7 +31,7 @@ def run_with_little_memory(arguments: list[str], *, room: int | None, step: int 
             if output.shape[0] * output.shape[1] > room:
                 output.register_hook(no_room)
 
-        trainer.model.base_model.model.model.layers[0].register_forward_hook(look)
+        base_of(trainer.model).model.layers[0].register_forward_hook(look)
         run.fit(trainer)
         return run.close(trainer)
 
@@ -40,13 +41,14 @@ def no_room(gradient):
 
 
 PADDED, PACKED = ["train.max_length=128"], ["train.max_length=128", "train.packing=true"]
+WHOLE = [*PADDED, *FULL, "train.learning_rate=1e-4"]
 
 
-@pytest.mark.parametrize("kind", [PADDED, PACKED], ids=["padded", "packed"])
+@pytest.mark.parametrize("kind", [PADDED, PACKED, WHOLE], ids=["padded", "packed", "full"])
 def test_halves_give_the_loss_and_gradient_of_the_whole(
     kind: list[str], sft_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    arguments = [*sft_args, *kind, "lora.lora_dropout=0", "train.gradient_accumulation_steps=2", "train.max_steps=4"]
+    arguments = [*sft_args, "lora.lora_dropout=0", *kind, "train.gradient_accumulation_steps=2", "train.max_steps=4"]
     arguments += ["train.per_device_train_batch_size=4"]
     whole = run_with_little_memory(arguments, room=None)
     capsys.readouterr()

@@ -26,21 +26,26 @@ TINY = {
 
 @pytest.mark.parametrize("rows", [0, 1, 50])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_function_is_that_of_full_logits(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_function_is_that_of_full_logits(rows: int, bias: bool, trained: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 97 * 7)  # 7 rows a chunk, the last one smaller
     torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(rows, 32, requires_grad=True), torch.randn(97, 32), torch.randint(97, (rows,))
-    bias_of = torch.randn(97) if bias else None
+    hidden, targets = torch.randn(rows, 32, requires_grad=True), torch.randint(97, (rows,))
+    weight = torch.randn(97, 32, requires_grad=trained)
+    bias_of = torch.randn(97, requires_grad=trained) if bias else None
+    learned = [tensor for tensor in (hidden, weight, bias_of) if tensor is not None and tensor.requires_grad]
     share = torch.rand(rows)  # each token its own weight in the loss
     found, entropy, is_top1 = SupervisedLogProb.apply(hidden, weight, bias_of, targets, 0.7)
-    (gradient,) = torch.autograd.grad((found * share).sum(), hidden)
+    gradients = torch.autograd.grad((found * share).sum(), learned)
 
     logits = 0.7 * torch.nn.functional.linear(hidden, weight, bias_of)
     log_probs = logits.log_softmax(-1)
     expected = log_probs.gather(1, targets[:, None])[:, 0]
-    (expected_gradient,) = torch.autograd.grad((expected * share).sum(), hidden)
+    expected_gradients = torch.autograd.grad((expected * share).sum(), learned)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-5)
+    assert len(gradients) == (1 if not trained else 3 if bias else 2)
+    for got, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropy, -(log_probs.exp() * log_probs).sum(-1), atol=1e-5, rtol=1e-5)
     assert torch.equal(is_top1, logits.argmax(-1) == targets)
     with torch.no_grad():

@@ -352,7 +352,7 @@ def test_the_memory_of_a_quantised_model(sft_args: list[str]):
     constants = sum(p.quant_state.absmax.nbytes + p.quant_state.state2.absmax.nbytes for p in packed)
     adapter = sum(p.numel() for p in parameters if p.requires_grad)
     others = sum(p.nbytes for p in parameters if not isinstance(p, Params4bit) and not p.requires_grad)
-    assert ready.shape.linear == 2 * sum(p.nbytes for p in packed) and ready.shape.adapter == adapter
+    assert ready.shape.linear == 2 * sum(p.nbytes for p in packed) and ready.shape.trained == adapter
     expected = sum(p.nbytes for p in packed) + constants + others + adapter * 16
     assert static_bytes(loaded.config, ready.plan, ready.shape) == pytest.approx(expected, rel=0.001)
 

@@ -10,7 +10,7 @@ import pytest
 from atlas.train import sft
 from atlas.train.checkpoints import checkpoints
 from rows import write_rows
-from runs import BASIC, Started, broken_off, trace, train
+from runs import BASIC, FULL, Started, broken_off, trace, train
 
 # What is trained, and after which of its steps it is broken off.
 KINDS: dict[str, tuple[list[str], list[int]]] = {
@@ -18,6 +18,7 @@ KINDS: dict[str, tuple[list[str], list[int]]] = {
     "packed": (["train.packing=true", "train.max_length=256"], [4]),
     "accumulation": (["train.gradient_accumulation_steps=3"], [4]),
     "not quantised": (["quantization.load_in_4bit=false"], [4]),
+    "full fine-tuning": ([*FULL, "train.gradient_accumulation_steps=2"], [4, 7]),
     # 40 rows: an epoch has 5 steps of 4 x 2; the log's lines do not fall on checkpoints. At and past the end of an epoch.
     "epochs": (
         ["data.train={rows}:40", "train.gradient_accumulation_steps=4", "train.max_steps=12", "train.logging_steps=4"],
@@ -59,8 +60,10 @@ def test_resumed_run_equals_the_unbroken_one(kind: str, sft_args: list[str], row
         assert trace(resumed) == (adapter, lines), step
         result, before = resumed.manifest["result"], whole.manifest["result"]
         assert result["resumed_from"] == f"checkpoint-{step}"
-        same = ("steps", "supervised_tokens", "loss_first", "loss_last", "loss_mean", "eval_loss", "lora_b_norm")
+        same = ("steps", "supervised_tokens", "loss_first", "loss_last", "loss_mean", "eval_loss")
         assert [result[key] for key in same] == [before[key] for key in same]
+        for key in {"lora_b_norm", "weights_change"} & before.keys():
+            assert result[key] == before[key] > 0
 
 
 def test_an_evaluation_changes_nothing_of_the_training(sft_args: list[str], rows_file: Path, tmp_path: Path):

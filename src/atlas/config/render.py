@@ -32,6 +32,9 @@ def render_config(loaded: LoadedConfig, decided: Mapping[str, tuple[Any, str]] |
         lines.append(f"{text:<56}  # {source}")
 
     for section, values in config.model_dump(mode="json", exclude={"phase", "train"}).items():
+        if values is None:  # lora: null
+            lines.append(f"{section + ': null':<56}  # {origin_of(loaded.sources, section) or 'default'}")
+            continue
         lines.append(f"{section}:")
         for key, value in values.items():
             emit(f"{section}.{key}", value)

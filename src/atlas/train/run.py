@@ -369,6 +369,8 @@ class Run:
         try:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
+            # transformers' Trainer has turned it off, and whoever loads the model would generate without a cache.
+            trainer.model.config.use_cache = self.ready.empty.config.use_cache
             more = {"save_embedding_layers": False} if self.ready.adapter else {}
             trainer.model.save_pretrained(staging, state_dict=state, **more)
             self.tokenizer.save_pretrained(staging)

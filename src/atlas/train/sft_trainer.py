@@ -36,7 +36,8 @@ class LabeledSFTTrainer(Resumable, SFTTrainer):
             return {
                 "loss head": f"{said}TRL's Triton kernel ({device.type}; atlas' own has not been compared with it there)"
             }
-        return {"loss head": f"{said}in chunks, nothing computed twice ({device.type}: TRL's would take all positions)"}
+        twice = "logits" if self.model.get_output_embeddings().weight.requires_grad else "nothing"
+        return {"loss head": f"{said}in chunks, {twice} computed twice ({device.type}: TRL's would take all positions)"}
 
     def supervised_tokens_of_all(self) -> int:
         """Supervised tokens trained on since the start; every process has to call it."""

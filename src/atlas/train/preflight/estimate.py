@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 
 ADAM_BYTES = 4 + 4 + 8  # a trained number in fp32, its gradient, AdamW's two moments
 HEAD_BYTES = 2 * 128 * 2**20  # at most: one chunk's logits and their exponentials (train/head.py)
-TILE, TILE_BYTES = (
-    (4096, 32768),
-    8 * 4,
-)  # TRL's head: positions and tokens of the vocabulary at a time; torch's buffers of one
 LENGTH_IF_OPEN = 1024
 
 
@@ -160,9 +156,8 @@ def training_bytes(
     logits = min(HEAD_BYTES, 2 * tokens * shape.vocabulary * 4)
     copies = 0
     if config.lora is None:
-        # TRL's head, with the gradient of its weight, and autocast's copies of all layers, kept until the forward pass has ended
-        tile = min(tokens, TILE[0]) * min(shape.vocabulary, TILE[1])
-        logits = tile * (TILE_BYTES if plan.device == "cpu" else width) + shape.vocabulary * hidden * 4
+        # The gradient of the head's weight, and autocast's copies of all layers, kept until the forward pass has ended.
+        logits += shape.vocabulary * hidden * 4
         copies = shape.linear * width if width == 2 else 0
     head = logits + 3 * tokens * hidden * width
     # Gradients of gate, its SiLU, up and their product; one weight of a layer, dequantised

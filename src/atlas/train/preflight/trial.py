@@ -29,7 +29,8 @@ def rate(ready: Ready) -> Found:
         return f"{found:g}, within what full fine-tuning usually takes"
     return "warn", (
         f"{found:g} is more than full fine-tuning usually takes (up to {USUAL_RATE:g}; TRL's example for Qwen2-0.5B: 2e-5, and "
-        "2e-4 for LoRA). Too high a rate makes a model forget what it knew. Set train.learning_rate; models of few parameters take more"
+        "2e-4 for LoRA). Too high a rate makes a model forget what it knew: set train.learning_rate. Models of a few million "
+        "parameters take more"
     )
 
 
