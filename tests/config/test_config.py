@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from atlas import init
-from atlas.config import load_config, render_config
+from atlas.config import config_hash, load_config, render_config
 from atlas.config.fields import COMMON_OWNED, COMMON_RECIPE, SCHEMAS, TrainSchema
 from atlas.errors import UserError, run_main
 from atlas.train import sft
@@ -109,6 +110,49 @@ def test_wrong_key_or_value_names_place_and_remedy(override: str, parts: list[st
         load_config(QWEN, [override])
     for part in parts:
         assert part in str(error.value)
+
+
+FULL = "quantization: {load_in_4bit: false}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "rank"),
+    [
+        ("lora: null", [], None),
+        ("'lora': ~  # all weights", [], None),
+        ("", ["lora=null"], None),
+        ("lora: null", ["lora.r=8"], 8),  # what stands later wins
+        ("lora: {r: 4}", ["lora=null"], None),
+        ("lora:\n#  r: 8\n# lora: null", [], 16),  # a section whose lines are comments is empty, as all are
+    ],
+)
+def test_lora_null_is_full_fine_tuning(text: str, overrides: list[str], rank: int | None, tmp_path: Path):
+    shutil.copy(ROOT / "configs" / "base.yaml", tmp_path)
+    (tmp_path / "own.yaml").write_text(f"model: {{name: a/b}}\ndata: {{train: c}}\noutput: {{dir: o}}\n{FULL}{text}\n")
+    loaded = load_config(tmp_path / "own.yaml", overrides)
+    lora = loaded.config.lora
+    assert (lora and lora.r) == rank
+    (tmp_path / "child.yaml").write_text("base: own.yaml\nlora: {r: 2}\n")
+    assert load_config(tmp_path / "child.yaml").config.lora.r == 2
+    # What is printed is the same run, and another one than with an adapter.
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(render_config(loaded))
+    again = load_config(printed)
+    assert again.config == loaded.config and again.config_hash == loaded.config_hash
+    if rank is None:
+        assert re.search(r"^lora: null +# (own.yaml|command line)$", printed.read_text(), re.MULTILINE)
+        assert config_hash(loaded.config) != config_hash(load_config(tmp_path / "own.yaml", ["lora={}"]).config)
+
+
+def test_full_fine_tuning_says_what_it_needs(tmp_path: Path):
+    for wrong, parts in (
+        (["lora=null"], ["command line: lora: full fine-tuning", "set quantization.load_in_4bit=false"]),
+        (["lora="], ["command line: lora= is empty", "lora=null"]),
+        (["lora=false"], ["command line: lora must be a mapping, or null for full fine-tuning, got bool False"]),
+    ):
+        with pytest.raises(UserError) as error:
+            load_config(QWEN, wrong)
+        assert all(part in str(error.value) for part in parts), error.value
 
 
 def test_wrong_key_in_a_file_names_the_file(tmp_path: Path):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -267,7 +267,8 @@ def _explain(error: ValidationError, sources: Mapping[str, str], path: Path, sch
         elif kind == "train_field":
             lines.append(f"{where}: {key} {message}")
         elif kind in ("model_type", "dict_type", "mapping_type"):
-            lines.append(f"{where}: {key} must be a mapping, got {_kind(given)} {_short(given)}")
+            null = ", or null for full fine-tuning" if key == "lora" else ""
+            lines.append(f"{where}: {key} must be a mapping{null}, got {_kind(given)} {_short(given)}")
         elif kind != "too_short" or not given:  # else: of items that another line finds wrong
             shown = (
                 "" if isinstance(given, Mapping) else f", got {_short(given)}"
@@ -283,8 +284,9 @@ def _kind(value: object) -> str:
 def _fields(section: str) -> dict[str, FieldInfo]:
     """The keys of a section; none for `phase`, `train` and what is no section."""
     field = Config.model_fields.get(section)
-    model = field.annotation if field else None
-    return model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
+    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return models[0].model_fields if models else {}
 
 
 def all_keys(schema: TrainSchema) -> list[str]:

@@ -311,7 +311,8 @@ def _difference(contents: Mapping[str, Any], run: Identity) -> str | None:
 def differing_keys(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """`train.seed (1 there, 2 here), ...` of two trees of `experiment`."""
     before, now = dict(_flat(there)), dict(_flat(here))
-    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    # `lora: null` is not the default
+    keys = [key for key in sorted({*before, *now}) if before.get(key, "default") != now.get(key, "default")]
     return ", ".join(f"{key} ({_shown(before, key)} there, {_shown(now, key)} here)" for key in keys)
 
 
