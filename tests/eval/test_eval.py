@@ -352,7 +352,7 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(
     assert run.main(arguments(lab, tmp_path, "--base", override)) == 2
     assert said in capsys.readouterr().err
     assert run.main(arguments(lab, tmp_path, f"output.dir={tmp_path}")) == 2
-    assert "holds no adapter yet" in capsys.readouterr().err
+    assert "holds no finished run yet" in capsys.readouterr().err
 
 
 def test_few_shot_examples_must_be_there(lab: base.PocketPaths, tmp_path: Path, capsys: pytest.CaptureFixture):
