@@ -6,7 +6,7 @@ from typing import Any
 from atlas.errors import UserError
 from atlas.files import read_object, sha256, write_json
 from atlas.hub.card import MARKS, is_foreign, is_generated
-from atlas.models.weights import weight_files
+from atlas.models.weights import FILES, INDEX
 from atlas.train.checkpoints import checkpoints, foreign
 
 STAGING = ".saving"
@@ -45,7 +45,8 @@ def refuse_foreign(output_dir: Path, resume: str) -> None:
     # A finished run is not written over with `auto`: it is this run, or it is refused as another one.
     if resume != "auto" or "config_hash" not in manifest:
         known = read_object(output_dir / OWNED)
-        for name in sorted(_RESULT | {path.name for path in weight_files(output_dir)}):
+        models = {path.name for path in output_dir.glob("model*") if FILES.fullmatch(path.name) or path.name == INDEX}
+        for name in sorted(_RESULT | models):
             if (path := output_dir / name).is_file() and sha256(path) not in known.get(name, ()):
                 found.append(f"{name} was not written by atlas, or was changed since")
         found += [f"{name} was not written by atlas" for name in MARKS if is_foreign(output_dir / name)]
