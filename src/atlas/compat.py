@@ -46,6 +46,7 @@ PRIVATE: dict[str, dict[str, tuple[str, ...]]] = {
         "_determine_best_metric": ("metrics", "trial"),
         "_get_train_sampler": (),
         "_move_model_to_device": ("model", "device"),
+        "_issue_warnings_after_load": ("load_result",),
     },
     "trl.trainer.utils": {  # what TRL's fused LM head is made of; replaced while atlas' own computes
         "_use_triton": ("device",),

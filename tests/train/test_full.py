@@ -1,6 +1,7 @@
 """Full fine-tuning (`lora: null`): every weight is trained, and the result is a model by itself."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from atlas.train.preflight.estimate import static_bytes
 from hub_commands import atlas
 from hub_server import HubServer
 from rows import ROOT
-from runs import FULL, environment, loaded, run_arguments, train
+from runs import FULL, broken_off, environment, loaded, run_arguments, train
 
 TEXT = "<|im_start|>user\nWhere does Mira live?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -94,6 +95,21 @@ def test_a_second_training_begins_with_the_finished_folder(full_run: Path, sft_a
     first, second = adapter.manifest["result"]["loss_first"], model.manifest["result"]["loss_first"]
     assert first == pytest.approx(second, abs=1e-5)
     assert adapter.manifest["base"]["content"] == model.manifest["base"]["content"]
+
+
+def test_a_resumed_run_does_not_miss_the_tied_head(
+    sft_args: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    arguments = [*sft_args, *FULL, "train.learning_rate=1e-3", "train.save_strategy=steps", "train.save_steps=1"]
+    whole = train([*arguments, "train.save_total_limit=null"])
+    folder = broken_off(whole.folder, tmp_path / "broken", 2)
+    logger = logging.getLogger("transformers.trainer")
+    logger.addHandler(caplog.handler)
+    resumed = train([*arguments, "train.save_total_limit=null"], f"output.dir={folder}")
+    logger.removeHandler(caplog.handler)
+    assert "missing keys" not in caplog.text
+    assert resumed.manifest["model_sha256"] == whole.manifest["model_sha256"]
+    assert resumed.manifest["result"]["resumed_from"] == "checkpoint-2"
 
 
 def test_no_step_that_changes_a_weight_is_an_error(sft_args: list[str], capsys: pytest.CaptureFixture[str]):

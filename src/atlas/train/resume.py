@@ -176,6 +176,12 @@ class Resumable(Halving):
                 keep = {folder, Path(self.state.best_model_checkpoint or folder)}
                 checkpoints.remove_oldest(self._folder, self.keep_checkpoints, keep, self.identity.start)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A head that is tied to the embeddings is in no file of weights, and not missing."""
+        own = {name for name, _ in self.model.named_parameters()}  # tied ones under one name
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name in own]
+        super()._issue_warnings_after_load(load_result)
+
     def _progress(self) -> dict[str, Any]:
         """What transformers and TRL do not save."""
         due = self.evaluation_due or self._epoch_is_not_evaluated()
