@@ -14,13 +14,18 @@ from safetensors.torch import load_file
 from atlas.config import load_config
 from atlas.device import Machine, choose_device
 from atlas.errors import UserError
+from atlas.models.weights import weight_files
 from atlas.train.checkpoints import checkpoints, damage
 from atlas.train.strategy import choose
 from rows import ROOT
 from runs import broken_off, environment, run_arguments, train
 
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
-NF4 = {"float32": "quantization.load_in_4bit=false", "nf4": "quantization.load_in_4bit=true"}
+METHODS = {
+    "lora": ["quantization.load_in_4bit=false"],
+    "nf4": ["quantization.load_in_4bit=true"],
+    "full": ["quantization.load_in_4bit=false", "lora=null", "train.learning_rate=1e-3"],
+}
 LARGEST = {"zero3": 1e-5}
 """Difference to one process in a number of the adapter."""
 # The weights of a checkpoint of which each process has written a part.
@@ -47,28 +52,30 @@ def losses(folder: Path) -> list[float]:
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    first, second = (load_file(weight_files(folder)[0]) for folder in (one, other))
     assert first.keys() == second.keys() and all(first[name].dtype == second[name].dtype for name in first)
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
-@pytest.fixture(scope="module", params=NF4)
-def alone(request: pytest.FixtureRequest, base_folder: Path, rows_file: Path, tmp_path_factory) -> tuple[str, Path]:
-    """Weights in 4 bits or not, and the run of one process."""
-    folder = tmp_path_factory.mktemp(request.param)
-    more = [NF4[request.param], "train.gradient_accumulation_steps=2"]
-    return NF4[request.param], train(asked(base_folder, rows_file, folder, *more)).folder
+@pytest.fixture(scope="module", params=METHODS)
+def alone(
+    request: pytest.FixtureRequest, base_folder: Path, rows_file: Path, tmp_path_factory
+) -> tuple[list[str], Path]:
+    """What is trained, and the run of one process."""
+    method = METHODS[request.param]
+    more = [*method, "train.gradient_accumulation_steps=2"]
+    return method, train(asked(base_folder, rows_file, tmp_path_factory.mktemp(request.param), *more)).folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_strategy_trains_as_one_process_does(
-    strategy: str, alone: tuple[str, Path], base_folder: Path, rows_file: Path, tmp_path: Path
+    strategy: str, alone: tuple[list[str], Path], base_folder: Path, rows_file: Path, tmp_path: Path
 ):
     if strategy.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed (the extra `deepspeed`)")
-    bits, one = alone
-    more = [bits, f"train.strategy={strategy}", "train.gradient_accumulation_steps=1"]
+    method, one = alone
+    more = [*method, f"train.strategy={strategy}", "train.gradient_accumulation_steps=1"]
     arguments = asked(base_folder, rows_file, tmp_path, *more)
     done = launched(arguments)
     assert done.returncode == 0 and "Params4bit" not in done.stderr, done.stderr  # accelerate: they stay whole
@@ -77,9 +84,9 @@ def test_a_strategy_trains_as_one_process_does(
     assert largest_difference(out, one) < LARGEST.get(strategy, 1e-6)
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["strategy"], manifest["processes"]) == (strategy, 2)
-    assert manifest["result"]["lora_b_norm"] == pytest.approx(
-        json.loads((one / "manifest.json").read_text())["result"]["lora_b_norm"], rel=1e-4
-    )
+    change = "weights_change" if "lora=null" in method else "lora_b_norm"
+    expected = json.loads((one / "manifest.json").read_text())["result"][change]
+    assert manifest["result"][change] == pytest.approx(expected, rel=1e-4)
     names = [{path.name for path in folder.iterdir()} for folder in (out, one)]
     assert names[0] == names[1]
     for folder in checkpoints(out):

@@ -10,7 +10,7 @@ import torch
 
 def whole(parameter: Any) -> torch.Tensor:
     """All of a parameter, detached, in float32 where DeepSpeed keeps that beside what it computes with."""
-    if parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):
+    if parameter.requires_grad and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")):
         from deepspeed.utils import safe_get_full_fp32_param
 
         if (found := safe_get_full_fp32_param(parameter)) is not None:
