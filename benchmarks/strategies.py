@@ -22,6 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from measured import MEASURED, record_benchmark, this_command
 
 ROOT = Path(__file__).parent.parent
@@ -118,10 +120,11 @@ def run(folder: Path, strategy: str, given: list[str], kill_after: int | None = 
     paths = [str(ROOT / "tests" / "fsdp_on_cpu"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cpu"}
     with (folder / "out.txt").open("w") as out, (folder / "error.txt").open("w") as error:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=error, start_new_session=True)
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=error)
         while kill_after and process.poll() is None:
             if damage(folder / "out" / f"checkpoint-{kill_after}") is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    one.kill()  # the launcher's processes are not of its group
                 break
             time.sleep(0.05)
         status = process.wait()
