@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from contender import CONTENDERS
 from measured import record_benchmark, this_command
 from prepare import conversations, pocket_tokenizer
 
@@ -83,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--once", action="store_true", help="no second start")
     arguments = parser.parse_args(argv)
+    for name in ("steps", "rounds", "batch", "accumulation"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if unknown := [name for name in arguments.contenders or () if name.split("+")[0] not in CONTENDERS]:
+        parser.error(f"--contenders: {', '.join(unknown)} is none of {', '.join(CONTENDERS)}")
     names = arguments.contenders or DEFAULT + (WITH_FACTORY if FACTORY.exists() else [])
     job, source = make_job(arguments, steps=arguments.steps, batch=arguments.batch, accumulation=arguments.accumulation)
     found: dict[str, list[dict[str, Any]]] = {}

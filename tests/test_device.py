@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from atlas.config import Config, load_config
-from atlas.device import Gpu, Machine, choose_device
+from atlas.device import Gpu, Machine, choose_device, free_memory
 from atlas.errors import UserError
 from atlas.train import sft
 from rows import ROOT
@@ -131,3 +131,24 @@ def test_gpu_that_torch_cannot_use_is_seen(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert Machine.from_torch().unusable_gpus == (Gpu("Tesla T4", (7, 5), 15.0),)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_has_what_its_limit_leaves(version: int, tmp_path: Path):
+    """The limit may stand above the process' own group; what the system only keeps in memory for later is free."""
+    if version == 1:
+        root, own, names = tmp_path / "memory", "4:memory:/job/step", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    else:
+        root, own, names = tmp_path, "0::/job/step", ("memory.max", "memory.current")
+    groups = {"job/step": ("max" if version == 2 else str(2**63 - 4096), "50"), "job": ("1000", "700")}
+    for name, values in groups.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for file, value in zip(names, values, strict=True):
+            (root / name / file).write_text(value + "\n")
+        (root / name / "memory.stat").write_text("anon 500\ninactive_file 200\ntotal_inactive_file 200\n")
+    (tmp_path / "own").write_text(f"3:cpuset:/\n{own}\n")
+    assert free_memory(tmp_path, tmp_path / "own") == 1000 - 700 + 200
+    (root / "job" / names[1]).write_text("5000")
+    assert free_memory(tmp_path, tmp_path / "own") == 0
+    assert free_memory(tmp_path / "none", tmp_path / "own") > 2**20  # no limit: the machine's
+    assert free_memory(own=tmp_path / "no Linux") > 2**20

@@ -7,6 +7,7 @@ does not protect from somebody who may write to the cache, and who could write a
 """
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -150,7 +151,7 @@ def limit() -> float:
         given = float(text) if text else DEFAULT_GIB
     except ValueError:
         given = -1.0
-    if not given >= 0:
+    if not 0 <= given < math.inf:
         raise UserError(f"{LIMIT}={text}: it must be a number of GiB, or 0 to keep no quantised base model")
     return given * GIB
 

@@ -141,6 +141,11 @@ class DevicePlan:
         """The plan with one more value that was decided for the user."""
         return replace(self, decided={**self.decided, key: (value, reason)})
 
+    def with_attention(self, name: str, reason: str) -> "DevicePlan":
+        """The plan with this attention in it."""
+        shown = {**self.decided, "model.attn_implementation": (name, reason)}
+        return replace(self, attn_implementation=name, decided=shown)
+
     def table(self) -> str:
         words = {True: "on", False: "off"}
         rows = [(key.split(".")[-1], words.get(value, value), reason) for key, (value, reason) in self.decided.items()]
@@ -304,6 +309,30 @@ def _liger(config: Config, machine: Machine, gpu: Gpu | None) -> tuple[bool, str
     if not machine.has_liger:
         return False, "liger-kernel is not installed"
     return True, "for norm, rotary embedding and MLP; the loss keeps its own head"
+
+
+def free_memory(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that the processes here can still have: of the machine, or of the container, whose limit (Docker, Kubernetes, Slurm)
+    stands in Linux's cgroups, of version 2 or 1. Files that the system only keeps in memory for later count as free."""
+    import psutil
+
+    found: list[int] = [psutil.virtual_memory().available]
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, names = cgroups, ("memory.max", "memory.current", "inactive_file")
+        if controllers:
+            root, names = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):  # a container may see no more than its own group, as the root
+            if not folder.is_relative_to(root) or not (folder / names[0]).is_file():
+                continue
+            limit, used, stat = ((folder / name).read_text() for name in (*names[:2], "memory.stat"))
+            files = re.search(rf"^{names[2]} (\d+)$", stat, re.MULTILINE)
+            if limit.strip() != "max":
+                found.append(int(limit) - int(used) + int(files[1] if files else 0))
+    return max(min(found), 0)
 
 
 def return_memory() -> None:

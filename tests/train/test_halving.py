@@ -13,7 +13,7 @@ from atlas.models.adapters import base_of
 from atlas.train.halving import halves
 from atlas.train.run import FinishedRun, open_run
 from atlas.train.sft import SFT
-from runs import FULL, loaded
+from runs import FULL, broken_off, loaded, trace, train
 
 LINE = ("loss", "grad_norm", "supervised_tokens", "num_tokens", "epoch")
 
@@ -67,6 +67,16 @@ def test_halves_give_the_loss_and_gradient_of_the_whole(
     assert split.manifest["result"]["supervised_tokens"] == whole.manifest["result"]["supervised_tokens"]
 
 
+def test_a_resumed_run_goes_on_with_halves(sft_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = [*sft_args, *PADDED, "train.per_device_train_batch_size=4", "train.max_steps=4", "train.save_steps=1"]
+    arguments += ["train.save_strategy=steps", "train.save_total_limit=null", "lora.lora_dropout=0.1"]
+    unbroken = run_with_little_memory(arguments, room=300)
+    folder = broken_off(unbroken.folder, tmp_path / "broken", 3)
+    resumed = train([*arguments, f"output.dir={folder}"])
+    assert "in two halves, as since step 2" in capsys.readouterr().out
+    assert resumed.manifest["result"]["halved_from_step"] == 2 and trace(resumed) == trace(unbroken)
+
+
 @pytest.mark.parametrize(
     ("room", "more", "said", "remedy"),
     [
@@ -85,7 +95,7 @@ def test_a_run_that_cannot_be_split_ends_with_one_error(
     text = str(raised.value)
     assert text.startswith("out of memory in step 2: " + said)
     assert "checkpoint-1 is whole" in text and remedy in text
-    assert "train.gradient_checkpointing=true" in text
+    assert "train.gradient_checkpointing=true, with which this run resumes, or begin anew in another output.dir" in text
 
 
 LIMITED = """

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from atlas.config import load_config
 from atlas.data import commands
+from atlas.errors import UserError
 from atlas.train import preflight, sft
 from atlas.train.preflight.estimate import static_bytes
 from hub_commands import WANDB, WRITE, atlas
@@ -491,3 +492,41 @@ def test_activations_are_recomputed_only_where_they_do_not_fit(
     assert not on and re.search(r"with all activations of \d x \d+ tokens", reason)
     on, reason = trained(8 * 2**20)
     assert on and reason.endswith("MiB with it")
+
+
+OTHERS = {"vocab_size": 2000, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 16}
+OTHERS |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "more", "attention"),
+    [
+        ("gemma2", OTHERS, [], ("eager", "transformers has no sdpa for gemma2")),
+        (
+            "gpt2",  # its linear layers are none of torch's
+            {"vocab_size": 2000, "n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 512},
+            ["lora.target_modules=[c_attn,c_fc]", "quantization.load_in_4bit=false"],
+            ("sdpa", "in torch, needs no extra package"),
+        ),
+    ],
+)
+def test_other_architectures_train(
+    name: str,
+    sizes: dict,
+    more: list[str],
+    attention: tuple[str, str],
+    sft_args: list[str],
+    base_folder: Path,
+    tmp_path,
+):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shutil.copytree(base_folder, tmp_path / name)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).save_pretrained(tmp_path / name)
+    arguments = [*sft_args, f"model.name={tmp_path / name}", *more]
+    run = sft.train(load_config(arguments[1], [*arguments[2:], "train.max_steps=2"]))
+    assert run.trainer is not None and run.manifest["result"]["lora_b_norm"] > 0
+    assert run.manifest["device"]["model.attn_implementation"] == attention[0]
+    if attention[0] == "eager":
+        with pytest.raises(UserError, match=attention[1]):
+            sft.train(load_config(arguments[1], [*arguments[2:], "model.attn_implementation=sdpa"]), resume="never")

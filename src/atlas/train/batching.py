@@ -73,6 +73,12 @@ def row_by_row(plan: "DevicePlan", text_config: Any) -> bool:
     return by_atlas or "flash" in plan.attn_implementation
 
 
+def joins(text_config: Any) -> bool:
+    """Does a row's loss stay the same in a larger micro-batch? Some rotary embeddings depend on the longest row beside it."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    return "longrope" not in str(rope) and "dynamic" not in str(rope)
+
+
 def work(ready: "Ready") -> Work:
     """What the model costs on this machine, in units of one token's linear layers.
 
@@ -137,6 +143,7 @@ class Batching:
         orders[GROUP] = lengths[sampler(lengths, arguments).order()]
         # Of a stream only the first rows are known.
         may_join = model.by_row and not arguments.dataloader_drop_last and not config.data.streaming
+        may_join = may_join and joins(ready.empty.config.get_text_config())
         joined = larger(arguments, lengths) if may_join else {}
         of_pack = joined.get("per_device_train_batch_size", rows)
         costs = {way: model.of(way, orders[way], of_pack if way == PACK else rows) for way in ways if way != PACKS}

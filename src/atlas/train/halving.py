@@ -61,7 +61,7 @@ class Halving(Trainer):
             self.halved_from = self.state.global_step + 1
             say(
                 f"out of memory in step {self.halved_from} ({reason}). From here on each micro-batch is trained in two "
-                f"halves; the effective batch, its loss and its gradient stay. For the next run {self._smaller()}; "
+                f"halves; the effective batch, its loss and its gradient stay. For less memory in the next run {self._smaller()}; "
                 "train.halve_on_oom=false stops instead",
                 flush=True,
             )
@@ -98,11 +98,12 @@ class Halving(Trainer):
         last = checkpoints.newest(Path(str(self.args.output_dir)), self.identity.start)
         self._failed = self.halved_from is not None
         half = " half of" if self._failed else ""
+        resumes, anew = (", with which this run resumes", "begin anew in another output.dir and ") if last else ("", "")
         raise RunError(
             f"out of memory in step {self.state.global_step + 1}: there is no room for{half} a micro-batch ({reason}). "
             f"{f'{last} is whole' if last else 'There is no checkpoint'}. For less memory "
-            + ("" if self.args.activation_checkpointing else "set train.gradient_checkpointing=true, or ")
-            + f"{self._smaller()}, or lower train.max_length"
+            + ("" if self.args.activation_checkpointing else f"set train.gradient_checkpointing=true{resumes}, or ")
+            + f"{anew}{self._smaller()}, or lower train.max_length"
         )
 
     def _smaller(self) -> str:

@@ -185,7 +185,7 @@ class Resumable(Halving):
     def _progress(self) -> dict[str, Any]:
         """What transformers and TRL do not save."""
         due = self.evaluation_due or self._epoch_is_not_evaluated()
-        return {**log_sums(self), **self.counts(), "evaluation_due": due}
+        return {**log_sums(self), **self.counts(), "evaluation_due": due, "halved_from": self.halved_from}
 
     def _epoch_is_not_evaluated(self) -> bool:
         """Is this the end of an epoch? Its evaluation comes after the last step's checkpoint."""
@@ -200,6 +200,9 @@ class Resumable(Halving):
         progress = json.loads(file.read_text(encoding="utf-8"))
         restore_log_sums(self, progress)
         self.restore_counts(progress)
+        self.halved_from = progress.get("halved_from")
+        if self.halved_from is not None:
+            print(f"each micro-batch is trained in two halves, as since step {self.halved_from}, when memory ran out")
         best = self._folder / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (problem := checkpoints.damage(best)):
             print(f"the best checkpoint so far cannot be used, so a later one is kept: {best}: {problem}")

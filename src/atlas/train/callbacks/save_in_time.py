@@ -1,5 +1,6 @@
 """Saves by the clock, and when the process is told to stop."""
 
+import os
 import signal
 import threading
 import time
@@ -54,6 +55,10 @@ class SaveInTime(TrainerCallback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        if self.trainer.args.process_index == 0:  # print may be at work just now
+            os.write(
+                1, f"{signal.Signals(number).name}: this step is finished and saved, then the run stops\n".encode()
+            )
         self.__exit__()
 
     def on_train_begin(

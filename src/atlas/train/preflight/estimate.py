@@ -46,6 +46,7 @@ class Shape(NamedTuple):
     @staticmethod
     def of(model: "PeftModel | PreTrainedModel") -> "Shape":
         import torch
+        from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
         from atlas.models.swiglu import gated_layers
 
@@ -53,7 +54,7 @@ class Shape(NamedTuple):
         linear = [
             module
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
+            if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and "lora_" not in name
         ]
         added = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
         sizes = [layer.weight.numel() for layer in linear]

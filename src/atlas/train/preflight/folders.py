@@ -1,9 +1,11 @@
 """Checks of the folders that a run writes to, and of the room in them."""
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 
+from atlas import cache as kept
 from atlas.console import size
 from atlas.data.sources import data_files
 from atlas.errors import UserError
@@ -52,8 +54,10 @@ def cache(ready: Ready) -> Found:
 
     data = ready.loaded.config.data
     models, rows = Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
-    for folder in (models, rows):
-        can_write(folder, "cache", "set HF_HOME to a folder with room")
+    kept.limit()
+    for folder, variable in ((models, "HF_HUB_CACHE"), (rows, "HF_DATASETS_CACHE")):
+        name = variable if variable in os.environ else "HF_HOME"
+        can_write(folder, "cache", f"set {name} to a folder with room")
     download, free = ready.base.download, shutil.disk_usage(existing(models)).free
     if download > free:
         raise UserError(

@@ -5,7 +5,7 @@ import numpy as np
 from atlas.compat import check_libraries
 from atlas.console import size
 from atlas.data.batches import PACK
-from atlas.device import Machine, choose_device
+from atlas.device import Machine, choose_device, free_memory
 from atlas.errors import UserError
 from atlas.launch import processes
 from atlas.train.batching import PACKS, open_ways, row_by_row
@@ -129,7 +129,5 @@ def _free(ready: Ready) -> tuple[int, str]:
         free, total = torch.cuda.mem_get_info()
         taken = f", of which {size(total - free)} are in use (nvidia-smi shows by whom)" if total - free > GIB else ""
         return free, f"the GPU has {size(total)}{taken}"
-    import psutil
-
-    free = psutil.virtual_memory().available // processes()
+    free = free_memory() // processes()
     return free, f"only {size(free)} are free" + (f" for each of {processes()} processes" if processes() > 1 else "")

@@ -1,5 +1,7 @@
 """Checks of tokenizer and base model, without loading weights."""
 
+from typing import TYPE_CHECKING
+
 from atlas.errors import UserError, first_line
 from atlas.models.adapters import lora_config
 from atlas.models.load import check_weights, empty_model
@@ -7,6 +9,9 @@ from atlas.models.tokenizer import load_tokenizer
 from atlas.train.checkpoints import Identity, refuse_other_runs
 from atlas.train.preflight.checklist import Ready
 from atlas.train.preflight.estimate import Shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def tokenizer(ready: Ready) -> str:
@@ -22,6 +27,7 @@ def base(ready: Ready) -> str:
 
     config = ready.loaded.config
     model = empty_model(config, getattr(ready, "tokenizer", None))
+    _choose_attention(ready, model)
     ready.base = check_weights(config)
     if ready.resume != "never" and hasattr(ready, "folder"):
         refuse_other_runs(ready.folder, Identity.of(ready.loaded, None, "", ready.base.content))
@@ -34,3 +40,16 @@ def base(ready: Ready) -> str:
     shape = ready.shape = Shape.of(ready.empty)
     trained = f"{shape.trained / 1e6:,.2f} M in the adapter" if ready.adapter else "all trained (lora: null)"
     return f"{config.model.name}: {(shape.linear + shape.other) / 1e6:,.1f} M parameters, {trained}"
+
+
+def _choose_attention(ready: Ready, model: "PreTrainedModel") -> None:
+    """Not each architecture has sdpa (Gemma 2 has not)."""
+    if not hasattr(ready, "plan") or ready.plan.attn_implementation != "sdpa":
+        return
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:
+        why = f"transformers has no sdpa for {model.config.model_type}"
+        if ready.loaded.config.model.attn_implementation != "auto":
+            raise UserError(f"model.attn_implementation=sdpa: {why}: set eager, or auto") from None
+        ready.plan = ready.plan.with_attention("eager", why)
