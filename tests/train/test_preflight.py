@@ -19,7 +19,7 @@ from atlas.config import load_config
 from atlas.data import commands
 from atlas.errors import UserError
 from atlas.train import preflight, sft
-from atlas.train.preflight.estimate import static_bytes
+from atlas.train.preflight.estimate import per_device_bytes
 from hub_commands import WANDB, WRITE, atlas
 from hub_server import HubServer
 from rows import write_rows
@@ -355,7 +355,7 @@ def test_the_memory_of_a_quantised_model(sft_args: list[str]):
     others = sum(p.nbytes for p in parameters if not isinstance(p, Params4bit) and not p.requires_grad)
     assert ready.shape.linear == 2 * sum(p.nbytes for p in packed) and ready.shape.trained == adapter
     expected = sum(p.nbytes for p in packed) + constants + others + adapter * 16
-    assert static_bytes(loaded.config, ready.plan, ready.shape) == pytest.approx(expected, rel=0.001)
+    assert per_device_bytes(loaded.config, ready.plan, ready.shape).total == pytest.approx(expected, rel=0.001)
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ from atlas.config import Config
 from atlas.data.batches import PACK
 from atlas.device import DevicePlan
 from atlas.train.batching import PACKS, open_ways
-from atlas.train.strategy import DDP, SHARDED, ZERO2, ZERO3
+from atlas.train.strategy import DDP, FSDP2, SHARDED, SINGLE, ZERO2, ZERO3
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-ADAM_BYTES = 4 + 4 + 8  # a trained number in fp32, its gradient, AdamW's two moments
 HEAD_BYTES = 2 * 128 * 2**20  # at most: one chunk's logits and their exponentials (train/head.py)
 LENGTH_IF_OPEN = 1024
+LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance
 
 
 class Shape(NamedTuple):
@@ -80,35 +80,58 @@ class Shape(NamedTuple):
         )
 
 
-def static_bytes(config: Config, plan: DevicePlan, shape: Shape) -> int:
-    """Bytes that weights, the gradient of what is trained and its optimizer take whatever the batch is.
+class PerDevice(NamedTuple):
+    """Bytes on each device, whatever the micro-batch is."""
+
+    frozen: int
+    """Weights that are not trained."""
+    trained: int
+    """Weights that are trained: in float32, and the copy in half precision that DeepSpeed computes with."""
+    gradients: int
+    optimizer: int
+    """AdamW's two moments."""
+    passing: int
+    """What comes and goes: gradients in the buckets that are sent, gathered layers, weights in another precision."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def per_device_bytes(
+    config: Config, plan: DevicePlan, shape: Shape, strategy: str = SINGLE, processes: int = 1
+) -> PerDevice:
+    """What weights, gradients and optimizer take on each of so many processes.
 
     NF4: half a byte per weight and one constant per 64 of them, of 4 bytes, or, quantised again, of 1 byte and 4/256
-    (https://arxiv.org/abs/2305.14314, section 3).
+    (https://arxiv.org/abs/2305.14314, section 3). Parts: the stages of ZeRO (https://arxiv.org/abs/1910.02054, section 5), FSDP
+    shards as stage 3 does. What the libraries add was read in accelerate 1.15, torch 2.13 and DeepSpeed 0.19.
     """
-    if config.lora is None:
-        return shape.trained * ADAM_BYTES
-    width = 4 if plan.dtype == "float32" else 2
+    width, numbers, full = 4 if plan.dtype == "float32" else 2, shape.trained, config.lora is None
     each = 0.5 + (1 + 4 / 256 if config.quantization.bnb_4bit_use_double_quant else 4) / 64
     linear = shape.linear * (each if config.quantization.load_in_4bit else width)
-    return int(linear + shape.other * width + shape.trained * ADAM_BYTES)
+    frozen = 0 if full else linear + shape.other * width
+    parts = processes if strategy in SHARDED else 1
 
-
-def static_parts(config: Config, plan: DevicePlan, shape: Shape, strategy: str, processes: int) -> int:
-    """The same on each of several processes, which may hold parts of it (train/strategy.py). Of a sharded model one layer and the
-    embeddings are whole while they compute."""
-    trained = 4 * shape.trained  # bytes in fp32; so many take its gradients, and twice as many AdamW
-    frozen = static_bytes(config, plan, shape) - 4 * trained
+    kept, gradient, of_optimizer = 4.0 * numbers / parts, 4 * numbers / parts, parts
+    # Autocast's copies of what is trained, which are kept until the forward pass has ended.
+    passing = 0.0 if width == 4 else 2 * (shape.linear if full else numbers)
     if strategy == DDP:
-        return frozen + 5 * trained  # the buckets in which gradients are sent
-    if strategy == ZERO2:
-        return frozen + trained + 4 * trained // processes  # DeepSpeed keeps a copy of what is trained
-    if strategy in SHARDED:
-        width = 4 if plan.dtype == "float32" else 2
-        linear = shape.linear * width if config.lora is None else frozen - shape.other * width
-        copies = 5 if strategy == ZERO3 else 4
-        return (frozen + copies * trained) // processes + linear // shape.layers + shape.other * width
-    return frozen + 4 * trained
+        passing += 4 * numbers  # the buckets
+    elif strategy in (ZERO2, ZERO3):
+        # The float32 numbers lie in parts beside those that it computes with, which have its gradients' precision.
+        kept, of_optimizer = width * numbers / parts + 4 * numbers / processes, processes
+        gradient = width * numbers / processes
+        # Stage 2 fills a bucket. Stage 3 gives back only what is not used again within a billion numbers.
+        whole = min(1, LIVE / (shape.linear + shape.other))
+        bucket = width * min(shape.hidden**2, numbers)
+        passing = bucket + (whole * (linear + shape.other * width) if strategy == ZERO3 else 0)
+    elif strategy == FSDP2:
+        # A layer and the next one, what is outside the layers, and a layer's gradients before and after they are sent.
+        of_a_layer, outside = (shape.linear if full else numbers) / shape.layers, shape.other if full else 0
+        passing = 2 * linear / shape.layers + shape.other * width + (width + 4) * (of_a_layer + outside)
+    found = frozen / parts, kept, gradient, 8 * numbers / of_optimizer, passing
+    return PerDevice(*map(int, found))
 
 
 def largest_batch(
@@ -127,11 +150,11 @@ def largest_batch(
     return (1, int(sum(longest))) if way == PACK else (rows, int(max(longest)))
 
 
-def training_bytes(
+def activation_bytes(
     config: Config, plan: DevicePlan, shape: Shape, checkpointing: bool, batch: tuple[int, int], masked: bool
 ) -> int:
-    """Peak bytes of a training step on a micro-batch, the static ones included. `batch`: its rows and the tokens of one. `masked`:
-    attention looks at all pairs of a pack's positions, under a mask."""
+    """What a training step on a micro-batch takes at its peak beside `per_device_bytes`. `batch`: its rows and the tokens of one.
+    `masked`: attention looks at all pairs of a pack's positions, under a mask."""
     rows, length = batch
     tokens, width = rows * length, 4 if plan.dtype == "float32" else 2
     fp32_cpu = plan.device == "cpu" and width == 4
@@ -155,14 +178,11 @@ def training_bytes(
 
     # On top of what is kept: the head's chunks with the hidden states and their gradient, or a layer's backward pass.
     logits = min(HEAD_BYTES, 2 * tokens * shape.vocabulary * 4)
-    copies = 0
     if config.lora is None:
-        # The gradient of the head's weight, and autocast's copies of all layers, kept until the forward pass has ended.
-        logits += shape.vocabulary * hidden * 4
-        copies = shape.linear * width if width == 2 else 0
+        logits += shape.vocabulary * hidden * 4  # the gradient of the head's weight
     head = logits + 3 * tokens * hidden * width
     # Gradients of gate, its SiLU, up and their product; one weight of a layer, dequantised
     backward = tokens * 4 * mlp * width + (shape.largest * width if config.quantization.load_in_4bit else 0)
     kept = shape.layers * (tokens * hidden * width if checkpointing else layer)
     peak = max(head, backward + (layer if checkpointing else 0))
-    return int(static_bytes(config, plan, shape) + copies + kept + mask + peak)
+    return int(kept + mask + peak)

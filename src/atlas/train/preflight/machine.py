@@ -11,7 +11,7 @@ from atlas.launch import processes
 from atlas.train.batching import PACKS, open_ways, row_by_row
 from atlas.train.checkpoints import Identity, refuse_other_runs
 from atlas.train.preflight.checklist import GIB, Found, Ready
-from atlas.train.preflight.estimate import largest_batch, static_bytes, static_parts, training_bytes
+from atlas.train.preflight.estimate import activation_bytes, largest_batch, per_device_bytes
 from atlas.train.strategy import FSDP2, SHARDED, ZERO3, choose
 
 # The estimate is of what is in use. On a CPU glibc 2.36 held up to 1.7 times that (`benchmarks/memory.py --heap`, 1 M and 60 M
@@ -56,7 +56,7 @@ def memory(ready: Ready) -> Found:
     estimate, with a margin for its error, does not fit."""
     config, plan = ready.loaded.config, ready.plan
     free, there = _free(ready)
-    static = static_parts(config, plan, ready.shape, ready.strategy.name, processes())
+    static = per_device_bytes(config, plan, ready.shape, ready.strategy.name, processes()).total
     what = f"weights, {'adapter' if config.lora is not None else 'gradients'} and optimizer"
     if static > free:
         remedy = "a smaller base model or a smaller lora.r"
@@ -92,9 +92,8 @@ def estimate(
     config = ready.loaded.config
     packed = (way or open_ways(config)[0][0]) in (PACK, PACKS)
     masked = packed and not row_by_row(ready.plan, ready.empty.config.get_text_config())
-    here = static_parts(config, ready.plan, ready.shape, strategy or ready.strategy.name, processes())
-    alone = static_bytes(config, ready.plan, ready.shape)
-    return training_bytes(config, ready.plan, ready.shape, checkpointing, batch, masked) - alone + here
+    static = per_device_bytes(config, ready.plan, ready.shape, strategy or ready.strategy.name, processes())
+    return static.total + activation_bytes(config, ready.plan, ready.shape, checkpointing, batch, masked)
 
 
 def choose_checkpointing(ready: Ready, way: str | None = None, lengths: np.ndarray | None = None) -> None:
