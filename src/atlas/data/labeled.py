@@ -16,6 +16,7 @@ from atlas.data.formats import renamed
 from atlas.data.ledger import EXAMPLES, HeldOut, SourceLedger, counted
 from atlas.data.mixture import first_occurrences
 from atlas.data.tokenize import NUMBERS, Labeler
+from atlas.launch import processes
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -90,10 +91,16 @@ class Labeled:
     """Of a stream's last rows: the number of the source, and what the row has added to its ledger."""
 
     def took(self, rows: int) -> None:
-        """The run has trained on so many rows: what a stream has fetched beyond them is not counted as used."""
+        """This process has trained on so many rows: what a stream has fetched beyond them is not counted as used. Then the ledgers
+        are those of all processes, which have to call this together."""
         while self.fetched and sum(ledger.used for ledger in self.ledgers) > rows:
             source, numbers = self.fetched.pop()
             self.ledgers[source].add(numbers, -1)
+        if self.previews and processes() > 1:
+            from accelerate.utils import gather_object
+
+            for ledger, parts in zip(self.ledgers, zip(*gather_object([self.ledgers]), strict=True), strict=True):
+                ledger.sum_up(parts)
 
     @property
     def is_read(self) -> bool:

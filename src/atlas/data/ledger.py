@@ -1,7 +1,8 @@
 """What became of every row: used, cut, dropped by reason, set aside, repeated; per source, for people and for the manifest."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,20 @@ class SourceLedger:
         """Add these numbers of used rows (see `counted`) to the fields of their names; with `times` -1 take them away again."""
         for name, number in numbers.items():
             setattr(self, name, getattr(self, name) + times * int(number))
+
+    def sum_up(self, parts: Sequence["SourceLedger"]) -> None:
+        """Become the sum of the ledgers that several processes have kept of their parts of this source."""
+        for name, value in vars(self).items():
+            found = [getattr(part, name) for part in parts]
+            if isinstance(value, int):
+                setattr(self, name, sum(found))
+        for name in ("dropped", "set_aside", "findings"):
+            setattr(self, name, dict(sum((Counter(getattr(part, name)) for part in parts), Counter())))
+        self.finding_examples = [example for part in parts for example in part.finding_examples]
+        examples: dict[str, list[tuple[str, str]]] = {}
+        for reason, some in [one for part in parts for one in part.examples.items()]:
+            examples.setdefault(reason, []).extend(some)
+        self.examples = {reason: some[:EXAMPLES] for reason, some in examples.items()}
 
     def count_lengths(self, lengths: np.ndarray, supervised: np.ndarray, max_length: int | None) -> None:
         """Percentiles and histograms of the used rows."""

@@ -1,4 +1,8 @@
-"""Rows that are labelled and audited while they are trained on, for data that do not fit on the disk."""
+"""Rows that are labelled and audited while they are trained on, for data that do not fit on the disk.
+
+Of several processes each reads all sources, and takes every N-th row of each, from its own number on: no row is taken twice or by
+none. It labels, audits, counts and shuffles these alone.
+"""
 
 import json
 from collections import deque
@@ -17,12 +21,13 @@ from atlas.data.ledger import SHARED_PROMPT, SourceLedger, counted, percentiles
 from atlas.data.tokenize import NUMBERS, Labeler
 from atlas.errors import UserError
 from atlas.files import digest, sha256
+from atlas.launch import processes, rank
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
 BATCH_ROWS = 1000  # labelled at once
-SHUFFLE_ROWS = 10_000  # rows held in memory, of which the next one is drawn
+SHUFFLE_ROWS = 10_000  # rows held in memory by all processes together, of which the next one is drawn
 
 
 def stream(config: Config, labeler: Labeler, held_out: np.ndarray) -> Labeled:
@@ -83,19 +88,17 @@ def _head(source: Source, labeler: Labeler, config: Config, held_out: np.ndarray
 def _rows(
     number: int, source: Source, ledger: SourceLedger, labeler: Labeler, config: Config, held_out: np.ndarray
 ) -> "IterableDataset":
-    """The labelled rows of one source; its ledger grows while they are read."""
+    """The labelled rows of one source that this process trains on; its ledger grows while they are read."""
     from datasets import IterableDataset
 
     def rows() -> Iterator[dict[str, list[int]]]:
-        given = islice(sources.stream_source(source), source.rows)
+        given = enumerate(islice(sources.stream_source(source), source.rows))
+        own = islice(given, rank(), None, processes())
         again = ledger.rows > 0
         ledger.findings, ledger.finding_examples = {}, []
-        for start in count(step=BATCH_ROWS):
-            batch = list(islice(given, BATCH_ROWS))
-            if not batch:
-                return
-            table = labeler.table(batch, ledger.format, None, source.columns)
-            places = [sources.place(row, source.name, index) for index, row in enumerate(batch, start)]
+        while batch := list(islice(own, BATCH_ROWS)):
+            table = labeler.table([row for _, row in batch], ledger.format, None, source.columns)
+            places = [sources.place(row, source.name, index) for index, row in batch]
             good, _ = ledger.judge(table, places.__getitem__)
             is_held_out = np.isin(table["prompt"].to_numpy()[good], held_out)
             ledger.set_apart(SHARED_PROMPT, int(is_held_out.sum()))
@@ -131,18 +134,19 @@ def _mixed(parts: list["IterableDataset"], config: Config) -> "IterableDataset":
             seed=data.seed,
             stopping_strategy="first_exhausted" if data.train[0].weight else "all_exhausted_without_replacement",
         )
-    return rows.shuffle(seed=data.seed, buffer_size=SHUFFLE_ROWS)
+    return rows.shuffle(seed=data.seed, buffer_size=max(SHUFFLE_ROWS // processes(), 1))
 
 
 def endless(rows: "IterableDataset") -> "IterableDataset":
     """The same rows again and again, each pass in another order, as one stream.
 
     So the trainer counts its batches from the start of the run, and a resumed run skips as many. The length of a pass is not known
-    beforehand; without its end in the stream, no batch is shorter than the others.
+    beforehand; without its end in the stream, no batch is shorter than the others. Processes whose parts differ by a row begin
+    their next pass at different steps.
     """
     from datasets import IterableDataset
 
-    def passes() -> Iterator[Any]:
+    def passes(shards: list[int]) -> Iterator[Any]:
         for number in count():
             rows.set_epoch(number)
             found = False
@@ -150,9 +154,12 @@ def endless(rows: "IterableDataset") -> "IterableDataset":
                 found = True
                 yield row
             if not found:
-                raise UserError("data.train: nothing is left of the stream to train on")
+                of = f" for process {rank()} of {processes()}" if processes() > 1 else ""
+                raise UserError(f"data.train: nothing is left of the stream to train on{of}")
 
-    return IterableDataset.from_generator(passes, features=rows.features)
+    # `rows` are those of this process already. accelerate divides a stream by its shards if it has one for each process, otherwise
+    # once more by rows.
+    return IterableDataset.from_generator(passes, rows.features, {"shards": [*range(processes())]})
 
 
 def _identity(source: Source) -> str:

@@ -31,7 +31,7 @@ class Rows(Protocol):
         """Told when training begins: the trainer's constructor has looked at the first rows of a stream, which does not count."""
 
     def took(self, rows: int) -> None:
-        """Told at the end how many rows the trainer used: a stream has read more of them."""
+        """Told at the end, on every process, how many rows its trainer used: a stream has read more of them."""
 
     def manifest(self) -> dict[str, Any]:
         """Its part of manifest.json; plain JSON types, with a `fingerprint` and a list of `sources` under `data`."""

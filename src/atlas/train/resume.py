@@ -3,6 +3,8 @@
 import json
 import math
 import random
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +20,7 @@ from atlas.files import write_json
 from atlas.models.shards import gathered, own_part
 from atlas.train import checkpoints
 from atlas.train.halving import Halving
+from atlas.train.together import all_or_none
 
 
 class EvaluationCutError(Exception):
@@ -73,6 +76,14 @@ class Resumable(Halving):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return super()._get_train_sampler(*args, **kwargs) if self._sampler is None else self._sampler
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Each process reads its own part of a stream, and may be the only one that finds a row that must not be trained on."""
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            with all_or_none():
+                batches = [*islice(epoch_iterator, num_batches)]
+            epoch_iterator = iter(batches)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._set_epoch(kwargs["train_dataloader"], kwargs["epoch"])

@@ -39,6 +39,7 @@ from atlas.train.preflight import preflight
 from atlas.train.preflight.machine import choose_checkpointing
 from atlas.train.strategy import DDP, DEEPSPEED, SINGLE, begin_deepspeed, refuse_another, set_precision
 from atlas.train.timing import Parts
+from atlas.train.together import all_or_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,10 +164,9 @@ class Run:
     def prepare(self) -> None:
         """Make the rows, and find the checkpoint from which to resume. Raises `UserError` for rows that must not be trained on, and
         where the folder holds another run."""
-        from accelerate import PartialState
-
         config, arguments = self.loaded.config, self.ready.arguments
-        with PartialState().local_main_process_first():  # one process prepares, the others read its cache
+        # The lock of the cache lets one process for each cache prepare. The others wait there, however long it takes, and read.
+        with all_or_none():
             self.rows = self.phase.rows(config, self.ready.tokenizer)
             if not isinstance(self.rows.fingerprint, str):
                 raise TypeError(f"phase {self.phase.name}: the fingerprint of its rows is not a text")
@@ -184,7 +184,7 @@ class Run:
         self.batching = Batching.of(self.ready, lengths, identity.batching)
         self.identity = replace(identity, batching=self.batching.way)
         self.batching.apply(arguments)
-        with PartialState().local_main_process_first():
+        with all_or_none():
             self.train_dataset = self.phase.arrange(self.rows.dataset, arguments)
         if lengths is not None:
             print(self.batching.line(arguments, lengths, len(lengths if config.data.streaming else self.train_dataset)))
@@ -224,16 +224,17 @@ class Run:
         set_seed(
             self.ready.arguments.seed
         )  # the adapter is initialised in the constructor, before Trainer seeds anything
-        trainer: Resumable = self.phase.trainer()(
-            model=model,
-            args=self.ready.arguments,
-            train_dataset=self.train_dataset,
-            eval_dataset=self.rows.eval_dataset,
-            processing_class=self.tokenizer,
-            peft_config=self.ready.adapter,
-            identity=self.identity,
-            sampler=self.batching.sampler(self.ready.arguments, self.rows.lengths),
-        )
+        with all_or_none():  # TRL looks at the first rows
+            trainer: Resumable = self.phase.trainer()(
+                model=model,
+                args=self.ready.arguments,
+                train_dataset=self.train_dataset,
+                eval_dataset=self.rows.eval_dataset,
+                processing_class=self.tokenizer,
+                peft_config=self.ready.adapter,
+                identity=self.identity,
+                sampler=self.batching.sampler(self.ready.arguments, self.rows.lengths),
+            )
         self.rows.begin()
         value = self.loaded.config.train_value
         trainer.halve_on_oom = value("halve_on_oom")
@@ -292,7 +293,7 @@ class Run:
             )
         trainer.refuse_divergence()
         arguments = self.ready.arguments
-        rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         self.rows.took(trainer.state.global_step * rows)
 
     def _again(self, checkpoint: Path) -> str:
