@@ -12,7 +12,7 @@ class WithConfigs(build_py):
         if not self.editable_mode:  # an editable install reads them from the checkout
             folder = Path(self.build_lib) / "atlas" / "configs"
             folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(Path("configs").rglob("*.yaml")):
+            for path in sorted(path for path in Path("configs").rglob("*") if path.suffix in (".yaml", ".sbatch")):
                 target = folder / path.relative_to("configs")
                 target.parent.mkdir(exist_ok=True)
                 self.copy_file(str(path), str(target))

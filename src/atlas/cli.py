@@ -95,7 +95,7 @@ def _training(parser: ArgumentParser) -> None:
 
 def _init(parser: ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="DIR", help="default: this folder")
-    about = "a config that atlas brings along, e.g. sft_qwen05b.yaml (default: own_data.yaml, as sft.yaml)"
+    about = "what atlas brings along: sft_qwen05b.yaml, slurm.sbatch, ... (default: own_data.yaml, as sft.yaml)"
     parser.add_argument("--like", default="own_data.yaml", metavar="NAME", help=about)
 
 
@@ -163,6 +163,18 @@ def _cache(parser: ArgumentParser) -> None:
     parser.add_argument("--clear", action="store_true", help="remove all of it that no other process uses")
 
 
+def _plan(parser: ArgumentParser) -> None:
+    default = "configs/sft_qwen05b.yaml"
+    parser.add_argument("--config", default=default, help="its model, adapter and batch (default: %(default)s)")
+    sizes = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
+    shape = "instead of model.name: a public shape, which needs no download: Qwen2.5-0.5B ... Qwen2.5-72B"
+    parser.add_argument("--shape", choices=[f"Qwen2.5-{size}" for size in sizes], metavar="NAME", help=shape)
+    about = "instead of this machine's (default: that, else 24GB): T4, 24GB or 80GB"
+    parser.add_argument("--gpu", choices=("T4", "24GB", "80GB"), metavar="NAME", help=about)
+    parser.add_argument("--nproc", type=_number_from_1, default=8, metavar="N", help="processes in all (default: 8)")
+    _overrides(parser)
+
+
 def _pocket(parser: ArgumentParser) -> None:
     parser.add_argument("--config", default="configs/sft_pocket.yaml", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of world, base model, SFT and prompts (default: 0)")
@@ -174,6 +186,7 @@ COMMANDS = {
     "init": Command("atlas.init", "a commented config for your own data", _init),
     "sft": Command("atlas.train.sft", "supervised fine-tuning: one config -> an adapter with proven labels", _training),
     "preflight": Command("atlas.train.preflight", "finds in seconds what would make a run fail later", _run),
+    "plan": Command("atlas.train.plan", "memory and traffic of each device under each strategy", _plan),
     "data": Command(
         "atlas.data.commands:data", "what a config trains on: rows used, cut, dropped, held out; lengths", _config
     ),

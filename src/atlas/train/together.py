@@ -27,7 +27,7 @@ def all_or_none() -> Iterator[None]:
     from accelerate.state import PartialState
     from accelerate.utils import gather_object, reduce
 
-    failed = reduce(torch.tensor(int(error is not None), device=PartialState().device))
+    failed = reduce(torch.tensor(int(error is not None), device=PartialState().device), reduction="sum")
     if not failed:
         return
     ours = isinstance(error, UserError | RunError)

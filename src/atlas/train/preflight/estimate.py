@@ -134,6 +134,22 @@ def per_device_bytes(
     return PerDevice(*map(int, found))
 
 
+def sent_bytes(config: Config, plan: DevicePlan, shape: Shape, strategy: str, processes: int) -> int:
+    """What each process sends to others in an optimizer step: (N - 1) / N of what is gathered or scattered, as in a ring. DDP sends
+    gradients twice round once a step, the others in each micro-batch (https://arxiv.org/abs/1910.02054, section 7)."""
+    width, numbers = 4 if plan.dtype == "float32" else 2, shape.adapter or shape.linear + shape.other
+    whole = per_device_bytes(config, plan, shape).frozen + width * numbers  # as it computes
+    batches = config.train_value("gradient_accumulation_steps")
+    passed = {
+        DDP: 2 * 4 * numbers,
+        ZERO2: batches * width * numbers
+        + width * numbers,  # gradients to their owner; at the end what is trained from there
+        ZERO3: batches * (2 * whole + width * numbers),  # layers in the forward and the backward pass; gradients
+        FSDP2: batches * (2 * whole + 4 * numbers),
+    }
+    return int(passed.get(strategy, 0) * (processes - 1) / processes)
+
+
 def largest_batch(
     config: Config, way: str | None = None, lengths: np.ndarray | None = None, rows: int | None = None
 ) -> tuple[int, int]:

@@ -1,0 +1,154 @@
+"""`atlas plan`: memory and traffic of each device under each strategy, and which one `train.strategy: auto` takes, without a GPU.
+
+    atlas plan --config configs/sft_qwen05b.yaml --shape Qwen2.5-7B --gpu 24GB --nproc 8 quantization.load_in_4bit=false
+
+The estimate is that of preflight (train/preflight/estimate.py), with its margin.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from atlas.cli import command
+from atlas.config import Config, load_config
+from atlas.console import quiet_libraries, size
+from atlas.device import DevicePlan, Gpu, Machine, choose_device
+from atlas.errors import DONE
+from atlas.train.preflight.estimate import (
+    PerDevice,
+    Shape,
+    activation_bytes,
+    largest_batch,
+    per_device_bytes,
+    sent_bytes,
+)
+from atlas.train.preflight.machine import MARGIN
+from atlas.train.strategy import DDP, FSDP2, SINGLE, ZERO2, ZERO3, choose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GPUS = {  # the memory that a name promises is 10^9 bytes for each GB; a driver shows some more
+    "T4": Gpu("T4", (7, 5), 16e9 / 2**30),
+    "24GB": Gpu("24 GB (L4, A10, RTX 4090)", (8, 6), 24e9 / 2**30),
+    "80GB": Gpu("80 GB (A100, H100)", (8, 0), 80e9 / 2**30),
+}
+_NAMES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+_TIED, _APART = 151936, 152064  # vocabulary; the smaller models use the embeddings as head
+SHAPES: dict[str, dict[str, Any]] = {  # config.json of https://huggingface.co/Qwen/Qwen2.5-0.5B and its sisters
+    f"Qwen2.5-{name}": dict(zip(_NAMES, values, strict=True)) | {"tie_word_embeddings": values[-1] == _TIED}
+    for name, values in {
+        "0.5B": (896, 4864, 24, 14, 2, _TIED),
+        "1.5B": (1536, 8960, 28, 12, 2, _TIED),
+        "3B": (2048, 11008, 36, 16, 2, _TIED),
+        "7B": (3584, 18944, 28, 28, 4, _APART),
+        "14B": (5120, 13824, 48, 40, 8, _APART),
+        "32B": (5120, 27648, 64, 40, 8, _APART),
+        "72B": (8192, 29568, 80, 64, 8, _APART),
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run takes on each device, in bytes."""
+
+    static: PerDevice
+    activations: int
+    recomputed: bool
+    """Activations are recomputed in the backward pass, because they would not fit."""
+    fits: bool
+    """With preflight's margin."""
+    sent: int
+    """In an optimizer step, to other devices."""
+
+    @property
+    def total(self) -> int:
+        return self.static.total + self.activations
+
+
+def shape_of(config: Config, name: str | None = None) -> Shape:
+    """Of the config's base model, or of one of `SHAPES`, with the config's adapter; no weights are read."""
+    import torch
+    from peft import get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from atlas.models.adapters import lora_config
+    from atlas.models.load import empty_model
+
+    with torch.device("meta"):
+        model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**SHAPES[name])) if name else empty_model(config)
+        return Shape.of(get_peft_model(model, lora_config(config.lora)))
+
+
+def need(config: Config, plan: DevicePlan, shape: Shape, strategy: str, processes: int, memory: float) -> Need:
+    """Of a run by `strategy` on so many devices with so many bytes each."""
+    static, batch = per_device_bytes(config, plan, shape, strategy, processes), largest_batch(config)
+    asked = plan.gradient_checkpointing
+    for recomputed in (False, True) if asked is None else (asked,):
+        activations = activation_bytes(config, plan, shape, recomputed, batch, False)
+        fits = (static.total + activations) * MARGIN[plan.device] <= memory
+        if fits:
+            break
+    sent = sent_bytes(config, plan, shape, strategy, processes)
+    return Need(static, activations, recomputed, fits, sent)
+
+
+def recommended(config: Config, plan: DevicePlan, shape: Shape, processes: int, memory: float) -> tuple[str, str, bool]:
+    """What `train.strategy: auto` takes, why, and whether it fits."""
+
+    def fits(name: str) -> tuple[bool, str]:
+        found = need(config, plan, shape, name, processes, memory)
+        return found.fits, f"{size(found.total)} on each"
+
+    auto = config.model_copy(update={"train": {k: v for k, v in config.train.items() if k != "strategy"}})
+    chosen = choose(auto, plan, processes, fits)
+    return chosen.name, chosen.reason, fits(chosen.name)[0]
+
+
+def enough(config: Config, plan: DevicePlan, shape: Shape, memory: float) -> int | None:
+    """The smallest power of two of processes on which `auto` fits; None: not even 1,024 are enough."""
+    return next((count for n in range(11) if recommended(config, plan, shape, count := 2**n, memory)[2]), None)
+
+
+@command("plan")
+def main(arguments: Namespace) -> int:
+    config, count = load_config(arguments.config, arguments.overrides).config, arguments.nproc
+    quiet_libraries()
+    here = Machine.without_torch().gpus
+    gpu = GPUS[arguments.gpu] if arguments.gpu else here[0] if here else GPUS["24GB"]
+    memory = (gpu.memory_gib or 0) * 2**30
+    plan, shape = choose_device(config, Machine(gpus=(gpu,), processes=count)), shape_of(config, arguments.shape)
+    rows, length = largest_batch(config)
+    total, each = shape.linear + shape.other, config.train_value("gradient_accumulation_steps")
+    print(
+        f"{arguments.shape or config.model.name}: {total / 1e6:,.1f} M parameters, {shape.adapter / 1e6:,.1f} M in the adapter, "
+        f"{'4 bits' if config.quantization.load_in_4bit else plan.dtype}; {count} x {gpu.name}, {gpu.memory} each; a step is "
+        f"{each} x {rows} rows of {length:,} tokens on each"
+    )
+    table = [["", "weights", "gradients", "optimizer", "passing", "activations", "in all", "fits", "sent in a step"]]
+    for name in [SINGLE] if count == 1 else [DDP, ZERO2, FSDP2, ZERO3]:
+        found = need(config, plan, shape, name, count, memory)
+        frozen, trained, *others = found.static
+        sizes = [size(value) for value in (frozen + trained, *others, found.activations, found.total)]
+        sizes[-2] += " (recomputed)" if found.recomputed else ""
+        table.append([name, *sizes, "yes" if found.fits else "no", size(found.sent)])
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table))
+    name, reason, fits = recommended(config, plan, shape, count, memory)
+    print(f"train.strategy: auto takes {name}: {reason}")
+    if not fits:
+        wanted = enough(config, plan, shape, memory)
+        fewer = "a smaller train.per_device_train_batch_size or train.max_length, or quantization.load_in_4bit=true"
+        print(
+            f"it does not fit with a margin of {MARGIN[plan.device]}; "
+            + (f"{wanted} processes do" if wanted else fewer)
+        )
+    return DONE
