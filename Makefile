@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons test test-slow test-notebook lint sft sft-smoke data audit eval compare config preflight bench speed factory growth generate gpu kill strategies layers matrix figures picture docs clean
+.PHONY: help setup pocket lessons test test-slow test-notebook lint sft sft-smoke data audit eval compare config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -113,6 +113,9 @@ kill: setup             ## kill thirty runs with SIGKILL, resume them, and compa
 
 strategies: setup       ## two processes under each strategy against one: losses, weights, resumed after SIGKILL (about 15 minutes)
 	$(RUN) benchmarks/strategies.py $(ARGS)
+
+scaling: setup          ## memory and traffic of each device on paper, and what two processes hold (needs `make pocket`)
+	$(RUN) benchmarks/scaling.py $(ARGS)
 
 layers: setup           ## for maintainers: the matrix of imports in docs/architecture.md
 	$(RUN) benchmarks/layers.py

@@ -360,6 +360,55 @@ def strategies(figures: Path) -> str:
     return _captioned(table, entry)
 
 
+def scaling_memory(figures: Path) -> str:
+    """Memory and traffic of each device, on paper."""
+    entry = _read(figures / "benchmarks.json").get("scaling")
+    if entry is None:
+        return NOT_YET.format("scaling")
+    names = list(entry["memory"][0]["of"])
+    table = [["model", "method", *(f"`{name}`" for name in names), *(f"`{name}` sends" for name in names[1:])]]
+    for row in entry["memory"]:
+        sizes = [row["of"][name]["all"] for name in names] + [row["of"][name]["sent"] for name in names[1:]]
+        table.append([row["shape"], row["method"], *(f"{value / 2**30:,.1f}" for value in sizes)])
+    return _captioned(table, {**entry, "what": f"GiB on each device, and GiB that it sends in a step: {entry['what']}"})
+
+
+def scaling_takes(figures: Path) -> str:
+    """Which strategy from which size on."""
+    entry = _read(figures / "benchmarks.json").get("scaling")
+    if entry is None:
+        return NOT_YET.format("scaling")
+    gpus = list(entry["takes"][0]["on"])
+    table = [["model", "method", *(f"{count} x {gpu}" for gpu in gpus for count in ("1", "8"))]]
+    for row in entry["takes"]:
+        cells = []
+        for gpu in gpus:
+            on = row["on"][gpu]
+            needs = f"from {on['from']} on" if on["from"] else "no"
+            cells += [f"`{on['1']}`" if on["1"] else "no", f"`{on['8']}`" if on["8"] else needs]
+        table.append([row["shape"], row["method"], *cells])
+    what = f"what `train.strategy: auto` takes where preflight's estimate fits with its margin; {entry['what']}"
+    return _captioned(table, {**entry, "what": what})
+
+
+def scaling_measured(figures: Path) -> str:
+    """The formulas against what two processes hold."""
+    entry = _read(figures / "benchmarks.json").get("scaling")
+    if entry is None:
+        return NOT_YET.format("scaling")
+    names = ("weights", "gradients", "optimizer")
+    table = [["method", "strategy", *(f"{name}, held / formula" for name in names)]]
+    for case in entry["measured"]:
+        if "error" in case:
+            table.append([case["method"], case["strategy"], markdown_cell(case["error"]), "", ""])
+            continue
+        cells = [f"{case['held'][name]:,} / {case['formula'][name]:,}" for name in names]
+        table.append([case["method"], case["strategy"], *cells])
+    return _captioned(
+        table, {**entry, "what": "bytes on the first of two processes, a model of 1 M parameters in float32"}
+    )
+
+
 def template_matrix(figures: Path) -> str:
     """The audit's verdict on each of TRL's templates."""
     report = _read(figures / "template_matrix.json")
@@ -413,6 +462,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu": gpu,
     "memory": memory,
     "strategies": strategies,
+    "scaling-memory": scaling_memory,
+    "scaling-takes": scaling_takes,
+    "scaling-measured": scaling_measured,
     "template-matrix": template_matrix,
     "install": install,
 }

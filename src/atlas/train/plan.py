@@ -85,20 +85,18 @@ def shape_of(config: Config, name: str | None = None) -> Shape:
 
     with torch.device("meta"):
         model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**SHAPES[name])) if name else empty_model(config)
-        return Shape.of(get_peft_model(model, lora_config(config.lora)))
+        return Shape.of(model if config.lora is None else get_peft_model(model, lora_config(config.lora)))
 
 
 def need(config: Config, plan: DevicePlan, shape: Shape, strategy: str, processes: int, memory: float) -> Need:
     """Of a run by `strategy` on so many devices with so many bytes each."""
     static, batch = per_device_bytes(config, plan, shape, strategy, processes), largest_batch(config)
     asked = plan.gradient_checkpointing
-    for recomputed in (False, True) if asked is None else (asked,):
-        activations = activation_bytes(config, plan, shape, recomputed, batch, False)
-        fits = (static.total + activations) * MARGIN[plan.device] <= memory
-        if fits:
-            break
-    sent = sent_bytes(config, plan, shape, strategy, processes)
-    return Need(static, activations, recomputed, fits, sent)
+    tried = (False, True) if asked is None else (asked,)
+    taken = {on: activation_bytes(config, plan, shape, on, batch, False) for on in tried}
+    fit = [on for on in tried if (static.total + taken[on]) * MARGIN[plan.device] <= memory]
+    on = (fit or tried[-1:])[0]
+    return Need(static, taken[on], on, bool(fit), sent_bytes(config, plan, shape, strategy, processes))
 
 
 def recommended(config: Config, plan: DevicePlan, shape: Shape, processes: int, memory: float) -> tuple[str, str, bool]:
@@ -115,7 +113,8 @@ def recommended(config: Config, plan: DevicePlan, shape: Shape, processes: int, 
 
 def enough(config: Config, plan: DevicePlan, shape: Shape, memory: float) -> int | None:
     """The smallest power of two of processes on which `auto` fits; None: not even 1,024 are enough."""
-    return next((count for n in range(11) if recommended(config, plan, shape, count := 2**n, memory)[2]), None)
+    counts = (2**n for n in range(11))
+    return next((count for count in counts if recommended(config, plan, shape, count, memory)[2]), None)
 
 
 @command("plan")
@@ -129,7 +128,7 @@ def main(arguments: Namespace) -> int:
     rows, length = largest_batch(config)
     total, each = shape.linear + shape.other, config.train_value("gradient_accumulation_steps")
     print(
-        f"{arguments.shape or config.model.name}: {total / 1e6:,.1f} M parameters, {shape.adapter / 1e6:,.1f} M in the adapter, "
+        f"{arguments.shape or config.model.name}: {total / 1e6:,.1f} M parameters, {shape.trained / 1e6:,.1f} M trained, "
         f"{'4 bits' if config.quantization.load_in_4bit else plan.dtype}; {count} x {gpu.name}, {gpu.memory} each; a step is "
         f"{each} x {rows} rows of {length:,} tokens on each"
     )

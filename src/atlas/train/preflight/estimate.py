@@ -137,7 +137,7 @@ def per_device_bytes(
 def sent_bytes(config: Config, plan: DevicePlan, shape: Shape, strategy: str, processes: int) -> int:
     """What each process sends to others in an optimizer step: (N - 1) / N of what is gathered or scattered, as in a ring. DDP sends
     gradients twice round once a step, the others in each micro-batch (https://arxiv.org/abs/1910.02054, section 7)."""
-    width, numbers = 4 if plan.dtype == "float32" else 2, shape.adapter or shape.linear + shape.other
+    width, numbers = 4 if plan.dtype == "float32" else 2, shape.trained
     whole = per_device_bytes(config, plan, shape).frozen + width * numbers  # as it computes
     batches = config.train_value("gradient_accumulation_steps")
     passed = {
