@@ -15,7 +15,6 @@ _RESULT = {  # files of a result whose names other tools use too
     "adapter_config.json",
     "adapter_model.safetensors",
     "chat_template.jinja",
-    "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,8 +35,9 @@ def own(output_dir: Path, staged: Path) -> list[Path]:
     return [output_dir / name for name, digests in older.items() if sha256(output_dir / name) in digests]
 
 
-def refuse_foreign(output_dir: Path, resume: str) -> None:
-    """Raises `UserError` where a run in `output_dir` would write over, or remove, what atlas has not written."""
+def refuse_foreign(output_dir: Path, resume: str, whole: bool) -> None:
+    """Raises `UserError` where a run in `output_dir` would write over, or remove, what atlas has not written. `whole`: it saves a
+    whole model, no adapter."""
     found = [f"{path.name} {why}" for path in checkpoints(output_dir) if (why := foreign(path))]
     manifest = read_object(output_dir / "manifest.json")
     if (output_dir / "manifest.json").exists() and "config_hash" not in manifest:
@@ -45,8 +45,8 @@ def refuse_foreign(output_dir: Path, resume: str) -> None:
     # A finished run is not written over with `auto`: it is this run, or it is refused as another one.
     if resume != "auto" or "config_hash" not in manifest:
         known = read_object(output_dir / OWNED)
-        models = {path.name for path in output_dir.glob("model*") if FILES.fullmatch(path.name) or path.name == INDEX}
-        for name in sorted(_RESULT | models):
+        models = {path.name for path in output_dir.glob("model*.safetensors") if FILES.fullmatch(path.name)}
+        for name in sorted(_RESULT | ({"config.json", INDEX, *models} if whole else set())):
             if (path := output_dir / name).is_file() and sha256(path) not in known.get(name, ()):
                 found.append(f"{name} was not written by atlas, or was changed since")
         found += [f"{name} was not written by atlas" for name in MARKS if is_foreign(output_dir / name)]

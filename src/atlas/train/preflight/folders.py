@@ -28,7 +28,7 @@ def output(ready: Ready) -> Found:
     can_write(folder, "output.dir", "choose another output.dir")
     if is_main_process():  # it holds the folder for all processes
         refuse_if_held(folder)
-    refuse_foreign(folder, ready.resume)
+    refuse_foreign(folder, ready.resume, ready.loaded.config.lora is None)
     if ready.resume != "never":
         refuse_other_runs(folder, Identity.of(ready.loaded, None, "", None))
     ready.folder = folder
