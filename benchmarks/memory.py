@@ -54,9 +54,9 @@ CASES: list[tuple[str, int, int, list[str]]] = [
     ("0.5B", 2, 512, [KEEP, NO_NF4]),
     ("1M", 32, 512, [KEEP, NO_NF4, WHOLE]),
     ("60M", 4, 512, [KEEP, NO_NF4, WHOLE]),
-    ("60M", 4, 512, [KEEP, NO_NF4, WHOLE, BF16]),
-    ("60M", 8, 1024, [RECOMPUTE, NO_NF4, WHOLE]),
-    ("60M", 1, 512, [KEEP, NO_NF4, WHOLE, "train.gradient_accumulation_steps=2"]),
+    ("60M", 1, 256, [KEEP, NO_NF4, WHOLE, BF16]),
+    ("60M", 2, 512, [RECOMPUTE, NO_NF4, WHOLE]),
+    ("60M", 1, 256, [KEEP, NO_NF4, WHOLE, "train.gradient_accumulation_steps=2"]),
     ("0.5B", 1, 256, [KEEP, NO_NF4, WHOLE]),
 ]
 
