@@ -490,8 +490,8 @@ def test_activations_are_recomputed_only_where_they_do_not_fit(
 
     on, reason = trained(14 * 2**20)
     assert not on and re.search(r"with all activations of \d x \d+ tokens", reason)
-    on, reason = trained(8 * 2**20)
-    assert on and reason.endswith("MiB with it")
+    on, reason = trained(7 * 2**20)
+    assert on and "MiB with it, and a process may hold 1.8 times as much" in reason
 
 
 OTHERS = {"vocab_size": 2000, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 16}

@@ -115,7 +115,14 @@ def choose_checkpointing(ready: Ready, way: str | None = None, lengths: np.ndarr
             False if fits else None, f"{reason}{'' if fits else '; rows may be shorter'}"
         )
         return
-    ready.plan = plan.with_checkpointing(not fits, reason if fits else f"{reason}; {size(recomputed)} with it")
+    if not fits:
+        reason += f"; {size(recomputed)} with it"
+        if recomputed * MARGIN[plan.device] > free:
+            reason += (
+                f", and a process may hold {MARGIN[plan.device]:g} times as much: if the system ends the run, lower "
+                "train.per_device_train_batch_size or train.max_length"
+            )
+    ready.plan = plan.with_checkpointing(not fits, reason)
     ready.memory = kept if fits else recomputed
     ready.arguments.gradient_checkpointing = ready.arguments.activation_checkpointing = not fits
 
