@@ -24,7 +24,8 @@ from typing import Any
 
 import psutil
 
-from measured import MEASURED, record_benchmark, this_command
+from atlas.compat import versions
+from measured import MEASURED, record_benchmark
 
 ROOT = Path(__file__).parent.parent
 LAB = Path("outputs/pocket/lab")
@@ -82,7 +83,9 @@ def keep(method: str, cases: list[dict[str, Any]]) -> None:
     others = [case for case in known.get("strategies", {}).get("cases", []) if case["method"] != method]
     what = f"{STEPS} steps of the pocket lab's model (1 M parameters) in float32, 2 processes x 2 rows against 1 process x 4 rows"
     entry = {"what": what, "cases": sorted([*others, *cases], key=lambda case: [*METHODS].index(case["method"]))}
-    record_benchmark("strategies", entry, this_command(), show=False)
+    record_benchmark(
+        "strategies", entry | {"deepspeed": versions("deepspeed").get("deepspeed")}, "make strategies", show=False
+    )
 
 
 def compare(place: Path, strategy: str, given: list[str], alone: dict[str, Any]) -> dict[str, Any]:
