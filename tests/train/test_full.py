@@ -20,7 +20,7 @@ from atlas.hub.card import write_card
 from atlas.models.weights import weights_sha256
 from atlas.pocket.base import PocketPaths
 from atlas.train import preflight, sft
-from atlas.train.preflight.estimate import static_bytes
+from atlas.train.preflight.estimate import per_device_bytes
 from hub_commands import atlas
 from hub_server import HubServer
 from rows import ROOT
@@ -151,7 +151,7 @@ def test_preflight_counts_it_and_says_what_does_not_fit(
     asked = [*sft_args, *FULL, "train.save_strategy=steps", "train.save_total_limit=2"]
     ready = preflight.preflight(loaded([*asked, "train.learning_rate=2e-5"]))
     assert ready.shape.trained == count
-    assert static_bytes(ready.loaded.config, ready.plan, ready.shape) == 16 * count < ready.memory
+    assert per_device_bytes(ready.loaded.config, ready.plan, ready.shape).total == 16 * count < ready.memory
     said = {line.name: (line.status, line.text) for line in ready.lines}
     assert said["base model"][1].endswith("all trained (lora: null)") and said["learning rate"][0] == "ok"
     capsys.readouterr()
