@@ -26,8 +26,10 @@ METHODS = {
     "nf4": ["quantization.load_in_4bit=true"],
     "full": ["quantization.load_in_4bit=false", "lora=null", "train.learning_rate=1e-3"],
 }
-LARGEST = {"zero3": 1e-5}
-"""Difference to one process in a number of the adapter."""
+LOSSES, WEIGHTS = {"zero3": 1e-5}, {"zero3": 1e-4}
+"""The largest difference to one process; else 1e-6."""
+FULL = 1e-3
+"""The same of a weight in full fine-tuning: AdamW makes a step of the learning rate also of a gradient that is rounding alone."""
 # The weights of a checkpoint of which each process has written a part.
 SHARDS = {"fsdp2": "optimizer_0/__1_0.distcp", "zero2": "global_step*/*rank_1*", "zero3": "global_step*/*rank_1*model*"}
 
@@ -80,8 +82,8 @@ def test_a_strategy_trains_as_one_process_does(
     done = launched(arguments)
     assert done.returncode == 0 and "Params4bit" not in done.stderr, done.stderr  # accelerate: they stay whole
     out = tmp_path / "out"
-    assert losses(out) == pytest.approx(losses(one), abs=LARGEST.get(strategy, 1e-6))
-    assert largest_difference(out, one) < LARGEST.get(strategy, 1e-6)
+    assert losses(out) == pytest.approx(losses(one), abs=LOSSES.get(strategy, 1e-6))
+    assert largest_difference(out, one) < (FULL if "lora=null" in method else WEIGHTS.get(strategy, 1e-6))
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["strategy"], manifest["processes"]) == (strategy, 2)
     change = "weights_change" if "lora=null" in method else "lora_b_norm"
