@@ -357,8 +357,8 @@ def strategies(figures: Path) -> str:
         same = [f"yes, {case['resumed']}" if case["same"] else f"**no** ({markdown_cell(case['resumed'])})"]
         files = "yes" if case["same_files"] else "**no**"
         table.append([*names, *apart, files, case["killed"], *same, f"{case['of_ddp']}x"])
-    known = entry["versions"] | {"deepspeed": entry["deepspeed"]}
-    used = ", ".join(f"{name} {known[name]}" for name in ("torch", "accelerate", "deepspeed"))
+    known = entry["versions"] | {"deepspeed": entry.get("deepspeed")}
+    used = ", ".join(f"{name} {known[name]}" for name in ("torch", "accelerate", "deepspeed") if known[name])
     return _captioned(table, entry, f"{used}.")
 
 
