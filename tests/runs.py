@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -180,3 +181,16 @@ class Started:
         status = self.process.exitcode
         assert status is not None, self.said()
         return 128 - status if status < 0 else status
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def together(count: int, *command: str) -> list[Started]:
+    """The processes of one launch of `atlas ...`, as a launcher starts them, but copies of one that has imported all of it."""
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    ranks = [{"RANK": str(n), "LOCAL_RANK": str(n), "LOCAL_WORLD_SIZE": str(count)} for n in range(count)]
+    return [Started(*command, environment=environment() | meeting | rank) for rank in ranks]

@@ -50,7 +50,7 @@ def test_precision_follows_the_compute_capability(gpu: Gpu | None, dtype: str):
             ["sm_80", "sdpa"],
         ),
         (["model.attn_implementation=flash_attention_2"], Machine(gpus=(A100,)), ["flash-attn"]),
-        ([], Machine(gpus=(T4, T4)), ["2 GPUs", "CUDA_VISIBLE_DEVICES=0", "torchrun --nproc_per_node 2"]),
+        ([], Machine(gpus=(T4, T4)), ["2 GPUs", "CUDA_VISIBLE_DEVICES=0", "atlas launch --nproc 2"]),
         ([], Machine(gpus=(P100,), arch_list=WHEEL), ["no kernels", "P100", "sm_60", "T4"]),
         ([], Machine(unusable_gpus=(T4,)), ["Tesla T4", "CUDA build of torch", "train.use_cpu=true"]),
         ([], Machine(has_bitsandbytes=False), ["bitsandbytes", "load_in_4bit=false"]),

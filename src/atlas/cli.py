@@ -175,6 +175,16 @@ def _plan(parser: ArgumentParser) -> None:
     _overrides(parser)
 
 
+def _launch(parser: ArgumentParser) -> None:
+    counted = "on each machine (default: the number of its GPUs, or 1)"
+    parser.add_argument("--nproc", type=_number_from_1, metavar="N", help=f"processes {counted}")
+    parser.add_argument("--nodes", type=_number_from_1, default=1, metavar="N", help="machines (default: 1)")
+    parser.add_argument(
+        "--master", metavar="HOST:PORT", help="where the machines meet: one of them, and a free port of it"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="e.g. -- sft --config FILE")
+
+
 def _pocket(parser: ArgumentParser) -> None:
     parser.add_argument("--config", default="configs/sft_pocket.yaml", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of world, base model, SFT and prompts (default: 0)")
@@ -185,6 +195,7 @@ _CHAT = "a conversation with a tuned model; an empty line or /quit ends it, /res
 COMMANDS = {
     "init": Command("atlas.init", "a commented config for your own data", _init),
     "sft": Command("atlas.train.sft", "supervised fine-tuning: one config -> an adapter with proven labels", _training),
+    "launch": Command("atlas.train.launcher", "a command on several processes, on one machine or several", _launch),
     "preflight": Command("atlas.train.preflight", "finds in seconds what would make a run fail later", _run),
     "plan": Command("atlas.train.plan", "memory and traffic of each device under each strategy", _plan),
     "data": Command(

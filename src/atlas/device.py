@@ -201,7 +201,7 @@ def _the_gpu(machine: Machine) -> Gpu:
     if count > 1 and machine.processes == 1:
         raise UserError(
             f"{count} GPUs are visible to one process ({', '.join(gpu.name for gpu in machine.gpus)}). Use one: "
-            f"`CUDA_VISIBLE_DEVICES=0`, or all: `torchrun --nproc_per_node {count} -m atlas.train.sft ...`"
+            f"`CUDA_VISIBLE_DEVICES=0`, or all: `atlas launch --nproc {count} -- sft ...`"
         )
     if machine.arch_list is not None and not _has_kernels(gpu, machine.arch_list):
         raise UserError(

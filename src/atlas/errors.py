@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from atlas.console import say
-from atlas.launch import is_main_process, rank
+from atlas.launch import is_main_process, processes, rank
 from atlas.redact import redact
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -61,3 +61,7 @@ def run_main(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT
+    except Exception as error:
+        if processes() > 1:  # the traceback does not say whose it is
+            say(f"error (process {rank()}): {type(error).__name__}: {redact(first_line(error))}", file=sys.stderr)
+        raise

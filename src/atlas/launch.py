@@ -26,6 +26,34 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_processes() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+
+
+def lone() -> str | None:
+    """Who was told to start several processes, and has started this one without telling it of the others; None: nobody, as far as
+    that is certain.
+
+    `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15). accelerate sets MASTER_PORT only for more
+    than one, so that it was told so if it does not have that variable itself. `mpirun` tells in variables of its own.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return None
+    for name in ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if os.environ.get(name, "1") != "1":
+            return f"mpirun ({name}={os.environ[name]})"
+    if not {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
+        return None
+    import psutil
+
+    try:
+        parent = psutil.Process().parent()
+        return "accelerate launch" if parent and "MASTER_PORT" not in parent.environ() else None
+    except psutil.Error:
+        return None
+
+
 def set_up_torch() -> None:
     """What is read once, when torch is imported: how OpenMP's threads wait for each other, and how tensors get their memory. What
     the environment says already stays. Prints the former.

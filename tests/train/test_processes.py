@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from atlas.config import load_config
 from atlas.files import sha256
@@ -22,8 +24,7 @@ from atlas.pocket.base import PocketPaths
 from atlas.train import preflight, sft
 from atlas.train.checkpoints import checkpoints, damage
 from hub_server import HubServer, User
-from rows import chat, write_rows
-from runs import environment, run_arguments, train
+from runs import environment, run_arguments, together, train
 
 
 def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -32,37 +33,97 @@ def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.slow
-def test_two_processes_train_and_measure_each_row_once(sft_args: list[str], rows_file: Path, tmp_path: Path, capfd):
-    """13 rows of one length on 2 x 2: 12 in each epoch; 7 held-out rows on 2 x 2: accelerate repeats one."""
-    rows = write_rows(tmp_path / "rows.jsonl", [chat("Say it.", "The mill stands by the river.")] * 13)
-    asked = [*sft_args, f"data.train={rows}", f"data.eval={rows_file}:7", "train.max_steps=-1"]
-    asked += ["train.num_train_epochs=2", "train.learning_rate=1e-9", "train.per_device_eval_batch_size=2"]
+@pytest.mark.parametrize("way", ["pad", "pack", "group", "packs"])
+def test_the_same_loss_and_gradient_for_any_number_of_processes(
+    way: str, sft_args: list[str], rows_file: Path, tmp_path: Path
+):
+    """37 rows on 1 x 16, 2 x 8, 4 x 4: the last step of an epoch has 5 rows. Plain SGD adds up the gradients themselves."""
+    asked = [*sft_args, f"data.train={rows_file}:37", "train.max_steps=-1", "train.num_train_epochs=2"]
+    asked += ["train.optim=sgd", "train.learning_rate=1", "train.lr_scheduler_type=constant", "train.warmup_steps=0"]
+    asked += ["train.max_grad_norm=0", "lora.lora_dropout=0", "train.save_strategy=epoch", "train.logging_steps=1"]
+    asked += ["quantization.load_in_4bit=false", "train.max_length=160"]
+    asked += ["train.packing=true"] if way == "packs" else [f"train.batching={way}"]
+    # Processes, rows of a micro-batch, micro-batches. Groups are of the rows that run at the same time.
+    found = {}
+    for shape in [(1, 16, 1), (2, 8, 1), (4, 4, 1), (1, 8, 2), (2, 4, 2)]:
+        count, rows, steps = shape
+        folder = tmp_path / "x".join(map(str, shape))
+        sizes = [f"train.per_device_train_batch_size={rows}", f"train.gradient_accumulation_steps={steps}"]
+        started = together(count, "sft", *asked, *sizes, f"output.dir={folder}")
+        assert [process.end() for process in started] == [0] * count, [process.said() for process in started]
+        manifest = json.loads((folder / "manifest.json").read_text())
+        state = json.loads((checkpoints(folder)[0] / "trainer_state.json").read_text())
+        lines = [(line["loss"], line["grad_norm"]) for line in state["log_history"] if "loss" in line]
+        found[shape] = lines, manifest["result"], load_file(folder / "adapter_model.safetensors")
+    for several, alone in (((2, 8, 1), (1, 16, 1)), ((4, 4, 1), (1, 16, 1)), ((2, 4, 2), (1, 8, 2))):
+        (lines, result, adapter), (alone_lines, alone_result, alone_adapter) = found[several], found[alone]
+        assert len(lines) == len(alone_lines) == result["steps"] >= 4
+        assert result["supervised_tokens"] == alone_result["supervised_tokens"]
+        for line, alone_line in zip(lines, alone_lines, strict=True):
+            assert line == pytest.approx(alone_line, rel=1e-6, abs=1e-6)
+        for name, tensor in alone_adapter.items():
+            torch.testing.assert_close(adapter[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.slow
+def test_the_least_free_memory_decides_for_all(sft_args: list[str], tmp_path: Path):
+    code = """
+import os, sys
+if os.environ["RANK"] == "1":
+    import psutil
+    memory = psutil.virtual_memory
+    psutil.virtual_memory = lambda: memory()._replace(available=40 * 2**20)
+sys.argv = ["atlas", *sys.argv[1:]]
+from atlas.cli import main
+sys.exit(main())
+"""
+    started = together(2, "-c", code, "sft", *sft_args, "train.per_device_train_batch_size=64", "train.batching=pad")
+    assert [process.end() for process in started] == [0, 0], [process.said() for process in started]
+    assert "gradient checkpointing on: " in (said := started[0].said()[0]) and "20.0 MiB free" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["pad", "pack"])
+def test_two_processes_train_and_measure_each_row_once(
+    way: str, sft_args: list[str], rows_file: Path, tmp_path: Path, capfd
+):
+    """13 rows on 2 x 2 are 4 steps an epoch, as on 1 x 4: accelerate would repeat 3 rows, and one of 7 held-out rows."""
+    asked = [*sft_args, f"data.train={rows_file}:13", f"data.eval={rows_file}:7", "train.max_steps=-1"]
+    asked += ["train.num_train_epochs=2", "train.per_device_eval_batch_size=2", f"train.batching={way}"]
+    asked += ["train.gradient_accumulation_steps=1", "train.logging_steps=1", "lora.lora_dropout=0"]
     asked += ["train.save_strategy=steps", "train.save_steps=1", "train.save_total_limit=null"]
     done = torchrun(asked)
     assert done.returncode == 0, done.stderr
-    assert "2 processes: each epoch leaves out 1 of 13 rows" in done.stdout
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    alone = train(asked, f"output.dir={tmp_path / 'alone'}").manifest
-    assert manifest["processes"] == 2 and manifest["result"]["steps"] == 6
-    each = alone["result"]["supervised_tokens"] / 26
-    assert manifest["result"]["supervised_tokens"] == 24 * each
-    assert manifest["result"]["eval_loss"] == pytest.approx(alone["result"]["eval_loss"], abs=1e-5)
+    assert "2 processes: 3 empty rows fill up the last batches of an epoch" in done.stdout
+    folder = tmp_path / "out"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    run = train(asked, f"output.dir={tmp_path / 'alone'}", "train.gradient_accumulation_steps=2")
+    result, alone = manifest["result"], run.manifest["result"]
+    assert manifest["processes"] == 2 and result["steps"] == alone["steps"] == 8
+    assert result["supervised_tokens"] == alone["supervised_tokens"]
+    assert result["eval_loss"] == pytest.approx(alone["eval_loss"], abs=1e-6)
+    adapter = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in load_file(run.folder / "adapter_model.safetensors").items():
+        torch.testing.assert_close(adapter[name], tensor, rtol=0, atol=1e-6)
 
     # Fewer processes than before: other rows at half the batch. Refused, whether finished or not, before a model is loaded.
+    capfd.readouterr()
     for _ in range(2):
         assert preflight.main(asked) == 2
         message = capfd.readouterr().err
         assert "it was trained by 2 processes. This launch has 1" in message
-        assert "torchrun --nproc_per_node 2" in message and "--resume never" in message
-        (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)
+        assert "atlas launch --nproc 2" in message and "--resume never" in message
+        (folder / "manifest.json").unlink(missing_ok=True)
     # As many as before: the same run, broken off in the second epoch.
-    adapter = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
-    for path in checkpoints(tmp_path / "out")[:2]:
+    for path in checkpoints(folder)[:2]:
         shutil.rmtree(path)
     again = torchrun(asked)
-    assert again.returncode == 0 and f"resume from {tmp_path / 'out' / 'checkpoint-4'}" in again.stdout, again.stderr
-    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == adapter
+    assert again.returncode == 0 and f"resume from {folder / 'checkpoint-6'}" in again.stdout, again.stderr
+    resumed = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in adapter.items())
 
 
 @pytest.mark.slow
@@ -70,7 +131,7 @@ def test_two_processes_train_and_measure_each_row_once(sft_args: list[str], rows
 def test_two_processes_resume_with_the_rows_that_were_left(
     way: str, sft_args: list[str], rows_file: Path, tmp_path: Path
 ):
-    """In the middle of the second epoch: 26 rows of other lengths on 2 x 2, 6 steps each, broken off after step 8."""
+    """In the middle of the second epoch: 26 rows of other lengths on 2 x 2, 7 steps each, broken off after step 10."""
     asked = [*sft_args, f"data.train={rows_file}:26", "train.max_steps=-1", "train.num_train_epochs=2"]
     asked += ["train.save_strategy=steps", "train.save_steps=1", "train.save_total_limit=null", f"train.batching={way}"]
     whole = torchrun(asked)
@@ -82,7 +143,7 @@ def test_two_processes_resume_with_the_rows_that_were_left(
         shutil.rmtree(path)
     (out / "manifest.json").unlink()
     again = torchrun(asked)
-    assert again.returncode == 0 and f"resume from {out / 'checkpoint-8'}" in again.stdout, again.stderr
+    assert again.returncode == 0 and f"resume from {out / 'checkpoint-10'}" in again.stdout, again.stderr
     assert (out / "adapter_model.safetensors").read_bytes() == adapter
 
 

@@ -7,10 +7,14 @@ Three ways to put rows into micro-batches of so many rows:
     group   rows of similar length together, in random order of the micro-batches; filled up like pad
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 PAD, PACK, GROUP = "pad", "pack", "group"
 
@@ -49,6 +53,37 @@ class LengthGroups:
         start = random.integers(count - rest + 1)
         groups = np.delete(rows, slice(start, start + rest)).reshape(-1, size)
         return np.concatenate([random.permutation(groups).ravel(), rows[start : start + rest]])
+
+
+class Filled:
+    """A sampler: the numbers of another one, then those of the rows at the dataset's end that only fill up."""
+
+    def __init__(self, sampler: Any, fillers: int) -> None:
+        self.sampler, self.fillers = sampler, fillers
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler) + self.fillers
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.sampler
+        yield from range(len(self.sampler), len(self))
+
+
+def filled(rows: "Dataset", multiple: int, empty: Callable[[Any], dict[str, Any]]) -> tuple["Dataset", int]:
+    """The rows, and behind them as many rows without a supervised token as make their number a multiple; how many those are.
+
+    With several processes each has to get as many micro-batches as the others. accelerate would repeat rows from the start, which
+    would then count twice. `empty` makes such a row from one of the dataset's.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    if not (count := -len(rows) % multiple):
+        return rows, 0
+    return concatenate_datasets([rows, Dataset.from_list([empty(rows[0])] * count, features=rows.features)]), count
 
 
 @dataclass(frozen=True)

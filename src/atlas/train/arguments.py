@@ -11,6 +11,7 @@ from atlas.device import DevicePlan
 from atlas.errors import UserError
 from atlas.launch import processes
 from atlas.train.batching import open_ways
+from atlas.train.ranks import meet
 from atlas.train.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -54,8 +55,10 @@ def build_arguments(
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it would show a loss that is not finite as one that is
     }
-    if processes() > 1:  # all get batches of one size; accelerate would repeat rows to fill the last ones
-        given["dataloader_drop_last"] = True
+    if processes() > 1 and (phase.empty_row is None or config.data.streaming):
+        given["dataloader_drop_last"] = True  # accelerate would repeat rows to fill the last batches
+    if given["use_cpu"]:
+        meet(given.get("ddp_backend"), given.get("ddp_timeout") or config.train_value("ddp_timeout"))
     arguments = phase.arguments()(**strategy.arguments() | given | more)
     unset_hf_deepspeed_config()  # until the model is loaded (train.strategy.begin_deepspeed)
     return arguments

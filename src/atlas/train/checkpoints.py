@@ -294,7 +294,7 @@ def _difference(contents: Mapping[str, Any], run: Identity) -> str | None:
     if (number := contents.get("processes")) != run.processes:
         return (
             f"it was trained by {number} processes. This launch has {run.processes}, which would train other rows: start "
-            f"{number} (torchrun --nproc_per_node {number})"
+            f"{number} (atlas launch --nproc {number})"
         )
     # Before there was a choice, several processes were ddp.
     there = contents.get("strategy") or ("single" if number == 1 else "ddp")
@@ -310,7 +310,7 @@ def _difference(contents: Mapping[str, Any], run: Identity) -> str | None:
 
 def differing_keys(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """`train.seed (1 there, 2 here), ...` of two trees of `experiment`."""
-    before, now = dict(_flat(there)), dict(_flat(here))
+    before, now = dict(flat(there)), dict(flat(here))
     # `lora: null` is not the default
     keys = [key for key in sorted({*before, *now}) if before.get(key, "default") != now.get(key, "default")]
     return ", ".join(f"{key} ({_shown(before, key)} there, {_shown(now, key)} here)" for key in keys)
@@ -320,9 +320,10 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
     return json.dumps(values[key], ensure_ascii=False) if key in values else "default"
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a tree with their dotted keys."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -58,6 +58,9 @@ class Phase:
     """A few rows as the trainer takes them, with which preflight tries the trainer."""
     arrange: Callable[[Any, Any], Any] = lambda rows, arguments: rows
     """(dataset, arguments) -> the dataset in the order and form in which the trainer takes it."""
+    empty_row: Callable[[Any], dict[str, Any]] | None = None
+    """Makes a row that adds nothing to the loss from one of the dataset's; None: there is no such row, and with several processes
+    rows that do not fill a batch for each are left out."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that are the same in each run of the phase."""
     audit: Callable[[LoadedConfig], Path] | None = None

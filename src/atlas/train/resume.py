@@ -3,28 +3,35 @@
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer
 
 from atlas.compat import log_sums, restore_log_sums
 from atlas.console import say
-from atlas.data.batches import LengthGroups
+from atlas.data.batches import Filled, LengthGroups
 from atlas.errors import RunError, first_line
 from atlas.files import write_json
 from atlas.models.shards import gathered, own_part
 from atlas.train import checkpoints
 from atlas.train.halving import Halving
+from atlas.train.ranks import from_all, lost
 from atlas.train.together import all_or_none
 
 
 class EvaluationCutError(Exception):
     """Raised between two batches of an evaluation when the process was told to stop."""
+
+
+class NotSavedError(Exception):
+    """A part of a checkpoint could not be written, on one process or more."""
 
 
 class Resumable(Halving):
@@ -43,11 +50,17 @@ class Resumable(Halving):
     """For one token."""
 
     def __init__(
-        self, *args: Any, identity: checkpoints.Identity, sampler: LengthGroups | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        identity: checkpoints.Identity,
+        sampler: LengthGroups | None = None,
+        fillers: int = 0,
+        **kwargs: Any,
     ) -> None:
-        """`sampler`: the order of the rows, where it is not that of transformers."""
+        """`sampler`: the order of the rows, where it is not that of transformers. `fillers`: rows at the dataset's end that only
+        fill up the last batches of several processes."""
         super().__init__(*args, **kwargs)
-        self._sampler = sampler
+        self._sampler, self._fillers = sampler, fillers
         self.identity = identity
         # transformers would remove checkpoints by their numbers, whoever has written them.
         self.keep_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
@@ -75,7 +88,16 @@ class Resumable(Halving):
             self.args.dataloader_drop_last = asked
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return super()._get_train_sampler(*args, **kwargs) if self._sampler is None else self._sampler
+        sampler: Any = self._sampler
+        if sampler is None:
+            sampler = super()._get_train_sampler(*args, **kwargs)
+            rows = range(len(sampler) - self._fillers)
+            if self._fillers and isinstance(sampler, RandomSampler):
+                # As accelerate makes it, so that the order is that of one process.
+                sampler = SeedableRandomSampler(rows, generator=torch.Generator(), data_seed=self.args.data_seed)
+            elif self._fillers:
+                sampler = SequentialSampler(rows)
+        return Filled(sampler, self._fillers) if self._fillers else sampler
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Each process reads its own part of a stream, and may be the only one that finds a row that must not be trained on."""
@@ -166,24 +188,19 @@ class Resumable(Halving):
         the next one is due."""
         self.refuse_divergence()
         folder = self._folder / f"checkpoint-{self.state.global_step}"
+        one = self.args.should_save  # of all processes
         try:
-            if self.args.should_save:
-                checkpoints.begin(folder, self.identity)
-            self.accelerator.wait_for_everyone()
-            Trainer._save_checkpoint(self, model, trial)  # TRL's trainers add a model card to output_dir
-            write_json(folder / checkpoints.PROGRESS.format(rank=self.args.process_index), self._progress())
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoints.seal(folder, self.identity, self.state.global_step)
-        except Exception as error:  # a full disk is an OSError, torch's RuntimeError, safetensors' or tokenizers' own
-            if self.args.world_size > 1:
-                raise  # the other processes wait for this one
-            checkpoints.discard(folder)
+            self._together(lambda: checkpoints.begin(folder, self.identity) if one else None)
+            self._together(lambda: self._write(model, trial, folder))
+            self._together(lambda: self._seal(folder) if one else None)
+        except NotSavedError as error:
+            if one:
+                checkpoints.discard(folder)
             newest = checkpoints.newest(self._folder, self.identity.start)
             last = f"the last one is {newest}" if newest else "there is none yet"
-            say(f"{folder.name} could not be saved ({first_line(error)}); {last}; training goes on", flush=True)
+            say(f"{folder.name} could not be saved ({error}); {last}; training goes on", flush=True)
         else:
-            if self.args.should_save:
+            if one:
                 keep = {folder, Path(self.state.best_model_checkpoint or folder)}
                 checkpoints.remove_oldest(self._folder, self.keep_checkpoints, keep, self.identity.start)
 
@@ -192,6 +209,35 @@ class Resumable(Halving):
         own = {name for name, _ in self.model.named_parameters()}  # tied ones under one name
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name in own]
         super()._issue_warnings_after_load(load_result)
+
+    def _write(self, model: Any, trial: Any, folder: Path) -> None:
+        Trainer._save_checkpoint(self, model, trial)  # TRL's trainers add a model card to output_dir
+        write_json(folder / checkpoints.PROGRESS.format(rank=self.args.process_index), self._progress())
+
+    def _seal(self, folder: Path) -> None:
+        for number in range(self.args.world_size):
+            if not (folder / checkpoints.PROGRESS.format(rank=number)).is_file():
+                raise FileNotFoundError(
+                    f"the files of process {number} are not there: output.dir has to be on a file system that all machines share"
+                )
+        checkpoints.seal(folder, self.identity, self.state.global_step)
+
+    def _together(self, part: Callable[[], None]) -> None:
+        """Do a part of the save on all processes, and wait for all. Raises `NotSavedError` on all of them where one could not."""
+        problem = None
+        try:
+            part()
+        except Exception as error:  # a full disk is an OSError, torch's RuntimeError, safetensors' or tokenizers' own
+            if lost(error):
+                raise
+            problem = first_line(error)
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # the others may wait for parts of the model
+                raise RunError(
+                    f"a checkpoint could not be saved ({problem}). The last one stays: make room, then run the same command again"
+                ) from None
+        said = [f"process {number}: {found}" for number, found in enumerate(from_all(problem)) if found]
+        if said:
+            raise NotSavedError("; ".join(said) if self.args.world_size > 1 else problem)
 
     def _progress(self) -> dict[str, Any]:
         """What transformers and TRL do not save."""

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from atlas.cli import Main, command
-from atlas.config import LoadedConfig, load_config, render_config
+from atlas.compat import versions
+from atlas.config import LoadedConfig, experiment, load_config, render_config
 from atlas.console import duration, quiet_libraries, say
-from atlas.data.batches import PACK
+from atlas.data.batches import PACK, filled
 from atlas.device import Machine, choose_device, memory_gib
 from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError
 from atlas.files import flush, write_json
@@ -37,6 +38,7 @@ from atlas.train.manifest import build_manifest
 from atlas.train.phase import phase_of
 from atlas.train.preflight import preflight
 from atlas.train.preflight.machine import choose_checkpointing
+from atlas.train.ranks import agree, from_first, lost, watched
 from atlas.train.strategy import DDP, DEEPSPEED, SINGLE, begin_deepspeed, refuse_another, set_precision
 from atlas.train.timing import Parts
 from atlas.train.together import all_or_none
@@ -72,6 +74,15 @@ def phase_command(phase: str, train: Train) -> Main:
 
 
 def _main(phase: str, train: Train, arguments: Namespace) -> int:
+    if is_main_process():
+        return _one(phase, train, arguments)
+    # A file, because DeepSpeed flushes it.
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return _one(phase, train, arguments)
+
+
+def _one(phase: str, train: Train, arguments: Namespace) -> int:
+    """What one process of the launch does."""
     loaded = load_config(arguments.config, arguments.overrides, phase)
     if arguments.print_config:
         print(render_config(loaded, choose_device(loaded.config, Machine.without_torch()).decided), end="")
@@ -83,10 +94,7 @@ def _main(phase: str, train: Train, arguments: Namespace) -> int:
             raise UserError(f"--dump-template-audit: the data of phase {phase!r} have no audit")
         audit(loaded)
         return DONE
-    with contextlib.ExitStack() as stack:
-        if not is_main_process():  # a file, because DeepSpeed flushes it
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
-        run = train(loaded, arguments.resume)
+    run = train(loaded, arguments.resume)
     if run.manifest["result"].get("lora_b_norm", run.manifest["result"].get("weights_change")) == 0.0:
         what = "weights" if loaded.config.lora is None else "adapter (LoRA B is zero)"
         print(
@@ -124,11 +132,29 @@ def open_run(phase: "Phase", loaded: LoadedConfig, resume: str) -> "Iterator[Run
     ready = preflight(loaded, resume, start)
     say(f"preflight\n{ready.table()}", flush=True)
     ready.refuse_failures()
-    folder = Path(loaded.config.output.dir)
-    with held(folder, f"atlas {phase.name}") if is_main_process() else contextlib.nullcontext():
-        print(ready.plan.table())
-        start.end("preflight")
-        yield Run(phase, loaded, ready, folder, resume, started, start)
+    folder, config = Path(loaded.config.output.dir), loaded.config
+    with watched(config.train_value("ddp_timeout")):
+        agree(
+            {
+                "versions": versions(),
+                "config": {
+                    **experiment(config),
+                    "train": config.train,
+                    "output.dir": str(folder.absolute()),
+                    "resume": resume,
+                },
+                "machine": {
+                    "dtype": ready.plan.dtype,
+                    "attention": ready.plan.attn_implementation,
+                    "strategy": ready.strategy.name,
+                },
+                "base model": {"content": ready.base.content},
+            }
+        )
+        with held(folder, f"atlas {phase.name}") if is_main_process() else contextlib.nullcontext():
+            print(ready.plan.table())
+            start.end("preflight")
+            yield Run(phase, loaded, ready, folder, resume, started, start)
 
 
 @dataclass
@@ -151,6 +177,8 @@ class Run:
     train_dataset: Any = field(init=False)
     identity: "Identity" = field(init=False)
     batching: Batching = field(init=False)
+    fillers: int = 0
+    """Rows without a supervised token at the dataset's end."""
     checkpoint: Path | None = None
     """From which the run resumes."""
     finished: FinishedRun | None = None
@@ -170,16 +198,13 @@ class Run:
             self.rows = self.phase.rows(config, self.ready.tokenizer)
             if not isinstance(self.rows.fingerprint, str):
                 raise TypeError(f"phase {self.phase.name}: the fingerprint of its rows is not a text")
-        ready = self.ready
-        identity = Identity.of(
-            self.loaded, self.rows.fingerprint, ready.plan.hardware, ready.base.content, ready.strategy.name
-        )
-        if self.resume == "auto" and (manifest := finished_manifest(self.folder, identity)) is not None:
-            print(f"this run is finished: {self.folder} (--resume never trains it again)")
-            self.finished = FinishedRun(self.folder, None, manifest)
+        agree({"rows": {"fingerprint": self.rows.fingerprint}})
+        identity, self.checkpoint, self.finished = from_first(self._begun)
+        if self.finished is not None:
             return
-        self.checkpoint = checkpoint_to_resume(self.folder, self.resume, identity)
-        identity = identity.started(self.folder, self.checkpoint)
+        if self.checkpoint is not None:
+            there = (self.checkpoint / "trainer_state.json").is_file()
+            agree({"checkpoint": {"to resume from": self.checkpoint.name if there else None}})
         lengths = self.rows.lengths
         self.batching = Batching.of(self.ready, lengths, identity.batching)
         self.identity = replace(identity, batching=self.batching.way)
@@ -193,9 +218,28 @@ class Run:
             choose_checkpointing(self.ready, way=self.batching.way, lengths=None if config.data.streaming else lengths)
             on, reason = self.ready.plan.decided["train.gradient_checkpointing"]
             print(f"gradient checkpointing {'on' if on else 'off'}: {reason}")
-        if (arguments.world_size > 1 or arguments.dataloader_drop_last) and not config.data.streaming:
+        if arguments.dataloader_drop_last and not config.data.streaming:
             print(left_out(len(self.train_dataset), arguments))
+        elif arguments.world_size > 1 and self.phase.empty_row and not config.data.streaming:
+            batch = arguments.per_device_train_batch_size * arguments.world_size
+            self.train_dataset, self.fillers = filled(self.train_dataset, batch, self.phase.empty_row)
+            if self.fillers:
+                count = arguments.world_size
+                print(f"{count} processes: {self.fillers} empty rows fill up the last batches of an epoch")
         self.start.end("data")
+
+    def _begun(self) -> tuple[Identity, Path | None, FinishedRun | None]:
+        """The identity of the run, and the checkpoint from which it resumes, or its end if it is finished. One process looks: it
+        reads each checkpoint whole, and the id of a start is drawn."""
+        ready = self.ready
+        identity = Identity.of(
+            self.loaded, self.rows.fingerprint, ready.plan.hardware, ready.base.content, ready.strategy.name
+        )
+        if self.resume == "auto" and (manifest := finished_manifest(self.folder, identity)) is not None:
+            print(f"this run is finished: {self.folder} (--resume never trains it again)")
+            return identity, None, FinishedRun(self.folder, None, manifest)
+        checkpoint = checkpoint_to_resume(self.folder, self.resume, identity)
+        return identity.started(self.folder, checkpoint), checkpoint, None
 
     def load_base_model(self) -> "PreTrainedModel":
         """The base model of the config, in 4 bits or not; the tokenizer is set to match it."""
@@ -234,6 +278,7 @@ class Run:
                 peft_config=self.ready.adapter,
                 identity=self.identity,
                 sampler=self.batching.sampler(self.ready.arguments, self.rows.lengths),
+                fillers=self.fillers,
             )
         self.rows.begin()
         value = self.loaded.config.train_value
@@ -280,9 +325,15 @@ class Run:
             trainer.add_callback(StartLine(self.start))
             trainer.add_callback(log)
             trainer.add_callback(saving)
-            with contextlib.suppress(EvaluationCutError):
+            try:
                 resume = str(self.checkpoint) if self.checkpoint else None
                 self._outcome = trainer.train(resume_from_checkpoint=resume)
+            except EvaluationCutError:
+                pass
+            except RuntimeError as error:
+                # The launcher stops this process, because another one has ended.
+                if not (saving.received and lost(error)):
+                    raise
         if saving.received:
             state, saved = trainer.state, newest(self.folder, self.identity.start)
             name = signal.Signals(saving.received).name

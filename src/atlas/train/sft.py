@@ -94,6 +94,11 @@ def _arrange(rows: "Dataset | IterableDataset", arguments: "SFTConfig") -> "Data
     return arrange(rows, arguments)
 
 
+def _empty_row(row: dict[str, Any]) -> dict[str, Any]:
+    ends = {"seq_lengths": [1]} if "seq_lengths" in row else {}  # of a pack
+    return {**row, "input_ids": row["input_ids"][:1], "labels": [-100], **ends}
+
+
 def _audit(loaded: LoadedConfig) -> Path:
     from atlas.data.commands import dump_audit
 
@@ -118,6 +123,7 @@ SFT = Phase(
     sample=lambda tokenizer: (
         [{"input_ids": [tokenizer.eos_token_id] * 32, "labels": [tokenizer.eos_token_id] * 32}] * 2
     ),
+    empty_row=_empty_row,
     # The labels are made already, so TRL has nothing to prepare.
     fixed={"assistant_only_loss": False, "dataset_kwargs": {"skip_prepare_dataset": True}},
     audit=_audit,

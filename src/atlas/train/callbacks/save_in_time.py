@@ -12,10 +12,14 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atlas.compat import log_sums
+from atlas.launch import processes
 from atlas.train.callbacks.log_line import LogLine
 from atlas.train.resume import EvaluationCutError, Resumable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+ONE_SIGNAL = 5.0
+"""Seconds in which another signal to one of several processes is the same one: where a machine is taken away, launcher and
+processes get SIGTERM, and the launcher passes its own on."""
 
 
 class SaveInTime(TrainerCallback):
@@ -54,12 +58,19 @@ class SaveInTime(TrainerCallback):
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        if self.trainer.args.process_index == 0:  # print may be at work just now
-            os.write(
-                1, f"{signal.Signals(number).name}: this step is finished and saved, then the run stops\n".encode()
-            )
-        self.__exit__()
+        if self.received is None:
+            self.received = number
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if self.trainer.args.process_index == 0:  # print may be at work just now
+                os.write(
+                    1, f"{signal.Signals(number).name}: this step is finished and saved, then the run stops\n".encode()
+                )
+            self._again_from = time.monotonic() + ONE_SIGNAL
+            if processes() == 1:
+                self.__exit__()
+        elif time.monotonic() >= self._again_from:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -37,6 +37,7 @@ def preflight(loaded: LoadedConfig, resume: str = "auto", start: Parts | None = 
     config, phase = loaded.config, phase_of(loaded.config)
     ready = Ready(loaded, phase, resume)
     ready.check("config", lambda: f"hash {loaded.config_hash}")
+    ready.check("launch", machine.launch)
     ready.check("device", machine.device, ready)
     ready.check("libraries", machine.libraries, ready)
     if hasattr(ready, "libraries"):

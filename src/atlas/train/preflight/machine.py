@@ -7,16 +7,27 @@ from atlas.console import size
 from atlas.data.batches import PACK
 from atlas.device import Machine, choose_device, free_memory
 from atlas.errors import UserError
-from atlas.launch import processes
+from atlas.launch import local_processes, lone, processes, rank
 from atlas.train.batching import PACKS, open_ways, row_by_row
 from atlas.train.checkpoints import Identity, refuse_other_runs
 from atlas.train.preflight.checklist import GIB, Found, Ready
 from atlas.train.preflight.estimate import activation_bytes, largest_batch, per_device_bytes
+from atlas.train.ranks import from_all
 from atlas.train.strategy import FSDP2, SHARDED, ZERO3, choose
 
 # The estimate is of what is in use. On a CPU glibc 2.36 held up to 1.7 times that (`benchmarks/memory.py --heap`, 1 M and 60 M
 # parameters). On a GPU it has not been compared with anything yet.
 MARGIN = {"cpu": 1.8, "cuda": 1.25}
+
+
+def launch() -> str:
+    """Is this process one of as many as were asked for?"""
+    if (who := lone()) is not None:
+        raise UserError(
+            f"launch: {who} was told to start several processes, but this one knows of no other: start them with `atlas launch "
+            "--nproc N -- ...` or `torchrun --nproc_per_node N ...`"
+        )
+    return "1 process" if processes() == 1 else f"process {rank()} of {processes()}"
 
 
 def device(ready: Ready) -> str:
@@ -67,7 +78,7 @@ def memory(ready: Ready) -> Found:
         if processes() > 1 and ready.strategy.name not in SHARDED:
             remedy = f"train.strategy={FSDP2 if plan.device == 'cuda' else ZERO3} (weights in parts), {remedy}"
         raise UserError(f"memory: {size(static)} for {what}, but {there}: use {remedy}")
-    if plan.gradient_checkpointing is None:
+    if plan.gradient_checkpointing is None and processes() == 1:  # several decide together, when the data are there
         choose_checkpointing(ready)
     batch = largest_batch(config)
     # What stays open is decided by the rows' lengths, and with checkpointing where they are long.
@@ -106,7 +117,7 @@ def choose_checkpointing(ready: Ready, way: str | None = None, lengths: np.ndarr
     config, plan = ready.loaded.config, ready.plan
     rows = ready.arguments.per_device_train_batch_size if way else None
     batch = largest_batch(config, way, lengths, rows)
-    free, _ = _free(ready)
+    free = min(from_all(_free(ready)[0]))
     kept, recomputed = (estimate(ready, on, batch, way) for on in (False, True))
     fits = kept * MARGIN[plan.device] <= free
     reason = f"{size(kept)} with all activations of {batch[0]} x {batch[1]:,} tokens, {size(free)} free"
@@ -135,5 +146,6 @@ def _free(ready: Ready) -> tuple[int, str]:
         free, total = torch.cuda.mem_get_info()
         taken = f", of which {size(total - free)} are in use (nvidia-smi shows by whom)" if total - free > GIB else ""
         return free, f"the GPU has {size(total)}{taken}"
-    free = free_memory() // processes()
-    return free, f"only {size(free)} are free" + (f" for each of {processes()} processes" if processes() > 1 else "")
+    count = local_processes()
+    free = free_memory() // count
+    return free, f"only {size(free)} are free" + (f" for each of {count} processes" if count > 1 else "")
