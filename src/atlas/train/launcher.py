@@ -9,6 +9,7 @@ shares the cores, names the process that died and why, leaves time to save after
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import socket
@@ -45,7 +46,7 @@ def main(arguments: Namespace) -> int:
     parse(name, rest)  # its wrong arguments end here, once
     if arguments.nodes > 1 and arguments.master is None:
         raise UserError("atlas launch: --nodes needs --master HOST:PORT, the same on each machine")
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of torch's launcher: what it says is said below, in one line
+    logging.disable()  # torch's launcher: what it says is said below, in one line
     count = arguments.nproc or _gpus() or 1
     if arguments.master is not None:
         _look_at(arguments.master, arguments.nodes)
