@@ -34,6 +34,7 @@ def test_a_sound_run_is_ready_and_nothing_is_written(sft_args: list[str], tmp_pa
     skipped = {"Hub", "tracker", "network"}
     named = [
         "config",
+        "launch",
         "device",
         "libraries",
         "training",
