@@ -58,16 +58,14 @@ SHAPES: dict[str, dict[str, Any]] = {  # config.json of https://huggingface.co/Q
 
 @dataclass(frozen=True)
 class Need:
-    """What a run takes on each device, in bytes."""
+    """What a run takes on each device, in bytes. It fits with preflight's margin; activations may have to be recomputed for that.
+    `sent` goes to other devices in an optimizer step."""
 
     static: PerDevice
     activations: int
     recomputed: bool
-    """Activations are recomputed in the backward pass, because they would not fit."""
     fits: bool
-    """With preflight's margin."""
     sent: int
-    """In an optimizer step, to other devices."""
 
     @property
     def total(self) -> int:
