@@ -238,9 +238,9 @@ def test_fp16_loss_scaling_needs_float32_adapters(sft_args: list[str], monkeypat
 
     seen: list[torch.dtype] = []
 
-    def spy(model: object) -> int:
+    def spy(model: object, keep: bool) -> int:
         seen.extend({p.dtype for p in model.parameters() if p.requires_grad})  # type: ignore[attr-defined]
-        return cast_trainable_to_fp32(model)
+        return cast_trainable_to_fp32(model, keep)
 
     monkeypatch.setattr("atlas.train.run.cast_trainable_to_fp32", spy)
     run = sft.train(loaded([*sft_args, "train.max_steps=1"]))

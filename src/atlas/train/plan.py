@@ -23,7 +23,7 @@ from atlas.train.preflight.estimate import (
     sent_bytes,
 )
 from atlas.train.preflight.machine import MARGIN
-from atlas.train.strategy import DDP, FSDP2, SINGLE, ZERO2, ZERO3, choose
+from atlas.train.strategy import DDP, FSDP2, SINGLE, ZERO2, ZERO3, choose, refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,20 +98,20 @@ def need(config: Config, plan: DevicePlan, shape: Shape, strategy: str, processe
 
 
 def recommended(config: Config, plan: DevicePlan, shape: Shape, processes: int, memory: float) -> tuple[str, str, bool]:
-    """What `train.strategy: auto` takes, why, and whether it fits."""
+    """What a run of this config takes, why, and whether it fits. Raises `UserError` for a `train.strategy` that cannot be."""
 
     def fits(name: str) -> tuple[bool, str]:
         found = need(config, plan, shape, name, processes, memory)
         return found.fits, f"{size(found.total)} on each"
 
-    auto = config.model_copy(update={"train": {k: v for k, v in config.train.items() if k != "strategy"}})
-    chosen = choose(auto, plan, processes, fits)
+    chosen = choose(config, plan, processes, fits)
     return chosen.name, chosen.reason, fits(chosen.name)[0]
 
 
 def enough(config: Config, plan: DevicePlan, shape: Shape, memory: float) -> int | None:
-    """The smallest power of two of processes on which `auto` fits; None: not even 1,024 are enough."""
-    counts = (2**n for n in range(11))
+    """The smallest power of two of processes on which a run fits; None: not even 1,024 are enough."""
+    asked = config.train_value("strategy")
+    counts = [2**n for n in range(11) if asked == "auto" or refusal(asked, config, plan, 2**n) is None]
     return next((count for count in counts if recommended(config, plan, shape, count, memory)[2]), None)
 
 
@@ -131,21 +131,26 @@ def main(arguments: Namespace) -> int:
         f"{each} x {rows} rows of {length:,} tokens on each"
     )
     table = [["", "weights", "gradients", "optimizer", "passing", "activations", "in all", "fits", "sent in a step"]]
+    others = []
     for name in [SINGLE] if count == 1 else [DDP, ZERO2, FSDP2, ZERO3]:
         found = need(config, plan, shape, name, count, memory)
-        frozen, trained, *others = found.static
-        sizes = [size(value) for value in (frozen + trained, *others, found.activations, found.total)]
+        frozen, trained, *rest = found.static
+        sizes = [size(value) for value in (frozen + trained, *rest, found.activations, found.total)]
         sizes[-2] += " (recomputed)" if found.recomputed else ""
-        table.append([name, *sizes, "yes" if found.fits else "no", size(found.sent)])
+        problem = refusal(name, config, plan, count)
+        if found.fits and not problem:
+            others.append(name)
+        table.append([name, *sizes, "refused" if problem else "yes" if found.fits else "no", size(found.sent)])
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table))
     name, reason, fits = recommended(config, plan, shape, count, memory)
-    print(f"train.strategy: auto takes {name}: {reason}")
+    print(f"train.strategy: {'auto takes ' if config.train_value('strategy') == 'auto' else ''}{name}: {reason}")
     if not fits:
-        wanted = enough(config, plan, shape, memory)
-        fewer = "a smaller train.per_device_train_batch_size or train.max_length, or quantization.load_in_4bit=true"
-        print(
-            f"it does not fit with a margin of {MARGIN[plan.device]}; "
-            + (f"{wanted} processes do" if wanted else fewer)
-        )
+        remedies = [f"train.strategy={other}" for other in others]
+        if wanted := enough(config, plan, shape, memory):
+            remedies.append(f"{wanted} processes")
+        if config.lora is not None and not config.quantization.load_in_4bit:
+            remedies.append("quantization.load_in_4bit=true")
+        remedies.append("a smaller train.per_device_train_batch_size or train.max_length")
+        print(f"it does not fit with a margin of {MARGIN[plan.device]}; what may: {', or '.join(remedies)}")
     return DONE

@@ -62,19 +62,20 @@ def choose(config: Config, plan: DevicePlan, count: int, fits: Callable[[str], t
             )
     asked = config.train_value("strategy")
     if asked != "auto":
-        if problem := _problem(asked, config, plan, count):
+        if problem := refusal(asked, config, plan, count) or _missing(asked):
             raise UserError(f"train.strategy={asked}: {problem}")
         return Strategy(asked, "set in the config")
     if count == 1:
         return Strategy(SINGLE, "one process")
     if plan.device == "cuda" and not (ddp := fits(DDP))[0] and (parts := fits(FSDP2))[0]:
-        if (problem := _problem(FSDP2, config, plan, count)) is None:
+        if (problem := refusal(FSDP2, config, plan, count)) is None:
             return Strategy(FSDP2, f"ddp needs {ddp[1]}, in parts on {count} processes it is {parts[1]}")
         return Strategy(DDP, f"{count} processes; fsdp2 would need less, but {problem}")
     return Strategy(DDP, f"{count} processes, each with the whole model")
 
 
-def _problem(name: str, config: Config, plan: DevicePlan, count: int) -> str | None:
+def refusal(name: str, config: Config, plan: DevicePlan, count: int) -> str | None:
+    """Why a strategy cannot be for this config on so many processes, whatever is installed; None: it can."""
     if name == SINGLE and count > 1:
         return (
             f"this launch has {count} processes, of which each would train by itself: take auto, or start one process"
@@ -93,6 +94,12 @@ def _problem(name: str, config: Config, plan: DevicePlan, count: int) -> str | N
             "with float16 (loss scaling) a checkpoint could not be resumed, because the scaler would have to be loaded before the "
             "optimizer: take ddp or zero3"
         )
+    if name == ZERO3 and config.lora is None:
+        return "it has not been seen to train all weights (lora: null): the run ended with an error on a CPU. Take fsdp2 or zero2"
+    return None
+
+
+def _missing(name: str) -> str | None:
     if name in DEEPSPEED and find_spec("deepspeed") is None:
         return "DeepSpeed is not installed: `DS_BUILD_OPS=0 pip install 'atlas-posttraining[deepspeed]'`"
     return None

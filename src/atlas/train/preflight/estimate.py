@@ -105,7 +105,8 @@ def per_device_bytes(
 
     NF4: half a byte per weight and one constant per 64 of them, of 4 bytes, or, quantised again, of 1 byte and 4/256
     (https://arxiv.org/abs/2305.14314, section 3). Parts: the stages of ZeRO (https://arxiv.org/abs/1910.02054, section 5), FSDP
-    shards as stage 3 does. What the libraries add was read in accelerate 1.15, torch 2.13 and DeepSpeed 0.19.
+    shards as stage 3 does. What the libraries add was read in accelerate 1.15 and torch 2.13; DeepSpeed's
+    part are its defaults, not measured.
     """
     width, numbers, full = 4 if plan.dtype == "float32" else 2, shape.trained, config.lora is None
     each = 0.5 + (1 + 4 / 256 if config.quantization.bnb_4bit_use_double_quant else 4) / 64
