@@ -211,9 +211,10 @@ def test_other_rows_on_another_machine(sft_args: list[str], rows_file: Path, tmp
 
 @pytest.mark.slow
 def test_another_version_on_another_machine(sft_args: list[str], tmp_path: Path):
-    (tmp_path / "accelerate-1.15.99.dist-info").mkdir()
-    (tmp_path / "accelerate-1.15.99.dist-info" / "METADATA").write_text("Name: accelerate\nVersion: 1.15.99\n")
-    ends = two_machines(sft_args, (tmp_path, {}), (tmp_path, injected(tmp_path / "code", "")))
+    variables, found = injected(tmp_path / "code", ""), tmp_path / "code" / "accelerate-1.15.99.dist-info"
+    found.mkdir()
+    (found / "METADATA").write_text("Name: accelerate\nVersion: 1.15.99\n")
+    ends = two_machines(sft_args, (tmp_path, {}), (tmp_path, variables))
     assert 2 in {status for status, _ in ends}, ends
     text = "install the same versions for each process"
     assert any("versions: process 1 (on " in error and "accelerate" in error and text in error for _, error in ends)
