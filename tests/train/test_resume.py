@@ -104,6 +104,7 @@ def test_a_stop_signal_saves_and_leaves(number: signal.Signals, sft_args: list[s
     arguments = [*sft_args, *slow, f"output.dir={tmp_path / 'stopped'}"]
     out, err = stopped(arguments, "step 2/4", 0.2, number)
     assert "step 3/4" in out and "step 4/4" not in out and "Traceback" not in err
+    assert f"{number.name}: this step is finished and saved, then the run stops\n" in out  # at once
     folder = tmp_path / "stopped"
     assert f"stopped by {number.name} after step 3/4: {folder / 'checkpoint-3'} is whole" in err
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-3"]

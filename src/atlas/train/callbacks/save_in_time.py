@@ -1,5 +1,6 @@
 """Saves by the clock, and when the process is told to stop."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -61,10 +62,10 @@ class SaveInTime(TrainerCallback):
         if self.received is None:
             self.received = number
             signal.setitimer(signal.ITIMER_REAL, 0)
-            if self.trainer.args.process_index == 0:  # print may be at work just now
-                os.write(
-                    1, f"{signal.Signals(number).name}: this step is finished and saved, then the run stops\n".encode()
-                )
+            if self.trainer.args.process_index == 0:
+                said = f"{signal.Signals(number).name}: this step is finished and saved, then the run stops\n"
+                with contextlib.suppress(OSError):  # nobody may read it any more, and the save must come
+                    os.write(1, said.encode())  # print may be at work just now
             self._again_from = time.monotonic() + ONE_SIGNAL
             if processes() == 1:
                 self.__exit__()
