@@ -77,8 +77,6 @@ def test_a_strategy_trains_as_one_process_does(
     if strategy.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed (the extra `deepspeed`)")
     method, one = alone
-    if strategy == "zero3" and "lora=null" in method:
-        pytest.skip("is refused")
     more = [*method, f"train.strategy={strategy}", "train.gradient_accumulation_steps=1"]
     arguments = asked(base_folder, rows_file, tmp_path, *more)
     done = launched(arguments)
@@ -132,11 +130,6 @@ def test_fsdp2_on_a_cpu_is_refused_where_accelerate_would_take_ddp(sft_args: lis
             "train.strategy=ddp: needs several processes, and this launch has one: `atlas launch",
         ),
         (1, ["train.strategy=zero3"], "train.strategy=zero3: needs several processes"),
-        (
-            2,
-            ["train.strategy=zero3", *METHODS["full"]],
-            "train.strategy=zero3: it has not been seen to train all weights",
-        ),
         (2, ["train.strategy=single"], "train.strategy=single: this launch has 2 processes"),
         (
             2,

@@ -16,7 +16,7 @@ def whole(parameter: Any) -> torch.Tensor:
         if (found := safe_get_full_fp32_param(parameter)) is not None:
             return found.detach().view(size_of(parameter))
     if hasattr(parameter, "ds_id"):  # ZeRO-3
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
             return parameter.detach().clone()

@@ -94,8 +94,6 @@ def refusal(name: str, config: Config, plan: DevicePlan, count: int) -> str | No
             "with float16 (loss scaling) a checkpoint could not be resumed, because the scaler would have to be loaded before the "
             "optimizer: take ddp or zero3"
         )
-    if name == ZERO3 and config.lora is None:
-        return "it has not been seen to train all weights (lora: null): the run ended with an error on a CPU. Take fsdp2 or zero2"
     return None
 
 
