@@ -248,5 +248,8 @@ def download(name: str, *, whole: bool = False) -> tuple[Path, str]:
     is_model = whole and (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
     missing = [file for file in _NEEDED if not (folder / file).is_file()]
     if missing and not is_model:
-        raise UserError(f"{name} holds no adapter: {' and '.join(missing)} missing in revision {folder.name}")
+        raise UserError(
+            f"{name} holds no adapter: {' and '.join(missing)} missing in revision {folder.name}. A whole model needs none: "
+            f"`atlas eval --merged {name}`, `atlas chat --model {name}`, model.name={name}"
+        )
     return folder, folder.name

@@ -1,18 +1,16 @@
 """Several processes: one run by torchrun, and runs and other commands that meet in one output folder."""
 
-import contextlib
-import io
 import json
-import multiprocessing
-import os
 import random
 import re
 import shutil
 import subprocess
 import sys
 import time
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,10 +19,10 @@ from safetensors.torch import load_file
 from atlas.config import load_config
 from atlas.files import sha256
 from atlas.pocket.base import PocketPaths
-from atlas.train import preflight, sft
+from atlas.train import preflight
 from atlas.train.checkpoints import checkpoints, damage
 from hub_server import HubServer, User
-from runs import environment, run_arguments, together, train
+from runs import Started, environment, run_arguments, together, train
 
 
 def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -83,6 +81,28 @@ sys.exit(main())
     started = together(2, "-c", code, "sft", *sft_args, "train.per_device_train_batch_size=64", "train.batching=pad")
     assert [process.end() for process in started] == [0, 0], [process.said() for process in started]
     assert "gradient checkpointing on: " in (said := started[0].said()[0]) and "20.0 MiB free" in said
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.slow
+def test_an_error_of_the_first_process_alone_ends_all(sft_args: list[str], tmp_path: Path):
+    code = """
+import sys
+from atlas.errors import UserError
+from atlas.train import run
+
+def begun(self):
+    raise UserError("the first one says no")
+
+run.Run._begun = begun
+sys.argv = ["atlas", *sys.argv[1:]]
+from atlas.cli import main
+sys.exit(main())
+"""
+    started = together(2, "-c", code, "sft", *sft_args)
+    assert [process.end() for process in started] == [2, 2]
+    first, second = (process.said()[1] for process in started)
+    assert "error: the first one says no" in first and "error (process 1): the first one says no" in second
 
 
 @pytest.mark.slow
@@ -152,56 +172,20 @@ class Outcome(NamedTuple):
     out: str
 
 
-def _run(command: str, arguments: list[str], wait: float, answers: Any) -> None:
-    """One command, in a process that has imported all of it before."""
-    from atlas.eval import run
-    from atlas.hub import push
-
-    os.environ["HF_TOKEN"] = TOKEN  # which an import of the fixtures may have taken away
-    time.sleep(wait)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            status = {"sft": sft, "eval": run, "push": push}[command].main(arguments)
-        except BaseException as error:
-            status = -1
-            print(f"Traceback {type(error).__name__}: {error}")
-    answers.put(Outcome(status, said.getvalue()))
-
-
-class Pair:
-    """Two commands at once, each after a wait."""
-
-    def __init__(self) -> None:
-        self.context = multiprocessing.get_context("forkserver")  # not fork: OpenMP's threads do not survive it
-        self.context.set_forkserver_preload(
-            [
-                "atlas.train.sft_trainer",
-                "atlas.train.preflight",
-                "atlas.eval.harness",
-                "atlas.hub.push",
-                "bitsandbytes",
-                "peft",
-            ]
-        )
-
-    def __call__(self, *commands: tuple[str, list[str], float]) -> list[Outcome]:
-        queues = [self.context.SimpleQueue() for _ in commands]
-        started = [
-            self.context.Process(target=_run, args=(*command, queue))
-            for command, queue in zip(commands, queues, strict=True)
-        ]
-        for process in started:
-            process.start()
-        found = [queue.get() for queue in queues]
-        for process in started:
-            process.join()
-        for outcome in found:
-            assert "Traceback" not in outcome.out and outcome.status in (0, 2), outcome
-            # What is refused is refused once, by one clear reason.
-            said = re.findall("^error: (.*)", outcome.out, re.MULTILINE)
-            assert len(said) == (outcome.status == 2), outcome
-        return found
+def at_once(settings: dict[str, str], *commands: tuple[str, list[str], float]) -> list[Outcome]:
+    """Commands in processes of their own, each after a wait in seconds, under these environment variables."""
+    began, started = time.monotonic(), {}
+    for command in sorted(commands, key=itemgetter(2)):
+        name, arguments, wait = command
+        time.sleep(max(began + wait - time.monotonic(), 0))
+        started[commands.index(command)] = Started(name, *arguments, environment=environment() | settings)
+    found = [Outcome(started[place].end(), "".join(started[place].said())) for place in range(len(commands))]
+    for outcome in found:
+        assert "Traceback" not in outcome.out and outcome.status in (0, 2), outcome
+        # What is refused is refused once, by one clear reason.
+        said = re.findall("^error: (.*)", outcome.out, re.MULTILINE)
+        assert len(said) == (outcome.status == 2), outcome
+    return found
 
 
 TOKEN = "hf_" + "p" * 34
@@ -209,9 +193,10 @@ IN_USE = r"is in use by atlas (sft|push) \(process \d+ on \S+, since 20\S+\)"
 PAIRS = ("sft/sft, the same", "sft/sft, another config", "sft/eval", "sft/push")
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [8, 50])
-def test_two_commands_on_one_folder(count: int, lab: PocketPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_two_commands_on_one_folder(count: int, lab: PocketPaths, tmp_path: Path):
     """At random moments of each other: nothing is lost, and nothing is mixed."""
     asked = [*run_arguments(lab.base, lab.train, tmp_path)[:4], "quantization.load_in_4bit=false", "train.max_steps=12"]
     asked += ["train.per_device_train_batch_size=4", "train.save_strategy=steps", "train.save_steps=1"]
@@ -226,13 +211,14 @@ def test_two_commands_on_one_folder(count: int, lab: PocketPaths, tmp_path: Path
     draw, refused = random.Random(count), 0
     with HubServer(tmp_path / "hub") as server:
         server.users[TOKEN] = User("ann")
-        for name, value in {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-        pair = Pair()
-        pair(
-            ("sft", [*asked, f"output.dir={tmp_path / 'warm'}"], 0.0)
-        )  # the imports; from here on a command starts at once
+        settings = {
+            "HF_ENDPOINT": server.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": TOKEN,
+        }
+        pair = partial(at_once, settings)
+        pair(("sft", [*asked, f"output.dir={tmp_path / 'warm'}"], 0.0))  # from here on a command starts at once
         began = time.monotonic()
         pair(("sft", [*asked, f"output.dir={tmp_path / 'timed'}"], 0.0))
         takes = time.monotonic() - began

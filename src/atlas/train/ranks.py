@@ -48,13 +48,44 @@ def from_all(value: Value) -> list[Value]:
 
 
 def from_first(find: Callable[[], Value]) -> Value:
-    """What the first process finds. All of them have to call this."""
+    """What the first process finds. If it raises, all of them do. All of them have to call this."""
     if processes() == 1:
         return find()
     from accelerate.utils import broadcast_object_list
 
-    found: list[Value] = broadcast_object_list([find() if is_main_process() else None])
-    return found[0]
+    found: list[Any] = [None]
+    with all_or_none():
+        if is_main_process():
+            found[0] = find()
+    broadcast_object_list(found)
+    answer: Value = found[0]
+    return answer
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """If the body fails on one process, it fails on all of them: every process raises the error of the first one that has one.
+
+    Without this the others would wait in their next exchange until the launcher ends them, or until `train.ddp_timeout`. The body
+    must not exchange anything itself where one process may have failed already. A process whose error is neither a `UserError` nor
+    a `RunError` raises that one, with its traceback.
+    """
+    if processes() == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    ours = isinstance(error, UserError | RunError)
+    said = f"process {rank()} failed: {type(error).__name__}: {first_line(error)}" if error and not ours else str(error)
+    failed = [one for one in from_all((isinstance(error, UserError), said) if error else None) if one is not None]
+    if error is not None and not ours:
+        raise error
+    if failed:
+        wrong_input, text = failed[0]
+        raise (UserError if wrong_input else RunError)(text) from None
 
 
 def agree(parts: Mapping[str, Mapping[str, Any]]) -> None:

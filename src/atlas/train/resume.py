@@ -22,8 +22,7 @@ from atlas.files import write_json
 from atlas.models.shards import gathered, own_part
 from atlas.train import checkpoints
 from atlas.train.halving import Halving
-from atlas.train.ranks import from_all, lost
-from atlas.train.together import all_or_none
+from atlas.train.ranks import all_or_none, from_all, lost
 
 
 class EvaluationCutError(Exception):

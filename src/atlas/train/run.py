@@ -38,10 +38,9 @@ from atlas.train.manifest import build_manifest
 from atlas.train.phase import phase_of
 from atlas.train.preflight import preflight
 from atlas.train.preflight.machine import choose_checkpointing
-from atlas.train.ranks import agree, from_first, lost, watched
+from atlas.train.ranks import agree, all_or_none, from_first, lost, watched
 from atlas.train.strategy import DDP, DEEPSPEED, SINGLE, begin_deepspeed, refuse_another, set_precision
 from atlas.train.timing import Parts
-from atlas.train.together import all_or_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
