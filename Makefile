@@ -114,7 +114,7 @@ kill: setup             ## kill thirty runs with SIGKILL, resume them, and compa
 strategies: setup       ## two processes under each strategy against one: losses, weights, resumed after SIGKILL (about 15 minutes)
 	$(RUN) benchmarks/strategies.py $(ARGS)
 
-scaling: setup          ## memory and traffic of each device on paper, and what two processes hold (needs `make pocket`)
+scaling: setup          ## memory and traffic of each device on paper, and what two processes hold and how long they take (10 minutes)
 	$(RUN) benchmarks/scaling.py $(ARGS)
 
 layers: setup           ## for maintainers: the matrix of imports in docs/architecture.md

@@ -15,12 +15,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measured import record_benchmark, this_command
+from measured import MEASURED, record_benchmark, this_command
 
 # Vocabulary, and the shape of a Qwen2 model. The last one is Qwen2.5-0.5B's.
 SHAPES: dict[str, dict[str, Any]] = {
     "1M": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
     | {"num_key_value_heads": 4, "vocab_size": 2048},
+    "17M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
+    | {"num_key_value_heads": 2, "vocab_size": 8192},
     "60M": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
     | {"num_key_value_heads": 2, "vocab_size": 49152},
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
@@ -70,6 +72,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument(
+        "--set", metavar="KEY=VALUE", help="only cases with this setting; the others stay as they were recorded"
+    )
+    parser.add_argument(
         "--heap", action="store_true", help="with glibc's heap as it is, which holds more than is in use"
     )
     parser.add_argument("--child", nargs=3, metavar=("WHAT", "CASE", "FOLDER"), help=argparse.SUPPRESS)
@@ -78,9 +83,13 @@ def main() -> None:
         what, case, folder = arguments.child
         (make if what == "make" else measure)(*CASES[int(case)], Path(folder))
         return
+    name = "memory, with the heap" if arguments.heap else "memory"
+    path = MEASURED / "benchmarks.json"
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and arguments.set else {}
+    others = [one for one in recorded.get(name, {}).get("cases", []) if arguments.set not in one["settings"]]
     found = []
     for index, (shape, batch, length, overrides) in enumerate(CASES):
-        if shape not in arguments.shapes:
+        if shape not in arguments.shapes or (arguments.set and arguments.set not in overrides):
             continue
         with tempfile.TemporaryDirectory() as folder:
             for what in ("make", "measure"):
@@ -94,8 +103,7 @@ def main() -> None:
         one |= json.loads(out[out.rindex("\n{") + 1 :] if "\n{" in out else out)
         found.append(one)
         print(line(one), flush=True)
-        name = "memory, with the heap" if arguments.heap else "memory"
-        record_benchmark(name, {"cases": found}, this_command(), show=False)
+        record_benchmark(name, {"cases": others + found}, this_command(), show=False)
 
 
 def line(one: dict[str, Any]) -> str:

@@ -395,20 +395,35 @@ def scaling_takes(figures: Path) -> str:
 
 def scaling_measured(figures: Path) -> str:
     """The formulas against what two processes hold."""
-    entry = _read(figures / "benchmarks.json").get("scaling")
+    entry = _read(figures / "benchmarks.json").get("scaling, held")
     if entry is None:
         return NOT_YET.format("scaling")
-    names = ("weights", "gradients", "optimizer")
-    table = [["method", "strategy", *(f"{name}, held / formula" for name in names)]]
-    for case in entry["measured"]:
+    names = list(entry["cases"][0]["formula"])
+    table = [["trained", "strategy", *names, "formula / held at the peak"]]
+    for case in entry["cases"]:
+        start = [case["method"], case["strategy"]]
         if "error" in case:
-            table.append([case["method"], case["strategy"], markdown_cell(case["error"]), "", ""])
+            table.append([*start, markdown_cell(case["error"]), *[""] * len(names)])
             continue
-        cells = [f"{case['held'][name]:,} / {case['formula'][name]:,}" for name in names]
-        table.append([case["method"], case["strategy"], *cells])
-    return _captioned(
-        table, {**entry, "what": "bytes on the first of two processes, a model of 1 M parameters in float32"}
-    )
+        cells = [f"{case['held'][name] / 1e6:,.0f} ({case['formula'][name] / 1e6:,.0f})" for name in names]
+        table.append([*start, *cells, f"{case['formula']['peak'] / case['held']['peak']:.2f}"])
+    return _captioned(table, entry, "In brackets what the formulas say.")
+
+
+def scaling_time(figures: Path) -> str:
+    """Two processes under each strategy against one that does the same work."""
+    entry = _read(figures / "benchmarks.json").get("scaling, time")
+    if entry is None:
+        return NOT_YET.format("scaling")
+    methods = list(entry["of"])
+    table = [["", *(f"{method}, {what}" for method in methods for what in ("time", "CPU time"))]]
+    for contender in next(iter(entry["of"].values())):
+        cells = []
+        for found in (entry["of"][method][contender] for method in methods):
+            ratios = [_spread(found.get(f"{kind}_ratio"), "x") for kind in ("wall", "cpu")]
+            cells += [markdown_cell(found["error"]), ""] if "error" in found else ratios
+        table.append([contender, *cells])
+    return _captioned(table, entry)
 
 
 def template_matrix(figures: Path) -> str:
@@ -467,6 +482,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "scaling-memory": scaling_memory,
     "scaling-takes": scaling_takes,
     "scaling-measured": scaling_measured,
+    "scaling-time": scaling_time,
     "template-matrix": template_matrix,
     "install": install,
 }

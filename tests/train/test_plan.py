@@ -41,7 +41,7 @@ def test_full_fine_tuning_takes_what_the_paper_of_zero_says():
         ("fsdp2", 8, 16 / 8),
     ]:
         found = per_device_bytes(settings, device, shape, strategy, count)
-        kept = found.total - found.passing
+        kept = found.frozen + found.trained + found.gradients + found.optimizer
         assert kept / shape.trained == pytest.approx(bytes_each, rel=1e-3), strategy
     sent = {name: sent_bytes(settings, device, shape, name, 8) for name in ("ddp", "zero2", "zero3", "fsdp2")}
     batches = settings.train_value("gradient_accumulation_steps")
@@ -68,3 +68,21 @@ def test_the_command_names_the_strategy_and_its_reason(
     count = int(arguments[arguments.index("--nproc") + 1])
     names = re.findall(r"^ *(single|ddp|zero2|fsdp2|zero3)  ", out, re.MULTILINE)
     assert names == (["single"] if count == 1 else ["ddp", "zero2", "fsdp2", "zero3"])
+
+
+@pytest.mark.parametrize(
+    ("optim", "each"), [(None, 8), ("adamw_torch", 8), ("adafactor", 0), ("lion_32bit", 4), ("adamw_8bit", 2)]
+)
+@pytest.mark.parametrize("method", [[], FULL])
+def test_an_optimizer_takes_its_own_bytes(optim: str | None, each: int, method: list[str]):
+    settings = config(*method, *([f"train.optim={optim}"] if optim else []))
+    shape = plan.shape_of(settings, "Qwen2.5-7B")
+    found = per_device_bytes(settings, choose_device(settings, Machine()), shape)
+    whole = shape.other if method and optim == "adamw_8bit" else 0  # embeddings and norms stay in 32 bits
+    assert found.optimizer == each * (shape.trained - whole) + 8 * whole
+
+
+def test_a_model_that_cannot_be_downloaded_names_the_shapes(capsys: pytest.CaptureFixture[str]):
+    assert plan.main(["--config", str(CONFIG), "model.name=nobody/nothing"]) == 2
+    error = capsys.readouterr().err
+    assert "--shape Qwen2.5-0.5B|Qwen2.5-1.5B" in error and "--gpu T4|24GB|80GB" in error

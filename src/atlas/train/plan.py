@@ -13,8 +13,9 @@ from atlas.cli import command
 from atlas.config import Config, load_config
 from atlas.console import quiet_libraries, size
 from atlas.device import DevicePlan, Gpu, Machine, choose_device
-from atlas.errors import DONE
+from atlas.errors import DONE, UserError
 from atlas.train.preflight.estimate import (
+    STATE,
     PerDevice,
     Shape,
     activation_bytes,
@@ -69,7 +70,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        return self.static.total + self.activations
+        return self.static.peak(self.activations)
 
 
 def shape_of(config: Config, name: str | None = None) -> Shape:
@@ -82,7 +83,13 @@ def shape_of(config: Config, name: str | None = None) -> Shape:
     from atlas.models.load import empty_model
 
     with torch.device("meta"):
-        model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**SHAPES[name])) if name else empty_model(config)
+        try:
+            model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**SHAPES[name])) if name else empty_model(config)
+        except UserError as error:
+            raise UserError(
+                f"{str(error).rstrip('.')}. No download is needed with --shape {'|'.join(SHAPES)} (and --gpu {'|'.join(GPUS)} "
+                "for a GPU that is not here)"
+            ) from None
         return Shape.of(model if config.lora is None else get_peft_model(model, lora_config(config.lora)))
 
 
@@ -92,7 +99,7 @@ def need(config: Config, plan: DevicePlan, shape: Shape, strategy: str, processe
     asked = plan.gradient_checkpointing
     tried = (False, True) if asked is None else (asked,)
     taken = {on: activation_bytes(config, plan, shape, on, batch, False) for on in tried}
-    fit = [on for on in tried if (static.total + taken[on]) * MARGIN[plan.device] <= memory]
+    fit = [on for on in tried if static.peak(taken[on]) * MARGIN[plan.device] <= memory]
     on = (fit or tried[-1:])[0]
     return Need(static, taken[on], on, bool(fit), sent_bytes(config, plan, shape, strategy, processes))
 
@@ -124,17 +131,19 @@ def main(arguments: Namespace) -> int:
     memory = (gpu.memory_gib or 0) * 2**30
     plan, shape = choose_device(config, Machine(gpus=(gpu,), processes=count)), shape_of(config, arguments.shape)
     rows, length = largest_batch(config)
+    optim = config.train_value("optim") or "the default"
     total, each = shape.linear + shape.other, config.train_value("gradient_accumulation_steps")
     print(
         f"{arguments.shape or config.model.name}: {total / 1e6:,.1f} M parameters, {shape.trained / 1e6:,.1f} M trained, "
         f"{'4 bits' if config.quantization.load_in_4bit else plan.dtype}; {count} x {gpu.name}, {gpu.memory} each; a step is "
-        f"{each} x {rows} rows of {length:,} tokens on each"
+        f"{each} x {rows} rows of {length:,} tokens on each; optimizer {optim}"
+        f"{'' if optim in STATE else ', counted as AdamW'}"
     )
     table = [["", "weights", "gradients", "optimizer", "passing", "activations", "in all", "fits", "sent in a step"]]
     others = []
     for name in [SINGLE] if count == 1 else [DDP, ZERO2, FSDP2, ZERO3]:
         found = need(config, plan, shape, name, count, memory)
-        frozen, trained, *rest = found.static
+        frozen, trained, *rest, _ = found.static
         sizes = [size(value) for value in (frozen + trained, *rest, found.activations, found.total)]
         sizes[-2] += " (recomputed)" if found.recomputed else ""
         problem = refusal(name, config, plan, count)

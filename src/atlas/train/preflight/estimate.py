@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 HEAD_BYTES = 2 * 128 * 2**20  # at most: one chunk's logits and their exponentials (train/head.py)
 LENGTH_IF_OPEN = 1024
+# Bytes that `train.optim` keeps for a trained number, where it is not AdamW with two moments in float32: none, or sums of rows and
+# columns, or one byte for each moment. In 8 bits bitsandbytes leaves embeddings and norms out (transformers asks it to).
+STATE = {"sgd": 0, "adafactor": 0, "lion_32bit": 4, "lion_8bit": 1, "paged_lion_8bit": 1} | dict.fromkeys(
+    ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), 2
+)
 LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance
 
 
@@ -89,13 +94,16 @@ class PerDevice(NamedTuple):
     """Weights that are trained: in float32, and the copy in half precision that DeepSpeed computes with."""
     gradients: int
     optimizer: int
-    """AdamW's two moments."""
+    """AdamW's two moments, or what `STATE` says of `train.optim`."""
     passing: int
     """What comes and goes: gradients in the buckets that are sent, gathered layers, weights in another precision."""
+    stepping: int
+    """DeepSpeed's gradients and their copies at the optimizer's step, when activations and what else passes are gone."""
 
-    @property
-    def total(self) -> int:
-        return sum(self)
+    def peak(self, activations: int = 0) -> int:
+        """In all, with so many bytes of activations."""
+        kept = self.frozen + self.trained + self.optimizer
+        return kept + max(self.gradients + self.passing + activations, self.stepping)
 
 
 def per_device_bytes(
@@ -105,8 +113,8 @@ def per_device_bytes(
 
     NF4: half a byte per weight and one constant per 64 of them, of 4 bytes, or, quantised again, of 1 byte and 4/256
     (https://arxiv.org/abs/2305.14314, section 3). Parts: the stages of ZeRO (https://arxiv.org/abs/1910.02054, section 5), FSDP
-    shards as stage 3 does. What the libraries add was read in accelerate 1.15 and torch 2.13; DeepSpeed's
-    part are its defaults, not measured.
+    shards as stage 3 does. What the libraries add was read in accelerate 1.15, torch 2.13 and DeepSpeed 0.19, and compared with two
+    processes on a CPU (benchmarks/scaling.py).
     """
     width, numbers, full = 4 if plan.dtype == "float32" else 2, shape.trained, config.lora is None
     each = 0.5 + (1 + 4 / 256 if config.quantization.bnb_4bit_use_double_quant else 4) / 64
@@ -114,7 +122,7 @@ def per_device_bytes(
     frozen = 0 if full else linear + shape.other * width
     parts = processes if strategy in SHARDED else 1
 
-    kept, gradient, of_optimizer = 4.0 * numbers / parts, 4 * numbers / parts, parts
+    kept, gradient, of_optimizer, stepping = 4.0 * numbers / parts, 4 * numbers / parts, parts, 0.0
     # Autocast's copies of what is trained, which are kept until the forward pass has ended.
     passing = 0.0 if width == 4 else 2 * (shape.linear if full else numbers)
     if strategy == DDP:
@@ -123,15 +131,20 @@ def per_device_bytes(
         # The float32 numbers lie in parts beside those that it computes with, which have its gradients' precision.
         kept, of_optimizer = width * numbers / parts + 4 * numbers / processes, processes
         gradient = width * numbers / processes
-        # Stage 2 fills a bucket. Stage 3 gives back only what is not used again within a billion numbers.
-        whole = min(1, LIVE / (shape.linear + shape.other))
-        bucket = width * min(shape.hidden**2, numbers)
-        passing = bucket + (whole * (linear + shape.other * width) if strategy == ZERO3 else 0)
+        # A bucket (launch/zero2.yaml), and the copy of the one gradient that is far larger.
+        embeddings = shape.vocabulary * shape.hidden if full else 0
+        passing = width * (shape.hidden**2 + embeddings)
+        if strategy == ZERO3:  # It gives back only what is not used again within a billion numbers.
+            passing += min(1, LIVE / (shape.linear + shape.other)) * (linear + shape.other * width)
+        # The gradients as they came and in one tensor, then that in float32. Before, the norm's copy of one in 64 bits.
+        stepping = max(8 * numbers / processes, gradient + 8 * min(embeddings, numbers / processes))
     elif strategy == FSDP2:
         # A layer and the next one, what is outside the layers, and a layer's gradients before and after they are sent.
         of_a_layer, outside = (shape.linear if full else numbers) / shape.layers, shape.other if full else 0
         passing = 2 * linear / shape.layers + shape.other * width + (width + 4) * (of_a_layer + outside)
-    found = frozen / parts, kept, gradient, 8 * numbers / of_optimizer, passing
+    state = STATE.get(config.train_value("optim"), 8)
+    moments = state * numbers + (3 * state * shape.other if full and state in (1, 2) else 0)
+    found = frozen / parts, kept, gradient, moments / of_optimizer, passing, stepping
     return PerDevice(*map(int, found))
 
 
@@ -143,8 +156,8 @@ def sent_bytes(config: Config, plan: DevicePlan, shape: Shape, strategy: str, pr
     batches = config.train_value("gradient_accumulation_steps")
     passed = {
         DDP: 2 * 4 * numbers,
-        ZERO2: batches * width * numbers
-        + width * numbers,  # gradients to their owner; at the end what is trained from there
+        # Gradients, which DeepSpeed sends to all (use_multi_rank_bucket_allreduce); at the end what is trained, from its owner.
+        ZERO2: (2 * batches + 1) * width * numbers,
         ZERO3: batches * (2 * whole + width * numbers),  # layers in the forward and the backward pass; gradients
         FSDP2: batches * (2 * whole + 4 * numbers),
     }

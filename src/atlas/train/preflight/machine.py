@@ -67,7 +67,7 @@ def memory(ready: Ready) -> Found:
     estimate, with a margin for its error, does not fit."""
     config, plan = ready.loaded.config, ready.plan
     free, there = _free(ready)
-    static = per_device_bytes(config, plan, ready.shape, ready.strategy.name, processes()).total
+    static = per_device_bytes(config, plan, ready.shape, ready.strategy.name, processes()).peak()
     what = f"weights, {'adapter' if config.lora is not None else 'gradients'} and optimizer"
     if static > free:
         remedy = "a smaller base model or a smaller lora.r"
@@ -104,7 +104,7 @@ def estimate(
     packed = (way or open_ways(config)[0][0]) in (PACK, PACKS)
     masked = packed and not row_by_row(ready.plan, ready.empty.config.get_text_config())
     static = per_device_bytes(config, ready.plan, ready.shape, strategy or ready.strategy.name, processes())
-    return static.total + activation_bytes(config, ready.plan, ready.shape, checkpointing, batch, masked)
+    return static.peak(activation_bytes(config, ready.plan, ready.shape, checkpointing, batch, masked))
 
 
 def choose_checkpointing(ready: Ready, way: str | None = None, lengths: np.ndarray | None = None) -> None:
