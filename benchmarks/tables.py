@@ -415,14 +415,14 @@ def scaling_time(figures: Path) -> str:
     entry = _read(figures / "benchmarks.json").get("scaling, time")
     if entry is None:
         return NOT_YET.format("scaling")
-    methods = list(entry["of"])
-    table = [["", *(f"{method}, {what}" for method in methods for what in ("time", "CPU time"))]]
-    for contender in next(iter(entry["of"].values())):
-        cells = []
-        for found in (entry["of"][method][contender] for method in methods):
-            ratios = [_spread(found.get(f"{kind}_ratio"), "x") for kind in ("wall", "cpu")]
-            cells += [markdown_cell(found["error"]), ""] if "error" in found else ratios
-        table.append([contender, *cells])
+    methods, contenders = list(entry["of"]), next(iter(entry["of"].values()))
+    kinds = {f"{kind}_ratio": what for kind, what in {"wall": "time", "cpu": "CPU time"}.items()}
+    kinds = {kind: what for kind, what in kinds.items() if any(kind in one for one in contenders.values())}
+    table = [["", *(f"{method}, {what}" for method in methods for what in kinds.values())]]
+    for contender in contenders:
+        found = [entry["of"][method][contender] for method in methods]
+        cells = [one.get("error") or _spread(one.get(kind), "x") for one in found for kind in kinds]
+        table.append([contender, *map(markdown_cell, cells)])
     return _captioned(table, entry)
 
 
