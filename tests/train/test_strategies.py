@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -30,6 +31,14 @@ LOSSES, WEIGHTS = {"zero3": 1e-5}, {"zero3": 1e-4}
 """The largest difference to one process; else 1e-6."""
 FULL = 1e-3
 """The same of a weight in full fine-tuning: AdamW makes a step of the learning rate also of a gradient that is rounding alone."""
+BEST = [
+    *["train.load_best_model_at_end=true", "train.eval_strategy=steps", "train.eval_steps=1"],
+    # The loss falls to the end, so the best by this measure is an early one.
+    *["train.metric_for_best_model=eval_loss", "train.greater_is_better=true", "train.lr_scheduler_type=constant"],
+]
+SETTINGS = {
+    "best": [*METHODS["lora"], *BEST],
+}
 # The weights of a checkpoint of which each process has written a part.
 SHARDS = {"fsdp2": "optimizer_0/__1_0.distcp", "zero2": "global_step*/*rank_1*", "zero3": "global_step*/*rank_1*model*"}
 
@@ -48,9 +57,14 @@ def asked(base: Path, rows: Path, folder: Path, *more: str) -> list[str]:
     return [*basic, "train.save_total_limit=null", "train.learning_rate=1e-2", "lora.lora_dropout=0", *more]
 
 
-def losses(folder: Path) -> list[float]:
+def losses(folder: Path, name: str = "loss") -> list[float]:
     state = json.loads((checkpoints(folder)[0] / "trainer_state.json").read_text())
-    return [line["loss"] for line in state["log_history"] if "loss" in line]
+    return [line[name] for line in state["log_history"] if name in line]
+
+
+def result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())["result"]
+    return found
 
 
 def largest_difference(one: Path, other: Path) -> float:
@@ -112,6 +126,38 @@ def test_a_strategy_trains_as_one_process_does(
         (again / "manifest.json").unlink()
         other = launched([*arguments, f"output.dir={again}", "train.strategy=fsdp2"])
         assert other.returncode != 0 and "it was trained with train.strategy=ddp, this is fsdp2" in other.stderr
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def set_alone(
+    request: pytest.FixtureRequest, base_folder: Path, rows_file: Path, tmp_path_factory
+) -> tuple[str, list[str], Path]:
+    """Settings, and the run of one process with them."""
+    settings = [*SETTINGS[request.param], *([f"data.eval={rows_file}:9"] if request.param == "best" else [])]
+    arguments = asked(base_folder, rows_file, tmp_path_factory.mktemp(request.param), *settings)
+    return request.param, settings, train([*arguments, "train.gradient_accumulation_steps=2"]).folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_what_is_set_does_the_same_under_a_strategy(
+    strategy: str, set_alone: tuple[str, list[str], Path], base_folder: Path, rows_file: Path, tmp_path: Path
+):
+    if strategy.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed (the extra `deepspeed`)")
+    name, settings, one = set_alone
+    done = launched(asked(base_folder, rows_file, tmp_path, *settings, f"train.strategy={strategy}"))
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    near = LOSSES.get(strategy, 1e-6)
+    assert len(losses(one)) == 5 and losses(out) == pytest.approx(losses(one), abs=near)
+    assert largest_difference(out, one) < (FULL if "lora=null" in settings else WEIGHTS.get(strategy, 1e-6))
+    if name == "best":
+        assert losses(out, "eval_loss") == pytest.approx(losses(one, "eval_loss"), abs=near)
+        best = result(out)["best_step"]
+        assert best == result(one)["best_step"] < 5
+        assert largest_difference(out, out / f"checkpoint-{best}") == 0
+        assert largest_difference(out, out / "checkpoint-5") > 1e-3
 
 
 @pytest.mark.slow
