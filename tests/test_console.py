@@ -1,6 +1,7 @@
 """Text of others reaches a terminal with its control characters written out, and a file as it is."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,29 @@ from rows import chat, write_rows
 
 CLEAR, TITLE, C1, BIDI = "\x1b[2J", "\x1b]0;pwned\x07", "\x9b31m", "\u202egnp.exe\u2066"
 HOSTILE = CLEAR + TITLE + C1 + BIDI + "\r\x7f"
+
+
+def test_a_reader_that_goes_away_ends_no_command(tmp_path: Path):
+    code = """
+import sys
+from pathlib import Path
+from atlas.errors import run_main
+
+def work():
+    for number in range(50_000):
+        print(f"line {number}", flush=number % 10_000 == 0)
+    Path(sys.argv[1]).write_text("done")
+    return 3
+
+sys.exit(run_main(work))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "end")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == "line 0\n"
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 3
+    assert (tmp_path / "end").read_text() == "done"
 
 
 def test_control_characters_are_written_out():

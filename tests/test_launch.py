@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 
@@ -43,3 +44,25 @@ def test_processes_of_one_launch_sleep(monkeypatch: pytest.MonkeyPatch):
     os.environ["WORLD_SIZE"] = "2"
     launch.set_up_torch()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+@pytest.mark.parametrize(
+    ("module", "started", "command"),
+    [
+        ("atlas.cli", {}, "python -m atlas.cli sft --config a.yaml"),
+        ("atlas.cli", {"WORLD_SIZE": "2"}, "atlas launch --nproc 2 -- sft --config a.yaml"),
+        (
+            "atlas.cli",
+            {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"},
+            "atlas launch --nodes 2 --master HOST:PORT --nproc 8 -- sft --config a.yaml",
+        ),
+        ("a.b", {"WORLD_SIZE": "2"}, "torchrun --nproc_per_node 2 -m a.b sft --config a.yaml"),
+    ],
+)
+def test_the_command_of_a_run_starts_as_many_processes(
+    module: str, started: dict[str, str], command: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec(module, None))
+    monkeypatch.setattr(sys, "argv", ["x", "sft", "--config", "a.yaml"])
+    os.environ.update(started)
+    assert launch.command_line() == command

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from atlas.console import say
+from atlas.console import say, unread_output
 from atlas.launch import is_main_process, processes, rank
 from atlas.redact import redact
 
@@ -40,6 +40,7 @@ def _is_wanted(record: logging.LogRecord) -> bool:
     return "Failed to load CPU gemm_4bit_forward" not in str(record.msg)
 
 
+@unread_output()
 def run_main(main: Callable[[], int]) -> int:
     """Run `main`; a `UserError` becomes one message on stderr and exit status 2, a `RunError` status 1, without a traceback."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_wanted)

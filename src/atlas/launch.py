@@ -80,7 +80,19 @@ def set_up_torch() -> None:
 
 
 def command_line() -> str:
-    """What was typed: `python -m MODULE ...` or the script's name, with its arguments; tokens as `***`."""
+    """What was typed: `python -m MODULE ...` or the script's name, with its arguments; tokens as `***`. Of a process of several:
+    a command that starts as many."""
     spec = sys.modules["__main__"].__spec__
-    program = ["python", "-m", spec.name] if spec is not None else [Path(sys.argv[0]).name]
+    program = ["-m", spec.name] if spec is not None else [Path(sys.argv[0]).name]
+    here, nodes = local_processes(), processes() // local_processes()
+    if processes() == 1:
+        program = ["python", *program] if spec is not None else program
+    elif program[-1] in ("atlas.cli", "atlas"):
+        program = ["atlas", "launch", *_on(nodes, "--nodes", "--master"), "--nproc", str(here), "--"]
+    else:
+        program = ["torchrun", *_on(nodes, "--nnodes", "--rdzv_endpoint"), "--nproc_per_node", str(here), *program]
     return shlex.join([*program, *map(redact, sys.argv[1:])])
+
+
+def _on(nodes: int, how_many: str, meet_at: str) -> list[str]:
+    return [how_many, str(nodes), meet_at, "HOST:PORT"] if nodes > 1 else []

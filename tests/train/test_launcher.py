@@ -1,5 +1,6 @@
 """`atlas launch`: several processes started, watched and stopped as one command, whatever happens to one of them."""
 
+import json
 import os
 import re
 import signal
@@ -122,6 +123,27 @@ def test_a_process_that_is_killed_ends_the_run_with_its_name(sft_args: list[str]
     assert f"process 1 of 2 (pid {worker} on {socket.gethostname()}) was ended by SIGKILL" in error
     assert "Traceback" not in error
     assert any(damage(path) is None for path in checkpoints(tmp_path / "out"))
+
+
+@pytest.mark.slow
+@linux
+def test_a_session_that_ends_leaves_a_run_under_nohup_alone(sft_args: list[str], tmp_path: Path):
+    asked = [*sft_args, "train.max_steps=20", "train.gradient_accumulation_steps=1"]
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does it
+    try:
+        process = launch(asked)
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    until(process, "step2/")
+    for number in (*(of_rank(process.pid, rank) for rank in range(2)), process.pid):
+        os.kill(number, signal.SIGHUP)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["result"]["steps"] == 20 and manifest["result"]["effective_batch_size"] == 4
+    assert manifest["command"].startswith("atlas launch --nproc 2 -- sft --config ")
+    assert "| processes | 2 (ddp) |" in (card := (tmp_path / "out" / "README.md").read_text())
+    assert "| effective batch size | 4 |" in card
 
 
 @pytest.mark.slow

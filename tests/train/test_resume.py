@@ -90,7 +90,9 @@ def stopped(arguments: list[str], line: str, seconds: float, number: signal.Sign
 
 @pytest.mark.xdist_group("processes")
 # Of the two, which go the same way but for their name and status, the one that machines send is always tried.
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGHUP))]
+)
 def test_a_stop_signal_saves_and_leaves(number: signal.Signals, sft_args: list[str], rows_file: Path, tmp_path: Path):
     """In the middle of a step, which is finished first."""
     # A step of 30 micro-batches takes a second or more; no checkpoint is written but by the signal.

@@ -154,7 +154,7 @@ def endless(rows: "IterableDataset") -> "IterableDataset":
                 found = True
                 yield row
             if not found:
-                of = f" for process {rank()} of {processes()}" if processes() > 1 else ""
+                of = f" for process {rank()} of {processes()}: start fewer processes" if processes() > 1 else ""
                 raise UserError(f"data.train: nothing is left of the stream to train on{of}")
 
     # `rows` are those of this process already. accelerate divides a stream by its shards if it has one for each process, otherwise

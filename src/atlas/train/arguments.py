@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,7 +38,8 @@ def build_arguments(
     """The same, with the library's own exceptions."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    given = {name: value for name, value in config.train.items() if name not in config.train_schema.own}
+    # A copy: transformers changes `accelerator_config`, and the arguments may be made again.
+    given = {name: deepcopy(value) for name, value in config.train.items() if name not in config.train_schema.own}
     given |= {**phase.fixed, **_data_arguments(config)}
     if given.get("train_sampling_strategy") == "group_by_length":
         del given["train_sampling_strategy"]  # by a sampler of atlas' own

@@ -102,12 +102,19 @@ def _is_a_meeting(host: str, port: int) -> bool:
 
 def _launch(count: int, nodes: int, master: str | None, words: list[str]) -> int:
     """Start the processes and wait for them. Returns their exit status; raises `UserError` where they cannot meet."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
+    where, threads = "this machine", os.environ["OMP_NUM_THREADS"]
+    if nodes > 1:
+        where = f"each of {nodes} machines, which meet at {master} (they wait {SECONDS_TO_MEET // 60} minutes for each other)"
+    print(f"launch: {count} processes on {where}, threads of each on the CPU: {threads}", flush=True)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
+    stops = ["SIGTERM", "SIGINT", "SIGQUIT"]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else `nohup`: the session may end, and the run goes on
+        stops.append("SIGHUP")
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
@@ -117,12 +124,9 @@ def _launch(count: int, nodes: int, master: str | None, words: list[str]) -> int
         rdzv_endpoint=master or "localhost:0",
         rdzv_configs={"timeout": SECONDS_TO_MEET, "read_timeout": SECONDS_TO_MEET},
         max_restarts=0,
+        signals_to_handle=",".join(stops),
         shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)),
     )
-    where, threads = "this machine", os.environ["OMP_NUM_THREADS"]
-    if nodes > 1:
-        where = f"each of {nodes} machines, which meet at {master}"
-    print(f"launch: {count} processes on {where}, threads of each on the CPU: {threads}", flush=True)
     try:
         elastic_launch(config, sys.executable)("-m", "atlas.cli", *words)
     except ChildFailedError as error:

@@ -388,8 +388,11 @@ class Run:
         history = trainer.state.log_history
         losses, eval_losses = ([line[key] for line in history if key in line] for key in ("loss", "eval_loss"))
         best = trainer.state.best_global_step if self.ready.arguments.load_best_model_at_end else None
+        arguments = self.ready.arguments
+        rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         return {
             "steps": trainer.state.global_step,
+            "effective_batch_size": rows * arguments.world_size,  # packs, where rows are packed
             # The times below count from there, all else from the start.
             "resumed_from": self.checkpoint.name if self.checkpoint else None,
             "trainable_parameters": self.trainable,

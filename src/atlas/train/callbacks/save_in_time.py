@@ -26,8 +26,9 @@ processes get SIGTERM, and the launcher passes its own on."""
 class SaveInTime(TrainerCallback):
     """Saves every so many minutes, and at once where the process is told to stop; the run then ends in good order.
 
-    After SIGTERM or SIGINT, or SIGALRM when `stop_in` seconds are up, the current step is finished and its checkpoint written. An
-    evaluation is broken off, and the resumed run makes up for it. A second signal acts as if this callback were not there.
+    After SIGTERM, SIGINT or SIGHUP, or SIGALRM when `stop_in` seconds are up, the current step is finished and its checkpoint
+    written. An evaluation is broken off, and the resumed run makes up for it. A second signal acts as if this callback were not
+    there.
     """
 
     def __init__(
@@ -48,6 +49,9 @@ class SaveInTime(TrainerCallback):
     def __enter__(self) -> "SaveInTime":
         if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
             self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            # It comes when the session ends. `nohup` has it ignored.
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                self._handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._receive)
             if self.stop_in is not None:
                 signal.setitimer(signal.ITIMER_REAL, max(self.stop_in, 0.001))
         return self
