@@ -212,7 +212,7 @@ class Trial:
     def _log(self) -> list[dict[str, Any]]:
         """Losses, learning rates and counts of each step; the times are not the same."""
         state = json.loads((self.out / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
-        timed = ("_runtime", "_per_second", "grad_norm_time")
+        timed = ("_runtime", "_per_second", "grad_norm_time", "seconds", "peak_memory_gib")
         return [{k: v for k, v in line.items() if not k.endswith(timed)} for line in state["log_history"]]
 
 

@@ -50,8 +50,9 @@ def train(arguments: list[str], *more: str) -> FinishedRun:
 def trace(run: FinishedRun) -> tuple[bytes, list[dict]]:
     """The trained weights, and every line of the log with losses, learning rates, accuracies and token counts."""
     assert run.trainer is not None
+    timed = ("runtime", "second", "memory", "mfu")
     lines = [
-        {k: v for k, v in line.items() if "runtime" not in k and "per_second" not in k}
+        {k: v for k, v in line.items() if not any(part in k for part in timed)}
         for line in run.trainer.state.log_history
     ]
     return weight_files(run.folder)[0].read_bytes(), [line for line in lines if {"loss", "eval_loss"} & {*line}]

@@ -1,12 +1,14 @@
 """What any Trainer needs so that a run can be killed at any moment, resumes to the bit, and never saves a run that has diverged."""
 
+import contextlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -23,6 +25,9 @@ from atlas.models.shards import gathered, own_part
 from atlas.train import checkpoints
 from atlas.train.halving import Halving
 from atlas.train.ranks import all_or_none, from_all, lost
+
+if TYPE_CHECKING:
+    from atlas.train.callbacks.meter import Meter
 
 
 class EvaluationCutError(Exception):
@@ -44,6 +49,12 @@ class Resumable(Halving):
 
     evaluation_due = False
     """An evaluation was put off, because the process was told to stop. The resumed run begins with it."""
+    meters: "Sequence[Meter]" = ()
+    """Asked for each line of the log."""
+    told: Sequence[Callable[[dict[str, Any]], None]] = ()
+    """Called with each entry of the log's history that is not a line of numbers (`note`)."""
+    seconds_aside = 0.0
+    """Since the run began: for evaluations, samples and checkpoints."""
     _broken_at: torch.Tensor | int = 0
     _operations: int | None = None
     """For one token."""
@@ -127,6 +138,8 @@ class Resumable(Halving):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
+        for meter in self.meters:
+            meter.took(args[1])
         # Only noted here, because looking at it would wait for the GPU. The log and the checkpoints look.
         known = torch.as_tensor(self._broken_at, device=loss.device)
         self._broken_at = torch.where(loss.isfinite() | (known > 0), known, self.state.global_step + 1)
@@ -146,7 +159,30 @@ class Resumable(Halving):
                 if name == "loss":
                     self.refuse_divergence()  # it knows the step
                 self._diverged(f"{name} is {logs[name]} at step {self.state.global_step}")
+        if {"loss", "eval_loss"} & {*logs}:
+            for meter in self.meters:
+                logs |= meter.read(self.state, logs)
         super().log(logs, start_time)
+
+    def note(self, entry: dict[str, Any]) -> None:
+        """Put something that is not a number into the log's history, and so into checkpoints and train_log.jsonl."""
+        self.state.log_history.append({"step": self.state.global_step, **entry})
+        for tell in self.told:
+            tell(self.state.log_history[-1])
+
+    def warn(self, text: str) -> None:
+        """Print a warning, and note it. Every process has to call it."""
+        say(f"warning: {text}", flush=True)
+        self.note({"warning": text})
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done meanwhile is not training; it does not count in the tokens per second."""
+        before, began = self.seconds_aside, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds_aside = before + time.perf_counter() - began
 
     def refuse_divergence(self) -> None:
         """Raises `RunError` where a loss or a trained parameter is not finite, on any process; each has to call it."""
@@ -186,6 +222,10 @@ class Resumable(Halving):
         """As transformers does it, with a seal. One that cannot be written does not end the run: the disk may have room again when
         the next one is due."""
         self.refuse_divergence()
+        with self.aside():
+            self._save_sealed(model, trial)
+
+    def _save_sealed(self, model: Any, trial: Any) -> None:
         folder = self._folder / f"checkpoint-{self.state.global_step}"
         one = self.args.should_save  # of all processes
         try:
@@ -241,7 +281,14 @@ class Resumable(Halving):
     def _progress(self) -> dict[str, Any]:
         """What transformers and TRL do not save."""
         due = self.evaluation_due or self._epoch_is_not_evaluated()
-        return {**log_sums(self), **self.counts(), "evaluation_due": due, "halved_from": self.halved_from}
+        meters = {type(meter).__name__: meter.kept() for meter in self.meters}
+        return {
+            **log_sums(self),
+            **self.counts(),
+            "evaluation_due": due,
+            "halved_from": self.halved_from,
+            "meters": meters,
+        }
 
     def _epoch_is_not_evaluated(self) -> bool:
         """Is this the end of an epoch? Its evaluation comes after the last step's checkpoint."""
@@ -256,6 +303,9 @@ class Resumable(Halving):
         progress = json.loads(file.read_text(encoding="utf-8"))
         restore_log_sums(self, progress)
         self.restore_counts(progress)
+        for meter in self.meters:
+            if kept := progress.get("meters", {}).get(type(meter).__name__):
+                meter.restore(kept)
         self.halved_from = progress.get("halved_from")
         if self.halved_from is not None:
             print(f"each micro-batch is trained in two halves, as since step {self.halved_from}, when memory ran out")
@@ -273,7 +323,8 @@ class Resumable(Halving):
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         state = _random_state()
         try:
-            return super()._evaluate(*args, **kwargs)
+            with self.aside():
+                return super()._evaluate(*args, **kwargs)
         except EvaluationCutError:
             _set_random_state(state)
             self.evaluation_due = True

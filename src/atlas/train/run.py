@@ -45,6 +45,7 @@ from atlas.train.timing import Parts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from atlas.train.callbacks.meter import Meter
     from atlas.train.checkpoints import Identity
     from atlas.train.phase import Phase, Rows
     from atlas.train.preflight import Ready
@@ -312,6 +313,9 @@ class Run:
     def fit(self, trainer: "Resumable") -> None:
         """Train to the end. Raises `StoppedError` where a signal or the clock stops the run, after a checkpoint is saved, and
         `RunError` where the run has diverged."""
+        from transformers import TrainerCallback
+
+        from atlas.train.callbacks.log_file import LogFile
         from atlas.train.callbacks.log_line import LogLine
         from atlas.train.callbacks.save_in_time import SaveInTime
         from atlas.train.callbacks.start import StartLine
@@ -324,6 +328,13 @@ class Run:
             trainer.add_callback(StartLine(self.start))
             trainer.add_callback(log)
             trainer.add_callback(saving)
+            file = LogFile(trainer)
+            trainer.add_callback(file)
+            trainer.told = [lambda entry: file.write()]
+            trainer.meters = self._meters(trainer)
+            for meter in trainer.meters:
+                if isinstance(meter, TrainerCallback):
+                    trainer.add_callback(meter)
             try:
                 resume = str(self.checkpoint) if self.checkpoint else None
                 self._outcome = trainer.train(resume_from_checkpoint=resume)
@@ -345,6 +356,18 @@ class Run:
         arguments = self.ready.arguments
         rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         self.rows.took(trainer.state.global_step * rows)
+
+    def _meters(self, trainer: "Resumable") -> "list[Meter]":
+        from atlas.train.callbacks.held_out_gap import HeldOutGap
+        from atlas.train.callbacks.loss_spike import LossSpike
+        from atlas.train.callbacks.padding_share import PaddingShare
+        from atlas.train.callbacks.peak_memory import PeakMemory
+        from atlas.train.callbacks.skipped_steps import SkippedSteps
+        from atlas.train.callbacks.throughput import Throughput, Work
+
+        work = Work.of(self.ready.shape, self.ready.plan, full=self.loaded.config.lora is None)
+        watching = (PaddingShare, SkippedSteps, HeldOutGap, LossSpike)
+        return [Throughput(trainer, work), PeakMemory(), *(meter(trainer) for meter in watching)]
 
     def _again(self, checkpoint: Path) -> str:
         """The command that resumes from a checkpoint: `--resume never` would begin anew once more."""

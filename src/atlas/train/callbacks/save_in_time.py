@@ -80,6 +80,8 @@ class SaveInTime(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        for meter in self.trainer.meters:
+            meter.begin()
         if self.resumed is not None:
             self.trainer.restore_progress(self.resumed)
         self.log.begin(state, log_sums(self.trainer)["total_tokens"] or 0, self.trainer.result())
