@@ -128,6 +128,13 @@ def _compare(parser: ArgumentParser) -> None:
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N prompts on which the two differ")
 
 
+def _report(parser: ArgumentParser) -> None:
+    about = "output.dir of a run, finished or not; several are shown side by side"
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help=about)
+    default = "report.html in the folder; of several, reports.html beside the first"
+    parser.add_argument("--to", type=Path, metavar="FILE", help=f"(default: {default})")
+
+
 def _generate(parser: ArgumentParser) -> None:
     parser.add_argument(
         "prompt", nargs="?", help="the question; `-` reads it from standard input; none: a conversation"
@@ -206,6 +213,7 @@ COMMANDS = {
     "compare": Command(
         "atlas.eval.compare", "is one run better than another on the same prompts, or is it luck?", _compare
     ),
+    "report": Command("atlas.report.page", "report.html: how a run went; several runs side by side", _report),
     "generate": Command("atlas.eval.generate", "one reply of a tuned model", _generate),
     "chat": Command("atlas.eval.generate:chat", _CHAT, _generate),
     "push": Command("atlas.hub.push", "push a finished run to the Hub", _push),
@@ -231,6 +239,11 @@ def main() -> int:
         print(f"error: unknown command {name!r}; did you mean {near!r}?", file=sys.stderr)
         return WRONG_INPUT
     parse(name, arguments)  # --help and wrong arguments end here, before anything slow is imported
+    return run_command(name, arguments)
+
+
+def run_command(name: str, arguments: Sequence[str]) -> int:
+    """Run a command by its name. One that ends with another one, of whatever layer, calls it so."""
     module, _, function = COMMANDS[name].place.partition(":")
     status: int = getattr(import_module(module), function or "main")(arguments)
     return status

@@ -178,12 +178,14 @@ def _groups(pairs: Sequence[tuple[Record, Record]]) -> tuple[Group, ...]:
     )
 
 
-def _headline(found: Comparison) -> str:
+def headline(found: Comparison) -> str:
+    """Who is compared with whom, and the verdict."""
     pair = f"{found.b.name} against {found.a.name}, {found.n:,} prompts in pairs"
     return f"{found.task}: {pair}: {found.difference.verdict}"
 
 
-def _score_rows(found: Comparison) -> list[list[str]]:
+def score_rows(found: Comparison) -> list[list[str]]:
+    """The scores side by side with difference, p and verdict: a row for each metric, and a head."""
     head, *rows = score_table("", {run.name: run.tasks[found.task] for run in (found.a, found.b)})
     table = [[*head, "difference", "p", "verdict"]]
     for metric, *cells in rows:
@@ -210,38 +212,39 @@ def _p(p: float) -> str:
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def _notes(found: Comparison, references: Sequence[Reference]) -> list[str]:
+def notes(found: Comparison, references: Sequence[Reference] = ()) -> list[str]:
+    """What has to be known with these figures."""
     among, others = found.difference.among, list(found.differences)[1:]
     correction = f", corrected for the {among} comparisons made here (Holm)" if among > 1 else ""
-    notes = [f"percent with 95 % intervals; the verdict is that of {found.main}, the task's main metric{correction}"]
+    said = [f"percent with 95 % intervals; the verdict is that of {found.main}, the task's main metric{correction}"]
     if others:
-        notes.append(f"not corrected, for a look only: {', '.join(others)}")
+        said.append(f"not corrected, for a look only: {', '.join(others)}")
     of_both = {key: (getattr(found.a, key), getattr(found.b, key)) for key in _NOTED}
-    notes += [f"not the same: {key} is {x} and {y}" for key, (x, y) in of_both.items() if x != y]
+    said += [f"not the same: {key} is {x} and {y}" for key, (x, y) in of_both.items() if x != y]
     for run in references:
         if task := run.tasks.get(found.task):
             scores = ", ".join(f"{name} {each.score:.1%}" for name, each in task.metrics.items())
-            notes.append(f"published, not in pairs: {run.name}: {scores} ({run.source})")
-    return notes
+            said.append(f"published, not in pairs: {run.name}: {scores} ({run.source})")
+    return said
 
 
 def as_text(found: Comparison, references: Sequence[Reference] = ()) -> str:
     """A comparison for the terminal."""
-    lines = [_headline(found), text_table(_score_rows(found), "<>>>><")]
+    lines = [headline(found), text_table(score_rows(found), "<>>>><")]
     if found.groups:
         lines += ["", text_table(_group_rows(found), "<>>>"), ""]
-    return "\n".join([*lines, *(f"  {note}" for note in _notes(found, references))])
+    return "\n".join([*lines, *(f"  {note}" for note in notes(found, references))])
 
 
 def as_markdown(found: Sequence[Comparison], references: Sequence[Reference] = ()) -> str:
     """The comparisons as a page; every name in it is escaped."""
     parts = ["# Comparison"]
     for each in found:
-        parts.append(f"## {markdown_cell(_headline(each))}")
-        for table in (_score_rows(each), _group_rows(each) if each.groups else []):
+        parts.append(f"## {markdown_cell(headline(each))}")
+        for table in (score_rows(each), _group_rows(each) if each.groups else []):
             if table:
                 parts.append(markdown_table([[markdown_cell(cell) for cell in row] for row in table]))
-        parts.append("\n".join(f"- {markdown_cell(note)}" for note in _notes(each, references)))
+        parts.append("\n".join(f"- {markdown_cell(note)}" for note in notes(each, references)))
     return "\n\n".join([*parts, _EXPLAINED]) + "\n"
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
-from atlas.cli import command
+from atlas.cli import command, run_command
 from atlas.compat import versions
 from atlas.config import Config, QuantizationConfig, load_config
 from atlas.config.schema import TaskName
@@ -62,6 +62,9 @@ def main(arguments: Namespace) -> int:
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"tasks": limited})})
     run = evaluate(config, _target(arguments, config), replace=arguments.replace)
     print("\n" + table(run))
+    folder = Path(arguments.adapter or config.output.dir)
+    if (folder / "report.html").is_file():  # of the run that was scored, or whose base model was
+        run_command("report", [str(folder)])
     return DONE
 
 

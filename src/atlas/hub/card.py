@@ -17,6 +17,7 @@ _SEAL = "<!-- made by atlas, "
 MARKS = {  # a text that only atlas writes into these files, which stand beside an adapter
     "audit_summary.json": '"stream_sha256"',
     "data_report.html": "<title>atlas: the data</title>",
+    "report.html": "<title>atlas: the run",
     "scores.json": '"adapter_sha256"',
     "sft_template_audit.html": "<title>atlas: what is trained</title>",
 }
@@ -85,7 +86,7 @@ def _renew_scores(folder: Path, results: Path) -> list[PublicRun]:
     """The stored runs of this adapter, from the results folder or else from the folder's own copy, which is then renewed, so that
     the folder is complete in itself. Scores of another adapter are removed; a file that atlas did not write stays."""
     own, weights = folder / "scores.json", weights_sha256(folder)
-    runs = _runs_of(results / "metrics.json", weights) or _runs_of(own, weights)
+    runs = stored_runs(folder, results, weights)
     if not is_foreign(own):
         if runs:
             stored = [run.model_dump(mode="json", exclude_unset=True) for run in runs]
@@ -93,6 +94,11 @@ def _renew_scores(folder: Path, results: Path) -> list[PublicRun]:
         else:
             own.unlink(missing_ok=True)
     return runs
+
+
+def stored_runs(folder: Path, results: Path, weights: str | None) -> list[PublicRun]:
+    """The stored runs of the weights with this digest, from the results folder or else from the run's own folder."""
+    return _runs_of(results / "metrics.json", weights) or _runs_of(folder / "scores.json", weights)
 
 
 def _runs_of(path: Path, weights: str | None) -> list[PublicRun]:

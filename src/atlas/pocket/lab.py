@@ -24,6 +24,7 @@ from atlas.files import write_json, writing
 from atlas.launch import set_up_torch
 from atlas.pocket import world
 from atlas.pocket.base import build
+from atlas.report.page import write_report_page
 from atlas.scores import LABELS, Run, shown, text_table
 from atlas.train import sft
 
@@ -94,6 +95,7 @@ def main(arguments: Namespace) -> int:
         write_json(result_file, report)
     print("\n" + table(report))
     print(f"written: {result_file}, {results / 'sft_template_audit.jsonl'}, {run.folder}")
+    print(f"how the run went, to look at: {write_report_page(run.folder)}")
     return DONE if found[0].difference.verdict == "better" else FAILED
 
 

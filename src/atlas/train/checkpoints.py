@@ -8,7 +8,7 @@ does not match it, is never read.
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from atlas.compat import versions
 from atlas.config import LoadedConfig, experiment
+from atlas.config.identity import flat
 from atlas.console import say
 from atlas.errors import UserError
 from atlas.files import flush, read_object, sha256, write_json
@@ -318,12 +319,3 @@ def differing_keys(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
     return json.dumps(values[key], ensure_ascii=False) if key in values else "default"
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a tree with their dotted keys."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from atlas.compat import versions
 from atlas.config import Config, LoadedConfig, experiment
+from atlas.config.render import config_lines
 from atlas.device import DevicePlan
 from atlas.files import digest
 from atlas.launch import command_line, processes
@@ -34,6 +35,7 @@ def build_manifest(
         "method": method,
         "config_hash": loaded.config_hash,
         "config": loaded.config.model_dump(mode="json"),
+        "config_lines": config_lines(loaded, plan.decided),
         "experiment": experiment(loaded.config),
         "local": local_names(loaded.config),
         "base": {"content": base.content, "commit": base.commit},

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from atlas.config.identity import flat
 from atlas.errors import OTHERS_WAIT, RunError, UserError, first_line
 from atlas.launch import is_main_process, processes, rank
-from atlas.train.checkpoints import flat
 
 Value = TypeVar("Value")
 REMEDIES = {

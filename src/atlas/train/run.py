@@ -30,6 +30,7 @@ from atlas.lock import held
 from atlas.models.adapters import base_of, cast_trainable_to_fp32, lora_b_norm
 from atlas.models.load import load_base_model_and_tokenizer
 from atlas.models.weights import Sample, weights_sha256
+from atlas.report.page import renew
 from atlas.train.arguments import left_out, phase_arguments
 from atlas.train.batching import PACKS, Batching, row_by_row
 from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest, newest
@@ -151,10 +152,11 @@ def open_run(phase: "Phase", loaded: LoadedConfig, resume: str) -> "Iterator[Run
                 "base model": {"content": ready.base.content},
             }
         )
-        with held(folder, f"atlas {phase.name}") if is_main_process() else contextlib.nullcontext():
+        run = Run(phase, loaded, ready, folder, resume, started, start)
+        with run.reported(), held(folder, f"atlas {phase.name}") if is_main_process() else contextlib.nullcontext():
             print(ready.plan.table())
             start.end("preflight")
-            yield Run(phase, loaded, ready, folder, resume, started, start)
+            yield run
 
 
 @dataclass
@@ -188,6 +190,21 @@ class Run:
     sample: Sample | None = None
     """Of the base model's weights, with full fine-tuning."""
     _outcome: Any = field(init=False)
+    _began: bool = False
+    """Whether training has begun: until then the folder may be another run's."""
+
+    @contextlib.contextmanager
+    def reported(self) -> "Iterator[None]":
+        """Writes report.html at the end, however that comes. An error on the way ends the log."""
+        end = None
+        try:
+            yield
+        except BaseException as error:
+            end = error
+            raise
+        finally:
+            if self._began and is_main_process():
+                renew(self.folder, end)
 
     def prepare(self) -> None:
         """Make the rows, and find the checkpoint from which to resume. Raises `UserError` for rows that must not be trained on, and
@@ -321,6 +338,7 @@ class Run:
         from atlas.train.callbacks.start import StartLine
         from atlas.train.resume import EvaluationCutError
 
+        self._began = True
         settings, log = self.loaded.config.checkpoint, LogLine()
         hours = settings.stop_after_hours
         stop_in = None if hours is None else self.started + 3600 * hours - time.perf_counter()

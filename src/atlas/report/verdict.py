@@ -1,0 +1,125 @@
+"""How a run went, in plain words: one line for each thing that a person asks first."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from statistics import fmean, median
+from typing import NamedTuple
+
+from atlas.console import duration
+from atlas.report.curves import short
+from atlas.report.folder import Folder
+from atlas.report.scores import Scored
+
+_FEW = 4
+"""Fewer logged losses show no noise."""
+_SIGMA = 1.4826 / math.sqrt(2)
+"""From the median of the differences of neighbours to the standard deviation of one of them (normal noise)."""
+
+
+class Said(NamedTuple):
+    colour: str
+    """good, warn, bad or note."""
+    headline: str
+    """Its part of the headline; empty: none."""
+    text: str
+
+
+def verdict(folder: Folder, scores: Scored) -> tuple[str, str, list[Said]]:
+    """(the worst colour, the headline, the lines)."""
+    said = [_end(folder), _loss(folder), *_held_out(folder), *_changed(folder), *_warnings(folder)]
+    said += [*_audit(folder), *_scores(folder, scores)]
+    colours = {one.colour for one in said}
+    colour = next((name for name in ("bad", "warn", "good") if name in colours), "note")
+    headline = ", ".join(one.headline for one in said if one.headline)
+    return colour, headline[:1].upper() + headline[1:], said
+
+
+def _end(folder: Folder) -> Said:
+    result = folder.manifest.get("result")
+    if result is not None:
+        halved = result.get("halved_from_step")
+        said = [f"{result['steps']:,} step{'s' * (result['steps'] != 1)} in {duration(result['train_seconds'])}"]
+        said += [f"resumed from {result['resumed_from']}"] if result.get("resumed_from") else []
+        said += [f"in halves of a micro-batch since step {halved}, when memory ran out"] if halved is not None else []
+        return Said("good", "finished", f"finished: {', '.join(said)}")
+    of = f" of {folder.last_step:,}" if folder.last_step else ""
+    if folder.is_running:
+        return Said("note", "still running", f"still running: this is as of step {folder.step:,}{of}")
+    if folder.end is not None:
+        diverged = "diverged" in folder.end
+        return Said("bad" if diverged else "warn", "diverged" if diverged else "stopped", folder.end)
+    at = f"the last step that is known of is {folder.step:,}{of}"
+    return Said("warn", "not finished", f"not finished: {at}. The same command goes on from the last checkpoint")
+
+
+def _loss(folder: Folder) -> Said:
+    given = folder.of("loss")
+    losses = [loss for _, loss in given if _is_finite(loss)]
+    if len(losses) < len(given):
+        step = next(step for step, loss in given if not _is_finite(loss))
+        return Said("bad", "the loss is not finite", f"the loss of step {step:,} is not finite (nan or inf)")
+    result = folder.manifest.get("result", {})
+    if not losses and result.get("loss_first") is not None:  # the log is lost
+        losses = [result["loss_first"], result["loss_last"]]
+    if len(losses) < _FEW:
+        shown = " -> ".join(short(loss) for loss in losses) or "none"
+        return Said("note", "", f"logged losses: {shown}; these are too few to tell a fall from noise")
+    count = max(1, len(losses) // 10)
+    first, last = fmean(losses[:count]), fmean(losses[-count:])
+    noise = _SIGMA * median(abs(a - b) for a, b in pairwise(losses))
+    fell = f"{short(first)} -> {short(last)} (means of the first and the last {count} logged)"
+    if first - last > 2 * noise * math.sqrt(2 / count):
+        times = f", {(first - last) / noise:,.0f} times" if noise else "; none was seen in"
+        return Said("good", "the loss fell", f"the loss fell: {fell}{times} the noise of one logged loss")
+    return Said(
+        "warn", "the loss did not fall", f"the loss did not fall by more than its noise ({short(noise)}): {fell}"
+    )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _held_out(folder: Folder) -> Iterator[Said]:
+    losses = [(step, loss) for step, loss in folder.of("eval_loss") if _is_finite(loss)]
+    if not losses:
+        if folder.manifest and not folder.manifest.get("data", {}).get("held_out"):
+            some = "data.eval_fraction=0.05 would hold some out"
+            yield Said("note", "", f"no rows were held out, so overfitting would not be seen: {some}")
+        return
+    (step, last), (best_step, best) = losses[-1], min(losses, key=lambda one: one[1])
+    text = f"held-out loss {short(last)} at step {step:,}"
+    text += f"; the lowest was {short(best)} at step {best_step:,}" if best < last else ", its lowest"
+    kept = folder.manifest.get("result", {}).get("best_step")
+    yield Said("note", "", text + (f"; the weights of step {kept:,} are kept" if kept is not None else ""))
+
+
+def _changed(folder: Folder) -> Iterator[Said]:
+    result = folder.manifest.get("result", {})
+    if result.get("lora_b_norm", result.get("weights_change")) == 0.0:
+        yield Said("bad", "nothing was trained", "no step changed the weights: all scores would be the base model's")
+
+
+def _warnings(folder: Folder) -> Iterator[Said]:
+    many = len(folder.warnings)
+    for number, (step, text) in enumerate(folder.warnings):
+        yield Said("warn", "" if number else f"{many} warning{'s' * (many > 1)}", f"step {step:,}: {text}")
+
+
+def _audit(folder: Folder) -> Iterator[Said]:
+    if audit := folder.manifest.get("audit"):
+        colour = {"clean": "good", "warning": "warn", "defect": "bad"}[audit["verdict"]]
+        yield Said(colour, f"audit {audit['verdict']}", f"audit {audit['verdict']}: {audit['verdict_text']}")
+
+
+def _scores(folder: Folder, scores: Scored) -> Iterator[Said]:
+    for found in scores.found:
+        word, (low, high) = found.difference.verdict.partition(" (")[0], found.difference.interval
+        colour = {"better": "good", "worse": "bad"}.get(word, "note")
+        points = f"{100 * found.difference.value:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
+        than = f"than {found.a.name}" if word in ("better", "worse") else f"to {found.a.name}"
+        text = f"{found.task}: {found.difference.verdict} {than}, {found.main} {points}"
+        yield Said(colour, f"{found.task}: {word} {than}", text)
+    if folder.manifest and not scores.runs:
+        yield Said("note", "not scored yet", "not scored yet: atlas eval with the config of this run scores it")
