@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from atlas.config import Config, load_config
+from atlas.config.load import presets
 from atlas.device import Gpu, Machine, choose_device, free_memory
 from atlas.errors import UserError
 from atlas.train import sft
@@ -89,6 +90,26 @@ def test_kernels_are_chosen_where_the_gpu_has_them(
     plan = choose_device(config(*overrides), machine)
     assert plan.attn_implementation == attention and why in plan.decided["model.attn_implementation"][1]
     assert plan.liger_kernels is plan.decided["train.use_liger_kernel"][0] is liger
+
+
+@pytest.mark.parametrize(
+    ("gpu", "preset"),
+    [
+        (None, "cpu"),
+        (T4, "t4"),
+        (Gpu("NVIDIA L4", (8, 9), 22.0), "t4"),
+        (Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 39.4), "a100"),
+        (Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.1), "a100"),
+        (Gpu("Quadro RTX 8000", (7, 5), 47.5), "t4"),
+        (Gpu("GTX 1660", (7, 5), 5.8), None),
+        (Gpu("NVIDIA GB10", (12, 1), None), None),
+    ],
+)
+def test_the_device_line_names_the_preset_that_fits(gpu: Gpu | None, preset: str | None):
+    line = choose_device(config(), Machine(gpus=(gpu,) if gpu else ())).table().splitlines()[0]
+    assert ("preset" in line) == (preset is not None)
+    assert preset is None or line.endswith(f"; the preset that fits it: {preset} (--preset)")
+    assert preset is None or preset in presets()
 
 
 def test_kernels_of_an_older_minor_or_ptx_are_enough():

@@ -53,6 +53,8 @@ def parse(name: str, argv: Sequence[str] | None) -> Namespace:
     add_arguments(parser)
     # Overrides may stand between options, for which argparse has a function of its own.
     arguments = (parser.parse_intermixed_args if parser.get_default("takes_config") else parser.parse_args)(argv)
+    if getattr(arguments, "preset", None) is not None:
+        arguments.overrides.insert(0, f"preset={arguments.preset}")
     if getattr(arguments, "max_steps", None) is not None:
         arguments.overrides.append(f"train.max_steps={arguments.max_steps}")
     if getattr(arguments, "no_push_to_hub", False):
@@ -73,6 +75,8 @@ def _config(parser: ArgumentParser) -> None:
 
 def _overrides(parser: ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a value of the config, e.g. train.seed=1")
+    about = "values for a kind of machine, below the config's own: t4, a100, cpu; smoke: a short run"
+    parser.add_argument("--preset", metavar="NAME", help=about)
     parser.set_defaults(takes_config=True)
 
 

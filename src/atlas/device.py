@@ -131,6 +131,8 @@ class DevicePlan:
     """None: open until the model's shape, and where that does not suffice the rows' lengths are known."""
     decided: dict[str, tuple[Any, str]]
     """Config key -> (value, reason)."""
+    preset: str | None = None
+    """The one in configs/presets/ that fits this machine, if one does."""
 
     def with_checkpointing(self, on: bool | None, reason: str) -> "DevicePlan":
         """The plan with this decision in it. `on` is None while it is open."""
@@ -151,7 +153,8 @@ class DevicePlan:
         rows = [(key.split(".")[-1], words.get(value, value), reason) for key, (value, reason) in self.decided.items()]
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         lines = [f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {reason}" for name, value, reason in rows]
-        return "\n".join([f"device {self.hardware}", *lines])
+        fits = f"; the preset that fits it: {self.preset} (--preset)" if self.preset else ""
+        return "\n".join([f"device {self.hardware}{fits}", *lines])
 
 
 def choose_device(config: Config, machine: Machine) -> DevicePlan:
@@ -193,7 +196,16 @@ def choose_device(config: Config, machine: Machine) -> DevicePlan:
             "train.use_liger_kernel": (liger, why_liger),
             "train.gradient_checkpointing": ("auto" if asked is None else checkpointing, why_checkpointing),
         },
+        preset=_preset(gpu),
     )
+
+
+def _preset(gpu: Gpu | None) -> str | None:
+    """What a driver shows of 16 GB is 14.6 GiB (T4), of 40 GB 39.4 (A100). Less than a T4's is too little to promise anything."""
+    if gpu is None:
+        return "cpu"
+    memory = gpu.memory_gib or 0
+    return "a100" if memory >= 38 and gpu.capability >= BF16_FROM else "t4" if memory >= 14 else None
 
 
 def _the_gpu(machine: Machine) -> Gpu:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import re
 import resource
@@ -14,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from atlas import init
+from atlas.cli import parse
 from atlas.config import config_hash, load_config, render_config
 from atlas.config.fields import COMMON_OWNED, COMMON_RECIPE, SCHEMAS, TrainSchema
+from atlas.data.commands import data
 from atlas.errors import UserError, run_main
 from atlas.train import sft
 from rows import ROOT
@@ -449,6 +452,8 @@ def test_the_wheel_brings_its_configs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert pages == {path.name for path in (ROOT / "src" / "atlas" / "pages").glob("*.jinja")} and len(pages) >= 3
     brought = {path.name for path in (tmp_path / "installed" / "atlas" / "configs").iterdir()}
     assert brought == {path.name for path in (ROOT / "configs").iterdir()}
+    here = atlas("sft", "--config", "sft_pocket.yaml", "--preset", "cpu", "--print-config")
+    assert "presets/cpu.yaml" in here
 
 
 def test_a_base_has_a_base_too(tmp_path: Path):
@@ -493,3 +498,66 @@ def test_each_phase_has_fields_of_its_own(tmp_path: Path, monkeypatch):
         UserError, match=r"own\.yaml: `atlas sft` does not train phase reward: run `atlas reward --config .*own\.yaml`"
     ):
         load_config(path, phase="sft")
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "batch"),
+    [
+        ("sft_qwen05b.yaml", "t4", (4, 4)),
+        ("sft_qwen05b.yaml", "a100", (16, 1)),
+        ("sft_qwen05b_mix.yaml", "a100", (16, 1)),
+        ("sft_pocket.yaml", "cpu", (4, 4)),  # the file says 16, and nothing of the accumulation
+        ("sft_pocket.yaml", "smoke", (16, 1)),
+    ],
+)
+def test_a_preset_changes_the_micro_batch_and_never_the_effective_batch(name: str, preset: str, batch: tuple[int, int]):
+    plain, loaded = (load_config(ROOT / "configs" / name, given) for given in ([], [f"preset={preset}"]))
+    keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    assert tuple(loaded.config.train_value(key) for key in keys) == batch
+    assert math.prod(batch) == math.prod(plain.config.train_value(key) for key in keys) == 16
+    if preset != "smoke":
+        assert {loaded.sources[f"train.{key}"] for key in keys} == {f"presets/{preset}.yaml"}
+        assert "presets/" in render_config(loaded)
+
+
+def test_a_preset_stands_over_base_and_below_the_config_and_the_command_line(tmp_path: Path):
+    shutil.copy(ROOT / "configs" / "base.yaml", tmp_path)
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {name: m}\ndata: {train: rows.jsonl}\noutput: {dir: out}\ntrain: {max_steps: 7}\n")
+    (tmp_path / "base.yaml").write_text(
+        (tmp_path / "base.yaml").read_text() + "\n# save_strategy: steps stands above\n"
+    )
+    loaded = load_config(path, ["preset=smoke"])
+    assert loaded.config.train_value("save_strategy") == "no"  # base.yaml says steps
+    assert loaded.sources["train.save_strategy"] == "presets/smoke.yaml"
+    assert loaded.config.train_value("max_steps") == 7 and loaded.sources["train.max_steps"] == "mine.yaml"
+    assert loaded.config.data.max_rows == 800
+
+    own = load_config(path, ["preset=t4", "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=8"])
+    assert own.config.train["per_device_train_batch_size"] == 2
+    odd = load_config(path, ["preset=t4"])  # the library's 8 x 1
+    assert odd.config.train["gradient_accumulation_steps"] == 2
+    path.write_text(path.read_text().replace("max_steps: 7", "per_device_train_batch_size: 6"))
+    assert (
+        load_config(path, ["preset=t4"]).config.train["per_device_train_batch_size"] == 3
+    )  # 3 x 2: 4 does not divide 6
+
+
+def test_a_preset_is_named_on_any_command_and_a_wrong_name_gets_the_near_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    asked = ["--config", "sft_pocket.yaml", "--print-config", "train.seed=1"]
+    assert sft.main([*asked, "--preset", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"per_device_train_batch_size: 4 +# presets/cpu.yaml", out)
+    assert re.search(r"use_cpu: true +# presets/cpu.yaml", out)
+    assert sft.main([*asked, "--preset", "T4s"]) == 2
+    assert (
+        "--preset 'T4s': there is no such preset; did you mean 't4'? (a100, cpu, smoke, t4)" in capsys.readouterr().err
+    )
+    assert data([*asked[:2], "--preset", "tpu"]) == 2
+    assert "--preset 'tpu'" in capsys.readouterr().err
+    for name in ("audit", "data", "eval", "plan", "pocket", "preflight", "sft"):
+        given = parse(name, ["--config", "x.yaml", "--preset", "t4", "train.seed=1"])
+        assert given.overrides == ["preset=t4", "train.seed=1"], name

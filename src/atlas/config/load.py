@@ -26,6 +26,8 @@ from atlas.files import exists
 from atlas.redact import find_secret, redact
 
 _COMMAND_LINE = "command line"
+_PRESET = "preset"  # no key of a file: `--preset NAME` stands in the overrides as `preset=NAME`
+_BATCH = "per_device_train_batch_size", "gradient_accumulation_steps"
 _DEPTH = 20  # levels of nesting; a config that a person writes has 5
 _PROMPTS = re.compile(r"eval\.tasks.*\.(prompt|until(\[\d+\])?)")  # keys whose text may have several lines
 _NULL = re.compile(r"^[^#\n]*\b(lora)['\"]? *: *(?:null|Null|NULL|~)", re.MULTILINE)
@@ -43,6 +45,8 @@ _MEANT = {  # names of older releases and of other tools: the key's name here, i
     "samples": "rows",
 }
 _REMOVED = {"eval.backend": "take it out; models are loaded by transformers"}
+_Layers = list[tuple[str, dict[str, Any]]]
+"""Each with the name of its source."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), phase: str | No
 
     Lists are replaced, not joined. A file may name another base (`base: PATH`, relative to itself), which may have a base too,
     or none (`base: null`). A file that does not exist may be one that atlas brings along, given as NAME or `configs/NAME`.
-    `phase` is that of the command, if the command has one; else the file says it (`phase: NAME`), or it is sft.
+    The override `preset=NAME` (`--preset`) puts a preset for a kind of machine over `base.yaml` and below all else. `phase` is that
+    of the command, if the command has one; else the file says it (`phase: NAME`), or it is sft.
     Raises `UserError` with file and key for anything wrong.
     """
     path = Path(path)
-    layers = _layers(path) + [(_COMMAND_LINE, _override(text)) for text in overrides]
+    layers, given = _layers(path), [(_COMMAND_LINE, _override(text)) for text in overrides]
+    preset = [layer.pop(_PRESET) for _, layer in given if _PRESET in layer]
     tree: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for origin, layer in layers:
+    for origin, layer in [*_with_preset(layers, preset[-1], phase), *given] if preset else [*layers, *given]:
         _merge(tree, layer, origin, sources)
     named = tree.setdefault("phase", phase or "sft")
     if phase is not None and named != phase and named in list(SCHEMAS):
@@ -88,7 +94,42 @@ def packaged_configs() -> Path:
     return package / "configs" if (package / "configs").is_dir() else package.parents[1] / "configs"
 
 
-def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+def presets() -> dict[str, Path]:
+    """The presets that atlas brings along, by name."""
+    return {path.stem: path for path in sorted((packaged_configs() / "presets").glob("*.yaml"))}
+
+
+def _with_preset(layers: _Layers, name: Any, phase: str | None) -> _Layers:
+    """The layers with a preset over `base.yaml` and below the config's own files.
+
+    Its micro-batch holds all the same, because that is for the machine; the product with the accumulation is the recipe's, so the
+    accumulation follows. Command line arguments stand over both.
+    """
+    known, name = presets(), str(name)
+    if name not in known:
+        near = difflib.get_close_matches(name[:100].lower(), known, n=1, cutoff=0)[0]
+        raise UserError(
+            f"--preset {_short(name)}: there is no such preset; did you mean {near!r}? ({', '.join(known)})"
+        )
+    preset = f"presets/{known[name].name}", _read(known[name])
+    recipe: dict[str, Any] = {}
+    for _, layer in layers:
+        _merge(recipe, layer, "", {})
+    fields = SCHEMAS.get(recipe.get("phase", phase or "sft"), SCHEMAS["sft"]).fields()
+    train = recipe.get("train", {})
+    rows, steps = (train.get(key, fields[key].default) if isinstance(train, dict) else None for key in _BATCH)
+    most = preset[1].get("train", {}).get(_BATCH[0])
+    split: _Layers = []
+    if (
+        most and isinstance(rows, int) and isinstance(steps, int) and rows * steps > 0
+    ):  # else what is wrong is said later
+        fits = max(count for count in range(1, most + 1) if rows * steps % count == 0)
+        split = [(preset[0], {"train": dict(zip(_BATCH, (fits, rows * steps // fits), strict=True))})]
+    below = 1 if layers[0][0] == "base.yaml" else 0
+    return [*layers[:below], preset, *layers[below:], *split]
+
+
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> _Layers:
     """(file name, its tree) of a file and the chain of its bases, the lowest first."""
     packaged = packaged_configs() / path.name
     if path.parent in (Path(), Path("configs")) and not exists(path) and exists(packaged):
