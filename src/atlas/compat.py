@@ -44,6 +44,7 @@ PRIVATE: dict[str, dict[str, tuple[str, ...]]] = {
         "_save": ("output_dir", "state_dict"),
         "_evaluate": ("trial", "ignore_keys_for_eval"),
         "_determine_best_metric": ("metrics", "trial"),
+        "_load_best_model": (),
         "_get_train_sampler": (),
         "_move_model_to_device": ("model", "device"),
         "_issue_warnings_after_load": ("load_result",),

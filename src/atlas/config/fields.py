@@ -35,6 +35,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("at least 1", lambda x: x >= 1, "per_device_train_batch_size per_device_eval_batch_size ddp_timeout"),
     ("at least 1", lambda x: x >= 1, "gradient_accumulation_steps eval_accumulation_steps torch_empty_cache_steps"),
     ("at least 1", lambda x: x >= 1, "save_total_limit dataloader_prefetch_factor ddp_bucket_cap_mb"),
+    ("at least 1", lambda x: x >= 1, "early_stopping_patience"),
+    ("at least 0", lambda x: x >= 0, "early_stopping_threshold sample_steps"),
     ("at least 1, or -1 for whole epochs", lambda x: x >= 1 or x == -1, "max_steps"),
     ("above 0 and at most 10000", lambda x: 0 < x <= 10_000, "num_train_epochs"),
     # Qwen2.5's default system turn and the two role headers alone take 27 tokens, so that nothing would be trained.
@@ -67,7 +69,13 @@ class TrainField:
     has_default: bool
 
 
-COMMON_OWN = {"halve_on_oom": TrainField("bool", True, True), "strategy": TrainField("str", "auto", True)}
+COMMON_OWN = {
+    "halve_on_oom": TrainField("bool", True, True),
+    "strategy": TrainField("str", "auto", True),
+    "early_stopping_patience": TrainField("int | None", None, True),
+    "early_stopping_threshold": TrainField("float", 0.0, True),
+    "sample_steps": TrainField("int | None", None, True),
+}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ _NOT_HASHED_TRAIN = re.compile(
     r"(logging|log_|save|report_to|run_name|project$|trackio|disable_tqdm|dataloader_(?!drop_last)|gradient_checkpointing"
     r"|activation_|torch_compile|torch_empty|use_liger|liger|include_num_input|skip_memory|ddp_|debug|hub_|do_|eval"
     r"|per_device_eval|prediction_loss_only|batch_eval|use_cpu|bf16_full_eval|fp16_full_eval"
-    r"|local_rank|strategy|parallelism|halve_on_oom)"
+    r"|local_rank|strategy|parallelism|halve_on_oom|sample_)"
 )
 
 
@@ -42,7 +42,7 @@ def experiment(config: Config) -> dict[str, Any]:
         source["name"] = _without_folder(source["name"])
     fields = config.train_schema.fields()
     # Which step's adapter is kept depends on when it is evaluated and saved.
-    chosen = ("eval_s", "save_s") if config.train_value("load_best_model_at_end") else ()
+    chosen = ("eval_s", "save_s") if config.keeps_best else ()
     tree["train"] = {
         key: value
         for key, value in config.train.items()

@@ -302,6 +302,11 @@ class Config(_Section):
         """What `train` may hold in this phase."""
         return SCHEMAS[self.phase]
 
+    @property
+    def keeps_best(self) -> bool:
+        """Does the run end with the weights of its best evaluation?"""
+        return bool(self.train_value("load_best_model_at_end") or self.train_value("early_stopping_patience"))
+
     def train_value(self, name: str) -> Any:
         """The value of a field of `train`: as configured, else the recipe's, else the library's default."""
         return self.train.get(name, self.train_schema.fields()[name].default)

@@ -112,6 +112,7 @@ def _data_arguments(config: Config) -> dict[str, Any]:
             "eval_on_start": config.train.get("eval_on_start"),
             "load_best_model_at_end": config.train.get("load_best_model_at_end"),
             "save_strategy": config.train.get("save_strategy") == "best",
+            "early_stopping_patience": config.train.get("early_stopping_patience"),
         }
         if keys := [name for name, on in wanted.items() if on]:
             raise UserError(
@@ -121,6 +122,7 @@ def _data_arguments(config: Config) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if held_out(config) and asked is None:
         given["eval_strategy"] = "epoch"
+    given |= _best_arguments(config, given.get("eval_strategy", asked))
     if data.curriculum != "none":
         for name in _known(config, "packing", "shuffle_dataset"):
             if config.train_value(name):
@@ -138,6 +140,27 @@ def _data_arguments(config: Config) -> dict[str, Any]:
                 )
     open_ways(config)
     return given
+
+
+def _best_arguments(config: Config, evaluated: str | None) -> dict[str, Any]:
+    """What follows where the best weights are kept: each evaluation that may be the best one has a checkpoint. Raises `UserError`
+    for keys that contradict this."""
+    value = config.train_value
+    if value("early_stopping_threshold") and value("early_stopping_patience") is None:
+        raise UserError("train.early_stopping_threshold does nothing by itself: set train.early_stopping_patience too")
+    if not config.keeps_best:
+        return {}
+    if value("early_stopping_patience") and config.train.get("load_best_model_at_end") is False:
+        raise UserError(
+            "train.load_best_model_at_end=false contradicts train.early_stopping_patience, which ends a run after its best step: "
+            "remove one of them"
+        )
+    if evaluated == "no":
+        raise UserError("train.eval_strategy=no: without evaluations there is no best step; set steps or epoch")
+    each = evaluated == value("save_strategy") and (
+        evaluated == "epoch" or (value("eval_steps") or value("logging_steps")) == value("save_steps")
+    )
+    return {"load_best_model_at_end": True} | ({} if each else {"save_strategy": "best"})
 
 
 def left_out(rows: int, arguments: "TrainingArguments") -> str:

@@ -10,6 +10,8 @@ from atlas.models.weights import FILES, INDEX
 from atlas.train.checkpoints import checkpoints, foreign
 
 STAGING = ".saving"
+LAST = "last"
+"""Beside the best weights, those of the last step."""
 OWNED = ".atlas.files.json"
 _RESULT = {  # files of a result whose names other tools use too
     "adapter_config.json",
@@ -35,6 +37,17 @@ def own(output_dir: Path, staged: Path) -> list[Path]:
     return [output_dir / name for name, digests in older.items() if sha256(output_dir / name) in digests]
 
 
+def remove_last(output_dir: Path) -> None:
+    """Remove the last weights of an earlier run, where nobody has changed them."""
+    folder = output_dir / LAST
+    for name, digests in read_object(folder / OWNED).items():
+        if (folder / name).is_file() and sha256(folder / name) in digests:
+            (folder / name).unlink()
+    (folder / OWNED).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def refuse_foreign(output_dir: Path, resume: str, whole: bool) -> None:
     """Raises `UserError` where a run in `output_dir` would write over, or remove, what atlas has not written. `whole`: it saves a
     whole model, no adapter."""
@@ -44,11 +57,13 @@ def refuse_foreign(output_dir: Path, resume: str, whole: bool) -> None:
         found.append("manifest.json is not one of atlas")
     # A finished run is not written over with `auto`: it is this run, or it is refused as another one.
     if resume != "auto" or "config_hash" not in manifest:
-        known = read_object(output_dir / OWNED)
-        models = {path.name for path in output_dir.glob("model*.safetensors") if FILES.fullmatch(path.name)}
-        for name in sorted(_RESULT | ({"config.json", INDEX, *models} if whole else set())):
-            if (path := output_dir / name).is_file() and sha256(path) not in known.get(name, ()):
-                found.append(f"{name} was not written by atlas, or was changed since")
+        for folder in (output_dir, output_dir / LAST):
+            known = read_object(folder / OWNED)
+            models = {path.name for path in folder.glob("model*.safetensors") if FILES.fullmatch(path.name)}
+            for name in sorted(_RESULT | ({"config.json", INDEX, *models} if whole else set())):
+                if (path := folder / name).is_file() and sha256(path) not in known.get(name, ()):
+                    name = path.relative_to(output_dir).as_posix()
+                    found.append(f"{name} was not written by atlas, or was changed since")
         found += [f"{name} was not written by atlas" for name in MARKS if is_foreign(output_dir / name)]
         card = output_dir / "README.md"
         if card.is_file() and not is_generated(card.read_text(encoding="utf-8", errors="replace")):

@@ -33,6 +33,11 @@ class Rows(Protocol):
     def took(self, rows: int) -> None:
         """Told at the end, on every process, how many rows its trainer used: a stream has read more of them."""
 
+    def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """So many prompts for samples of the model's replies, each with the reply that the data have, as tokens; none where the
+        rows have no prompts."""
+        return []
+
     def manifest(self) -> dict[str, Any]:
         """Its part of manifest.json; plain JSON types, with a `fingerprint` and a list of `sources` under `data`."""
         return {"data": {"fingerprint": self.fingerprint, "sources": []}}

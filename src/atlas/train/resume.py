@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import RandomSampler, SequentialSampler
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 
 from atlas.compat import log_sums, restore_log_sums
 from atlas.console import say
@@ -53,6 +53,8 @@ class Resumable(Halving):
     """Asked for each line of the log."""
     told: Sequence[Callable[[dict[str, Any]], None]] = ()
     """Called with each entry of the log's history that is not a line of numbers (`note`)."""
+    keep_last: Callable[[], None] | None = None
+    """Called before the best weights take the place of the last ones."""
     seconds_aside = 0.0
     """Since the run began: for evaluations, samples and checkpoints."""
     _broken_at: torch.Tensor | int = 0
@@ -120,7 +122,8 @@ class Resumable(Halving):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         # transformers 5.23 takes one more step, at learning rate 0, when it resumes from the last one.
-        if self.state.global_step < self.state.max_steps:
+        # And an evaluation that was made up for may have ended the training.
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
@@ -193,9 +196,22 @@ class Resumable(Halving):
         found = torch.stack([broken_at, (~torch.stack(finite).all()).to(broken_at)])  # one wait for the GPU
         steps, broken = self.accelerator.gather(found[None]).T.tolist()
         if step := min(filter(None, steps), default=0):
-            self._diverged(f"the loss of step {step} is not finite", step)
+            rows = sorted({row for part in from_all(self._rows_of(step)) for row in part})
+            more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+            of_rows = f"; its rows, by their numbers in the prepared data: {', '.join(map(str, rows[:16]))}{more}"
+            self._diverged(f"the loss of step {step} is not finite" + (of_rows if rows else ""), step)
         if any(broken):
             self._diverged(f"a trained weight is not finite after step {self.state.global_step}")
+
+    def _rows_of(self, step: int) -> list[int]:
+        """The rows of this process in a step, by their numbers in the dataset; of a stream they are not known."""
+        loader: Any = self.callback_handler.train_dataloader
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            return []
+        each = self.args.gradient_accumulation_steps
+        epoch, first = divmod(step - 1, -(-len(loader) // each))
+        self._set_epoch(loader, epoch)
+        return [row for batch in islice(loader.batch_sampler, first * each, (first + 1) * each) for row in batch]
 
     def _diverged(self, what: str, step: int | None = None) -> NoReturn:
         """`step`: the first broken one, where it is not the last one."""
@@ -306,6 +322,10 @@ class Resumable(Halving):
         for meter in self.meters:
             if kept := progress.get("meters", {}).get(type(meter).__name__):
                 meter.restore(kept)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                kept = self.state.stateful_callbacks[type(callback).__name__]["attributes"]
+                callback.early_stopping_patience_counter = kept["early_stopping_patience_counter"]
         self.halved_from = progress.get("halved_from")
         if self.halved_from is not None:
             print(f"each micro-batch is trained in two halves, as since step {self.halved_from}, when memory ran out")
@@ -319,6 +339,11 @@ class Resumable(Halving):
             self.state.best_model_checkpoint = str(checkpoint)  # no later save may come that notes it
 
     # Evaluation
+
+    def _load_best_model(self) -> None:
+        if self.keep_last and self.state.best_global_step != self.state.global_step:
+            self.keep_last()
+        super()._load_best_model()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         state = _random_state()

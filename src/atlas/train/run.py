@@ -34,7 +34,7 @@ from atlas.report.page import renew
 from atlas.train.arguments import left_out, phase_arguments
 from atlas.train.batching import PACKS, Batching, row_by_row
 from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest, newest
-from atlas.train.folder import STAGING, own
+from atlas.train.folder import LAST, STAGING, own, remove_last
 from atlas.train.manifest import build_manifest
 from atlas.train.phase import phase_of
 from atlas.train.preflight import preflight
@@ -330,10 +330,11 @@ class Run:
     def fit(self, trainer: "Resumable") -> None:
         """Train to the end. Raises `StoppedError` where a signal or the clock stops the run, after a checkpoint is saved, and
         `RunError` where the run has diverged."""
-        from transformers import TrainerCallback
+        from transformers import EarlyStoppingCallback, TrainerCallback
 
         from atlas.train.callbacks.log_file import LogFile
         from atlas.train.callbacks.log_line import LogLine
+        from atlas.train.callbacks.samples import PROMPTS, Samples
         from atlas.train.callbacks.save_in_time import SaveInTime
         from atlas.train.callbacks.start import StartLine
         from atlas.train.resume import EvaluationCutError
@@ -353,6 +354,12 @@ class Run:
             for meter in trainer.meters:
                 if isinstance(meter, TrainerCallback):
                     trainer.add_callback(meter)
+            value = self.loaded.config.train_value
+            prompts = self.rows.prompts(PROMPTS)
+            trainer.add_callback(Samples(trainer, prompts, value("sample_steps"), lambda: saving.received))
+            if (patience := value("early_stopping_patience")) is not None:
+                trainer.add_callback(EarlyStoppingCallback(patience, value("early_stopping_threshold")))
+            trainer.keep_last = lambda: self._keep_last(trainer)
             try:
                 resume = str(self.checkpoint) if self.checkpoint else None
                 self._outcome = trainer.train(resume_from_checkpoint=resume)
@@ -369,6 +376,12 @@ class Run:
             how = f"{saved} is whole; {self._again(saved)} resumes from it" if saved else "no checkpoint could be saved"
             raise StoppedError(
                 f"stopped by {name} after step {state.global_step}/{state.max_steps}: {how}", saving.received
+            )
+        if trainer.state.global_step < trainer.state.max_steps:
+            print(
+                f"stopped early after step {trainer.state.global_step}/{trainer.state.max_steps}: {patience} evaluations without a "
+                f"better {self.ready.arguments.metric_for_best_model} than {trainer.state.best_metric:.4f} at step "
+                f"{trainer.state.best_global_step}"
             )
         trainer.refuse_divergence()
         arguments = self.ready.arguments
@@ -409,6 +422,8 @@ class Run:
         # All processes hold parts of what one of them saves.
         state = None if self.ready.strategy.name in (SINGLE, DDP) else gathered(trainer.model)
         if is_main_process():
+            if result["last_weights"] != LAST:
+                remove_last(self.folder)
             self._save(trainer, manifest, state)
         trainer.accelerator.wait_for_everyone()
         first, last = result["loss_first"], result["loss_last"]
@@ -422,17 +437,21 @@ class Run:
             *([f"audit {manifest['audit']['verdict']}"] if "audit" in manifest else []),
             duration(time.perf_counter() - self.started),
         ]
-        print(f"{', '.join(said)}, saved in {self.folder}")
+        step, last = result["weights_of_step"], self.folder / LAST
+        which = f": the weights of step {step}, the best one; those of the last step are in {last}"
+        print(f"{', '.join(said)}, saved in {self.folder}{which if result['last_weights'] == LAST else ''}")
         return FinishedRun(self.folder, trainer, manifest)
 
     def _result(self, trainer: "Resumable") -> dict[str, Any]:
         history = trainer.state.log_history
         losses, eval_losses = ([line[key] for line in history if key in line] for key in ("loss", "eval_loss"))
+        steps = trainer.state.global_step
         best = trainer.state.best_global_step if self.ready.arguments.load_best_model_at_end else None
         arguments = self.ready.arguments
         rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         return {
-            "steps": trainer.state.global_step,
+            "steps": steps,
+            "stopped_early": steps < trainer.state.max_steps,
             "effective_batch_size": rows * arguments.world_size,  # packs, where rows are packed
             # The times below count from there, all else from the start.
             "resumed_from": self.checkpoint.name if self.checkpoint else None,
@@ -444,6 +463,8 @@ class Run:
             "loss_mean": self._outcome.training_loss,
             "eval_loss": eval_losses[-1] if eval_losses else None,
             "best_step": best,
+            "weights_of_step": best or steps,  # what output.dir itself holds
+            "last_weights": LAST if best not in (None, steps) else ".",
             "start_seconds": self.start.seconds,
             "train_seconds": round(self._outcome.metrics["train_runtime"], 2),
             "seconds": round(time.perf_counter() - self.started, 2),
@@ -460,6 +481,20 @@ class Run:
         """The manifest comes after the files that it speaks of: it says that the run is finished. `state`: the weights, where they
         are not whole in the model."""
 
+        staging = self._staged(trainer, state)
+        try:
+            manifest["adapter_sha256" if self.ready.adapter else "model_sha256"] = weights_sha256(staging)
+            (self.folder / "manifest.json").unlink(missing_ok=True)  # an earlier run's
+            _move(staging, self.folder)
+            self.rows.write(self.folder)
+            write_json(self.folder / "manifest.json", manifest)
+            write_card(self.folder, manifest["config"]["output"]["hub_repo"], new=True)
+        except (OSError, RunError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise self._not_saved(error) from None
+
+    def _staged(self, trainer: "Resumable", state: dict[str, Any] | None) -> Path:
+        """Weights, tokenizer and generation settings in a folder of their own, from which they are moved."""
         staging = self.folder / STAGING
         try:
             shutil.rmtree(staging, ignore_errors=True)
@@ -470,25 +505,26 @@ class Run:
             trainer.model.save_pretrained(staging, state_dict=state, **more)
             self.tokenizer.save_pretrained(staging)
             trainer.model.generation_config.save_pretrained(staging)
+            (staging / "README.md").unlink(missing_ok=True)  # PEFT's template
         except Exception as error:  # a full disk is an OSError, or safetensors' or tokenizers' own
             shutil.rmtree(staging, ignore_errors=True)
             raise self._not_saved(error) from None
-        try:
-            manifest["adapter_sha256" if self.ready.adapter else "model_sha256"] = weights_sha256(staging)
-            (staging / "README.md").unlink(missing_ok=True)  # PEFT's template
-            older = own(self.folder, staging)
-            for path in (self.folder / "manifest.json", *older):  # an earlier run's
-                path.unlink(missing_ok=True)
-            for path in staging.iterdir():
-                flush(path)
-                path.replace(self.folder / path.name)
-            staging.rmdir()
-            self.rows.write(self.folder)
-            write_json(self.folder / "manifest.json", manifest)
-            write_card(self.folder, manifest["config"]["output"]["hub_repo"], new=True)
-        except (OSError, RunError) as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise self._not_saved(error) from None
+        return staging
+
+    def _keep_last(self, trainer: "Resumable") -> None:
+        """Save the last weights beside the best ones, which take their place in memory."""
+        from atlas.models.shards import gathered
+
+        state = None if self.ready.strategy.name in (SINGLE, DDP) else gathered(trainer.model)
+        if is_main_process():
+            staging = self._staged(trainer, state)
+            try:
+                (self.folder / LAST).mkdir(exist_ok=True)
+                _move(staging, self.folder / LAST)
+            except OSError as error:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise self._not_saved(error) from None
+        trainer.accelerator.wait_for_everyone()
 
     def _not_saved(self, error: Exception) -> RunError:
         last = newest(self.folder, self.identity.start)
@@ -498,3 +534,13 @@ class Run:
             f"the {'adapter' if self.ready.adapter else 'model'} could not be saved in {self.folder} ({error}). {whole}: make "
             f"room, then run {again}"
         )
+
+
+def _move(staging: Path, folder: Path) -> None:
+    """The staged files to their place, recorded as atlas' own."""
+    for path in own(folder, staging):  # of an earlier result
+        path.unlink(missing_ok=True)
+    for path in staging.iterdir():
+        flush(path)
+        path.replace(folder / path.name)
+    staging.rmdir()

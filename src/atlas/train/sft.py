@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from atlas.audit.gate import gate
 from atlas.audit.report import for_manifest, line, public, summarize, write_page
+from atlas.audit.spans import IGNORED
 from atlas.config import Config, LoadedConfig
 from atlas.console import say
 from atlas.data.report import write_report
@@ -60,6 +61,16 @@ class LabeledRows(Rows):
     def took(self, rows: int) -> None:
         self.labeled.took(rows)
 
+    def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
+        from datasets import Dataset
+
+        rows = self.dataset if self.eval_dataset is None else self.eval_dataset
+        if not isinstance(rows, Dataset):  # a stream
+            return []
+        # Held-out rows are sorted by length: these are neither the longest nor the shortest.
+        numbers = {len(rows) * (number + 1) // (count + 1) for number in range(count)}
+        return [turn for number in sorted(numbers) if (turn := _first_turn(rows[number]))]
+
     def manifest(self) -> dict[str, Any]:
         labeled = self.labeled
         data = {
@@ -74,6 +85,14 @@ class LabeledRows(Rows):
         write_report(self.labeled, folder)
         write_page(self.labeled, folder)
         write_json(folder / "audit_summary.json", public(summarize(self.labeled)))
+
+
+def _first_turn(row: dict[str, Any]) -> tuple[list[int], list[int]] | None:
+    """The tokens before a row's first answer, and those of the answer; None where the first token is trained already."""
+    supervised = [label != IGNORED for label in row["labels"]]
+    start = supervised.index(True) if True in supervised else 0
+    end = start + supervised[start:].index(False) if False in supervised[start:] else len(supervised)
+    return (row["input_ids"][:start], row["input_ids"][start:end]) if start else None
 
 
 def _arguments() -> type["SFTConfig"]:
