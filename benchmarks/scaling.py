@@ -82,7 +82,12 @@ def on_paper() -> dict[str, Any]:
                 where[gpu]["from"] = plan.enough(config, device, shape, room)
             for strategy in ("single", *STRATEGIES):
                 need = plan.need(config, device, shape, strategy, 1 if strategy == "single" else PROCESSES, room)
-                found[strategy] = {"static": need.static.peak(), "all": need.total, "sent": need.sent}
+                found[strategy] = {
+                    "static": need.static.peak(),
+                    "all": need.total,
+                    "recomputed": need.recomputed,
+                    "sent": need.sent,
+                }
             memory.append({"shape": name, "method": method, "parameters": shape.linear + shape.other, "of": found})
             takes.append({"shape": name, "method": method, "on": where})
     what = f"1 x 2,048 tokens a micro-batch, bfloat16 (T4: float16), {PROCESSES} processes (`single`: one)"

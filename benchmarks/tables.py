@@ -370,9 +370,13 @@ def scaling_memory(figures: Path) -> str:
     names = list(entry["memory"][0]["of"])
     table = [["model", "method", *(f"`{name}`" for name in names), *(f"`{name}` sends" for name in names[1:])]]
     for row in entry["memory"]:
-        sizes = [row["of"][name]["all"] for name in names] + [row["of"][name]["sent"] for name in names[1:]]
-        table.append([row["shape"], row["method"], *(f"{value / 2**30:,.1f}" for value in sizes)])
-    return _captioned(table, {**entry, "what": f"GiB on each device, and GiB that it sends in a step: {entry['what']}"})
+        held = [f"{row['of'][name]['all'] / 2**30:,.1f}{'*' * row['of'][name]['recomputed']}" for name in names]
+        sent = [f"{row['of'][name]['sent'] / 2**30:,.1f}" for name in names[1:]]
+        table.append([row["shape"], row["method"], *held, *sent])
+    what = (
+        "GiB on each device (*: activations recomputed, as they would not fit 80 GB), and GiB that it sends in a step"
+    )
+    return _captioned(table, {**entry, "what": f"{what}: {entry['what']}"})
 
 
 def scaling_takes(figures: Path) -> str:
