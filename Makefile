@@ -41,7 +41,7 @@ outputs/.installed: pyproject.toml
 	  2>/dev/null || python -m pip uninstall --quiet -y torchao
 	@touch $@
 
-pocket: setup           ## the pocket lab on two CPU cores: base model, audit, SFT, IFEval of base and tuned, comparison
+pocket: setup           ## the pocket lab on two CPU cores: base model, audit, SFT, IFEval of base and tuned, comparison, report
 	$(RUN) -m atlas.pocket.lab $(ARGS)
 
 lessons: setup          ## five lessons of the recipe on the pocket lab, each with a verdict (about 20 minutes)
@@ -126,9 +126,10 @@ matrix: setup           ## the audit's verdict on every chat template that TRL s
 figures: setup          ## for maintainers: copy what was measured here into figures/, and renew the tables of README and docs
 	$(RUN) benchmarks/tables.py --collect
 
-picture: outputs/pocket/results/sft_template_audit.html   ## for maintainers: make the README's picture with Chromium
-	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir="$$(mktemp -d)" \
-	  --window-size=1000,700 --screenshot=docs/img/audit.png "file://$(CURDIR)/$<"
+BROWSER = chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir="$$(mktemp -d)"
+picture: outputs/pocket/results/sft_template_audit.html outputs/pocket/sft/report.html   ## for maintainers: make the pictures of README and docs with Chromium
+	$(BROWSER) --window-size=1000,700 --screenshot=docs/img/audit.png "file://$(CURDIR)/$<"
+	$(BROWSER) --window-size=1200,1300 --screenshot=docs/img/report.png "file://$(CURDIR)/$(word 2,$^)"
 
 docs: setup             ## build the documentation in site/
 	$(RUN) -m pip install --quiet --disable-pip-version-check mkdocs-material

@@ -322,6 +322,17 @@ def test_scores_come_with_the_evaluation(lab: base.PocketPaths, tmp_path: Path, 
     assert "Not scored yet" in read(tmp_path / "tuned").text
 
 
+def test_the_pointer_shows_the_values_of_a_step(out: Path):
+    steps = [{"step": n, "loss": 2 - n / 100, "learning_rate": n / 1e4} for n in range(1, 101)]
+    write_log(out, steps)
+    write_report_page(out)
+    point = """<script>const svg = document.querySelector("svg.curves"), box = svg.getBoundingClientRect()
+        svg.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + box.width / 2 }))</script>"""
+    (out / "pointed.html").write_text((out / page.PAGE).read_text() + point)
+    shown = re.search(r"training <output>([\d.]+)</output>.*?at step (\d+)<", dom(out / "pointed.html"), re.DOTALL)
+    assert shown is not None and float(shown[1]) == pytest.approx(2 - int(shown[2]) / 100)
+
+
 def test_the_page_fits_a_phone(out: Path, tmp_path: Path):
     log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
     sample = {"prompt": "word" * 60, "reply": "x" * 300, "expected": "a b " * 90}

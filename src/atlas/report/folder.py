@@ -98,11 +98,14 @@ class Folder:
 
     @cached_property
     def samples(self) -> dict[str, dict[str, Any]]:
-        """By prompt: `expected`, and the replies `before` training and `after` it, each with its step."""
+        """By prompt: `expected`, and the replies `before` training and `after` it, each with the step of its weights."""
         found: dict[str, dict[str, Any]] = {}
+        result = self.manifest.get("result", {})
         for step, samples in self.of("samples"):
             for sample in samples:
                 one = found.setdefault(sample["prompt"], {"before": None, "after": None})
+                if step == result.get("steps"):
+                    step = result.get("weights_of_step", step)
                 one |= {"expected": sample.get("expected"), ("after" if step else "before"): (step, sample["reply"])}
         return found
 

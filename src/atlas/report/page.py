@@ -107,15 +107,6 @@ def _run(folder: Folder, scores: Scored, to: Path) -> dict[str, Any]:
     if folder.log_file != LOG:
         about_log = f"There is no {LOG} (an older version of atlas made this run, or it was removed): "
         about_log += f"the curves are those of {folder.log_file}." if folder.log_file else "there are no curves."
-    lines = manifest.get("config_lines")
-    about_config = "each value with its source"
-    if lines is None:
-        lines = [(f"{key}: {json.dumps(value, ensure_ascii=False)}", "") for key, value in folder.config.items()]
-        about_config = "the values; " + (
-            "the manifest is of an older version, which did not keep their sources"
-            if manifest
-            else "those that are not defaults, as the last checkpoint has them"
-        )
     held_out = manifest.get("data", {}).get("held_out")
     pages = {"what is trained, token by token": AUDIT_PAGE, "the data": REPORT}
     there = {name: folder.path / file for name, file in pages.items() if (folder.path / file).is_file()}
@@ -125,14 +116,27 @@ def _run(folder: Folder, scores: Scored, to: Path) -> dict[str, Any]:
         "headline": in_short,
         "said": said,
         "about_log": about_log,
-        "about_config": about_config,
-        "config_lines": lines,
+        "config_lines": _config_lines(folder),
         "ledgers": ledgers(manifest, "sources") + ledgers(manifest, "eval_sources"),
         "held_out": HeldOut(**held_out).line() if held_out else "",
         "links": [(name, quote(os.path.relpath(path, to.parent))) for name, path in there.items()],
         "audit_facts": facts(folder.audit | {"sources": ledgers(manifest, "sources")}) if folder.audit else [],
         "manifest": json.dumps(manifest, indent=1, ensure_ascii=False) if manifest else "",
     }
+
+
+def _config_lines(folder: Folder) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(title, lines of the config with the source of each value)."""
+    lines = folder.manifest.get("config_lines")
+    if lines is not None:
+        given = [line for line in lines if not line[0].lstrip().startswith("#")]
+        rest = [("  " + line[0].lstrip(" #"), line[1]) for line in lines if line not in given]
+        return [("each value with its source", given), ("train: what is not set", rest)]
+    about = "the manifest is of an older version, which did not keep their sources"
+    if not folder.manifest:
+        about = "those that are not defaults, as the last checkpoint has them"
+    values = [(f"{key}: {json.dumps(value, ensure_ascii=False)}", "") for key, value in folder.config.items()]
+    return [(f"the values; {about}", values)]
 
 
 def _charts(folders: Sequence[Folder]) -> list[Chart]:

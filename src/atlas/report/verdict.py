@@ -36,14 +36,15 @@ def verdict(folder: Folder, scores: Scored) -> tuple[str, str, list[Said]]:
 
 
 def _end(folder: Folder) -> Said:
-    result = folder.manifest.get("result")
+    result, last_step = folder.manifest.get("result"), folder.last_step
+    of = f" of {last_step:,}" if last_step else ""
     if result is not None:
         halved = result.get("halved_from_step")
         said = [f"{result['steps']:,} step{'s' * (result['steps'] != 1)} in {duration(result['train_seconds'])}"]
+        said += ["stopped early" + of] if last_step and last_step > result["steps"] else []
         said += [f"resumed from {result['resumed_from']}"] if result.get("resumed_from") else []
         said += [f"in halves of a micro-batch since step {halved}, when memory ran out"] if halved is not None else []
         return Said("good", "finished", f"finished: {', '.join(said)}")
-    of = f" of {folder.last_step:,}" if folder.last_step else ""
     if folder.is_running:
         return Said("note", "still running", f"still running: this is as of step {folder.step:,}{of}")
     if folder.end is not None:
@@ -91,8 +92,11 @@ def _held_out(folder: Folder) -> Iterator[Said]:
     (step, last), (best_step, best) = losses[-1], min(losses, key=lambda one: one[1])
     text = f"held-out loss {short(last)} at step {step:,}"
     text += f"; the lowest was {short(best)} at step {best_step:,}" if best < last else ", its lowest"
-    kept = folder.manifest.get("result", {}).get("best_step")
-    yield Said("note", "", text + (f"; the weights of step {kept:,} are kept" if kept is not None else ""))
+    result = folder.manifest.get("result", {})
+    if result.get("best_step") is not None:
+        text += f"; the weights are those of step {result['best_step']:,}, the best"
+        text += f" (of the last step: {result['last_weights']}/)" if result.get("last_weights", ".") != "." else ""
+    yield Said("note", "", text)
 
 
 def _changed(folder: Folder) -> Iterator[Said]:

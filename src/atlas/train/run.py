@@ -30,7 +30,6 @@ from atlas.lock import held
 from atlas.models.adapters import base_of, cast_trainable_to_fp32, lora_b_norm
 from atlas.models.load import load_base_model_and_tokenizer
 from atlas.models.weights import Sample, weights_sha256
-from atlas.report.page import renew
 from atlas.train.arguments import left_out, phase_arguments
 from atlas.train.batching import PACKS, Batching, row_by_row
 from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest, newest
@@ -204,6 +203,8 @@ class Run:
             raise
         finally:
             if self._began and is_main_process():
+                from atlas.report.page import renew
+
                 renew(self.folder, end)
 
     def prepare(self) -> None:
