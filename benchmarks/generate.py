@@ -29,11 +29,11 @@ def main() -> None:
         parser.error(f"{data} and {arguments.adapter} are needed: run `make pocket` first")
 
     from atlas.config import load_config
-    from atlas.console import quiet_libraries
     from atlas.eval.harness import run_task
     from atlas.eval.tasks import load_task
     from atlas.models.adapters import find_adapter
     from atlas.models.load import load_model
+    from atlas.terminal import quiet_libraries
 
     quiet_libraries()
     config = load_config(ROOT / "configs" / "sft_pocket.yaml", []).config

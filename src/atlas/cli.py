@@ -39,7 +39,8 @@ def command(name: str) -> Callable[[Callable[[Namespace], int]], Main]:
     def decorate(run: Callable[[Namespace], int]) -> Main:
         def main(argv: Sequence[str] | None = None) -> int:
             arguments = parse(name, argv)
-            return run_main(lambda: run(arguments))
+            loud = {name: getattr(arguments, name, False) for name in ("quiet", "verbose")}
+            return run_main(lambda: run(arguments), **loud)
 
         return main
 
@@ -80,9 +81,16 @@ def _overrides(parser: ArgumentParser) -> None:
     parser.set_defaults(takes_config=True)
 
 
+def _loudness(parser: ArgumentParser) -> None:
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quiet", action="store_true", help="print only warnings, errors and the last line")
+    how.add_argument("--verbose", action="store_true", help="print the libraries' messages, too")
+
+
 def _run(parser: ArgumentParser) -> None:
     """Of a training run, and of the look at it beforehand."""
     _config(parser)
+    _loudness(parser)
     parser.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH", help="checkpoint (default: auto, the newest)"
     )
@@ -115,6 +123,7 @@ def _audit(parser: ArgumentParser) -> None:
 
 def _eval(parser: ArgumentParser) -> None:
     _config(parser)
+    _loudness(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--base", action="store_true", help="score the base model of the config")
     what.add_argument("--adapter", metavar=_MODEL, help="default: output.dir of the config")

@@ -3,13 +3,8 @@
 Such text must not control the terminal, and must not look like a line that atlas printed.
 """
 
-import contextlib
-import os
 import re
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TextIO
 
 # All control characters except newline and tab (C0, DEL and C1: a terminal obeys them), characters that change the direction of
 # writing, and lone surrogates, which cannot be printed.
@@ -29,58 +24,6 @@ def one_line(text: str) -> str:
 def say(text: str, *, file: TextIO | None = None, flush: bool = False) -> None:
     """Print a line that may contain text from outside."""
     print(visible(text), file=file, flush=flush)
-
-
-class _Output:
-    """A text stream whose reader may go away (`atlas sft ... | head`): what is written after that goes nowhere, and the work goes
-    on. Without it the next line that is printed would end a run."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except BrokenPipeError:
-            self._to_nowhere()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except BrokenPipeError:
-            self._to_nowhere()
-
-    def _to_nowhere(self) -> None:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), self._stream.fileno())
-
-
-@contextlib.contextmanager
-def unread_output() -> Iterator[None]:
-    """Standard output and errors may lose their reader without an end of the command."""
-    out, errors = _Output(sys.stdout), _Output(sys.stderr)
-    with contextlib.redirect_stdout(cast(TextIO, out)), contextlib.redirect_stderr(cast(TextIO, errors)):
-        try:
-            yield
-        finally:
-            out.flush()  # what Python would write at its end
-
-
-def quiet_libraries() -> None:
-    """Progress bars only on a terminal; warnings stay."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # TRL 1.16 asks for the old name
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
 
 
 def duration(seconds: float) -> str:

@@ -1,13 +1,13 @@
 """The exceptions that end a command with one message, and the exit status of each."""
 
-import logging
 import sys
 import time
 from collections.abc import Callable
 
-from atlas.console import say, unread_output
+from atlas.console import say
 from atlas.launch import is_main_process, processes, rank
 from atlas.redact import redact
+from atlas.terminal import displayed
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 OTHERS_WAIT = 10.0  # seconds that the other processes of a launch leave the first one to print an error
@@ -35,15 +35,17 @@ def first_line(error: BaseException) -> str:
     return f"{first} {rest[0]}" if first.endswith(":") and rest else first
 
 
-def _is_wanted(record: logging.LogRecord) -> bool:
-    """bitsandbytes 0.50 warns of a missing optional kernel on every CPU with AVX512-BF16, even when nothing needs it."""
-    return "Failed to load CPU gemm_4bit_forward" not in str(record.msg)
+def run_main(main: Callable[[], int], *, quiet: bool = False, verbose: bool = False) -> int:
+    """Run `main`; a `UserError` becomes one message on stderr and exit status 2, a `RunError` status 1, without a traceback.
+    `quiet`: only warnings, errors and what is printed last; `verbose`: libraries' messages too."""
+    with displayed(quiet, verbose) as display:
+        status = _status(main)
+        if status == DONE:
+            display.out.last()
+        return status
 
 
-@unread_output()
-def run_main(main: Callable[[], int]) -> int:
-    """Run `main`; a `UserError` becomes one message on stderr and exit status 2, a `RunError` status 1, without a traceback."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_wanted)
+def _status(main: Callable[[], int]) -> int:
     try:
         return main()
     except (UserError, RunError) as error:

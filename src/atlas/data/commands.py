@@ -7,13 +7,14 @@ from atlas.audit.gate import gate
 from atlas.audit.report import diff, write_audit
 from atlas.cli import command
 from atlas.config import Config, LoadedConfig, load_config
-from atlas.console import quiet_libraries, say
+from atlas.console import say
 from atlas.data.labeled import Labeled
 from atlas.data.prepare import prepare
 from atlas.data.report import write_report
 from atlas.errors import DONE, FAILED, UserError
 from atlas.files import RESULTS_DIR, can_write
 from atlas.models.tokenizer import load_tokenizer
+from atlas.terminal import quiet_libraries
 
 
 @command("data")

@@ -6,13 +6,14 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from atlas.cli import command
-from atlas.console import quiet_libraries, say, visible
+from atlas.console import say, visible
 from atlas.errors import DONE, UserError
 from atlas.eval.harness import set_generation
 from atlas.hub_client import split_revision
 from atlas.models import load
 from atlas.models.adapters import find_adapter
 from atlas.models.template import chat_prompt
+from atlas.terminal import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer

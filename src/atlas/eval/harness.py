@@ -16,6 +16,7 @@ from atlas.eval.tasks import LoadedTask, quiet
 from atlas.models.template import Renderer
 from atlas.models.tokenizer import stop_ids
 from atlas.scores import Record, Task
+from atlas.terminal import Bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,7 +90,6 @@ def _language_model(
     (how many were too long for the model's context and lost their beginning)."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
-    from tqdm import tqdm
 
     renderer = Renderer(tokenizer) if task.settings.chat_template else None
     generation = task.settings.generation or {}
@@ -118,7 +118,7 @@ def _language_model(
                 return any(text in tail for text in until)
 
             began = time.perf_counter()
-            with tqdm(total=len(prompts), desc="replies", disable=disable_tqdm) as bar:
+            with Bar("replies", len(prompts)) as bar:
                 replies = decode(
                     model,
                     [prompt[-room:] for prompt in prompts],
@@ -126,7 +126,7 @@ def _language_model(
                     stops=model.generation_config.eos_token_id,
                     ended=ended,
                     rows=batch_size,
-                    done=bar.update,
+                    done=bar.step,
                 )
             self.seconds += time.perf_counter() - began
             self.replies = dict(zip(texts, replies, strict=True))

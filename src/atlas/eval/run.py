@@ -14,7 +14,6 @@ from atlas.cli import command, run_command
 from atlas.compat import versions
 from atlas.config import Config, QuantizationConfig, load_config
 from atlas.config.schema import TaskName
-from atlas.console import quiet_libraries
 from atlas.device import Machine, choose_device
 from atlas.errors import DONE, UserError, first_line
 from atlas.eval.harness import run_task
@@ -28,6 +27,7 @@ from atlas.models.load import load_model
 from atlas.models.tokenizer import load_tokenizer, read_tokenizer
 from atlas.models.weights import holds_model, weights_sha256
 from atlas.scores import Run, Task, name_problem, score_table, text_table
+from atlas.terminal import quiet_libraries
 
 # Two runs of one name are the same run where all of these agree; only then a task is added to a row.
 _IDENTITY = (

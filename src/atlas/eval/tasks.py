@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import random
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -22,6 +21,7 @@ from atlas.config import EvalTask
 from atlas.config.schema import TaskName
 from atlas.errors import UserError, first_line
 from atlas.scores import Settings
+from atlas.terminal import bars
 
 # The only checkers of lm-eval 0.4.13 that split sentences or words with NLTK's model; the others need no data.
 NEEDS_PUNKT = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
@@ -36,8 +36,8 @@ def quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-        with bars, contextlib.redirect_stdout(io.StringIO()):
+        shown = contextlib.nullcontext() if bars() else contextlib.redirect_stderr(io.StringIO())
+        with shown, contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)

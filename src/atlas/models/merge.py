@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.cli import command
-from atlas.console import quiet_libraries
 from atlas.errors import DONE, RunError, first_line
 from atlas.files import new_folder, write_json
 from atlas.hub_client import split_revision
 from atlas.models.adapters import find_adapter
 from atlas.models.load import load_base, load_model
 from atlas.models.template import chat_prompt
+from atlas.terminal import quiet_libraries
 
 if TYPE_CHECKING:
     import torch

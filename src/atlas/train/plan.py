@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from atlas.cli import command
 from atlas.config import Config, load_config
-from atlas.console import quiet_libraries, size
+from atlas.console import size
 from atlas.device import DevicePlan, Gpu, Machine, choose_device
 from atlas.errors import DONE, UserError
+from atlas.terminal import quiet_libraries
 from atlas.train.preflight.estimate import (
     STATE,
     PerDevice,

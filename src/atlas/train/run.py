@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from atlas.cli import Main, command
 from atlas.compat import versions
 from atlas.config import LoadedConfig, experiment, load_config, render_config
-from atlas.console import duration, quiet_libraries, say
+from atlas.console import duration, say
 from atlas.data.batches import PACK, filled
 from atlas.device import Machine, choose_device, memory_gib
 from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError
@@ -30,6 +30,7 @@ from atlas.lock import held
 from atlas.models.adapters import base_of, cast_trainable_to_fp32, lora_b_norm
 from atlas.models.load import load_base_model_and_tokenizer
 from atlas.models.weights import Sample, weights_sha256
+from atlas.terminal import quiet_libraries, record_in
 from atlas.train.arguments import left_out, phase_arguments
 from atlas.train.batching import PACKS, Batching, row_by_row
 from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest, newest
@@ -153,6 +154,8 @@ def open_run(phase: "Phase", loaded: LoadedConfig, resume: str) -> "Iterator[Run
         )
         run = Run(phase, loaded, ready, folder, resume, started, start)
         with run.reported(), held(folder, f"atlas {phase.name}") if is_main_process() else contextlib.nullcontext():
+            if is_main_process():
+                record_in(folder)
             print(ready.plan.table())
             start.end("preflight")
             yield run
@@ -333,6 +336,7 @@ class Run:
         `RunError` where the run has diverged."""
         from transformers import EarlyStoppingCallback, TrainerCallback
 
+        from atlas.train.callbacks.bar import TrainingBar
         from atlas.train.callbacks.log_file import LogFile
         from atlas.train.callbacks.log_line import LogLine
         from atlas.train.callbacks.samples import PROMPTS, Samples
@@ -344,10 +348,14 @@ class Run:
         settings, log = self.loaded.config.checkpoint, LogLine()
         hours = settings.stop_after_hours
         stop_in = None if hours is None else self.started + 3600 * hours - time.perf_counter()
-        with SaveInTime(trainer, log, settings.every_minutes, stop_in, self.checkpoint) as saving:
+        with (
+            SaveInTime(trainer, log, settings.every_minutes, stop_in, self.checkpoint) as saving,
+            TrainingBar() as bar,
+        ):
             trainer.add_callback(StartLine(self.start))
             trainer.add_callback(log)
             trainer.add_callback(saving)
+            trainer.add_callback(bar)
             file = LogFile(trainer)
             trainer.add_callback(file)
             trainer.told = [lambda entry: file.write()]

@@ -1,7 +1,5 @@
 """Saves by the clock, and when the process is told to stop."""
 
-import contextlib
-import os
 import signal
 import threading
 import time
@@ -12,8 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from atlas.compat import log_sums
 from atlas.launch import processes
+from atlas.terminal import urgent
 from atlas.train.callbacks.log_line import LogLine
 from atlas.train.resume import EvaluationCutError, Resumable
 
@@ -67,9 +65,7 @@ class SaveInTime(TrainerCallback):
             self.received = number
             signal.setitimer(signal.ITIMER_REAL, 0)
             if self.trainer.args.process_index == 0:
-                said = f"{signal.Signals(number).name}: this step is finished and saved, then the run stops\n"
-                with contextlib.suppress(OSError):  # nobody may read it any more, and the save must come
-                    os.write(1, said.encode())  # print may be at work just now
+                urgent(f"{signal.Signals(number).name}: this step is finished and saved, then the run stops")
             self._again_from = time.monotonic() + ONE_SIGNAL
             if processes() == 1:
                 self.__exit__()
@@ -84,7 +80,7 @@ class SaveInTime(TrainerCallback):
             meter.begin()
         if self.resumed is not None:
             self.trainer.restore_progress(self.resumed)
-        self.log.begin(state, log_sums(self.trainer)["total_tokens"] or 0, self.trainer.result())
+        self.log.begin(state)
         self._saved = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

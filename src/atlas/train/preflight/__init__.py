@@ -9,9 +9,10 @@ from argparse import Namespace
 
 from atlas.cli import command
 from atlas.config import LoadedConfig, is_path, load_config
-from atlas.console import quiet_libraries, say
+from atlas.console import say
 from atlas.data.sources import reach
 from atlas.errors import DONE
+from atlas.terminal import quiet_libraries
 from atlas.train.phase import phase_of
 from atlas.train.preflight import folders, machine, model, online, trial
 from atlas.train.preflight.checklist import Ready
