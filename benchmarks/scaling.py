@@ -72,7 +72,8 @@ def on_paper() -> dict[str, Any]:
             config = load_config(ROOT / "configs" / "sft_qwen05b.yaml", [*BATCH, *values]).config
             shape = plan.shape_of(config, name)
             found, where = {}, {}
-            for gpu, card in plan.GPUS.items():
+            for gpu in ("T4", "24GB", "80GB"):
+                card = plan.GPUS[gpu]
                 device = choose_device(config, Machine(gpus=(card,), processes=PROCESSES))
                 room = (card.memory_gib or 0) * 2**30
                 where[gpu] = {}

@@ -189,9 +189,11 @@ def _plan(parser: ArgumentParser) -> None:
     sizes = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
     shape = "instead of model.name: a public shape, which needs no download: Qwen2.5-0.5B ... Qwen2.5-72B"
     parser.add_argument("--shape", choices=[f"Qwen2.5-{size}" for size in sizes], metavar="NAME", help=shape)
-    about = "instead of this machine's (default: that, else 24GB): T4, 24GB or 80GB"
-    parser.add_argument("--gpu", choices=("T4", "24GB", "80GB"), metavar="NAME", help=about)
-    parser.add_argument("--nproc", type=_number_from_1, default=8, metavar="N", help="processes in all (default: 8)")
+    about = "instead of this machine: T4, L4, A100, H100, 24GB or 80GB"
+    parser.add_argument("--gpu", choices=("T4", "L4", "A100", "H100", "24GB", "80GB"), metavar="NAME", help=about)
+    count = "processes in all (default: 1); with several, each strategy's memory and traffic"
+    parser.add_argument("--nproc", type=_number_from_1, default=1, metavar="N", help=count)
+    parser.add_argument("--png", type=Path, metavar="FILE", help="write the learning rate as a picture")
     _overrides(parser)
 
 
@@ -217,7 +219,7 @@ COMMANDS = {
     "sft": Command("atlas.train.sft", "supervised fine-tuning: one config -> an adapter with proven labels", _training),
     "launch": Command("atlas.train.launcher", "a command on several processes, on one machine or several", _launch),
     "preflight": Command("atlas.train.preflight", "finds in seconds what would make a run fail later", _run),
-    "plan": Command("atlas.train.plan", "memory and traffic of each device under each strategy", _plan),
+    "plan": Command("atlas.train.plan", "steps, tokens, learning rate, memory and time, before a run starts", _plan),
     "data": Command(
         "atlas.data.commands:data", "what a config trains on: rows used, cut, dropped, held out; lengths", _config
     ),

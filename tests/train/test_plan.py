@@ -1,14 +1,19 @@
 """`atlas plan`: the memory of each device, against published sizes and formulas that are written down by hand."""
 
+import math
 import re
+from pathlib import Path
 
 import pytest
+from transformers import SchedulerType
 
 from atlas.config import load_config
 from atlas.device import Gpu, Machine, choose_device
-from atlas.train import plan
+from atlas.train import plan, usual
+from atlas.train.curve import curve
 from atlas.train.preflight.estimate import per_device_bytes, sent_bytes
 from rows import ROOT
+from runs import train
 
 # Parameters in billions: https://arxiv.org/abs/2412.15115 (Qwen2.5), the model cards, and `metadata` of the safetensors files.
 PUBLISHED = {"0.5B": 0.494, "1.5B": 1.544, "3B": 3.086, "7B": 7.616, "14B": 14.77, "32B": 32.764, "72B": 72.706}
@@ -85,4 +90,88 @@ def test_an_optimizer_takes_its_own_bytes(optim: str | None, each: int, method: 
 def test_a_model_that_cannot_be_downloaded_names_the_shapes(capsys: pytest.CaptureFixture[str]):
     assert plan.main(["--config", str(CONFIG), "model.name=nobody/nothing"]) == 2
     error = capsys.readouterr().err
-    assert "--shape Qwen2.5-0.5B|Qwen2.5-1.5B" in error and "--gpu T4|24GB|80GB" in error
+    assert "--shape Qwen2.5-0.5B|Qwen2.5-1.5B" in error and "--gpu T4|L4|A100|H100|24GB|80GB" in error
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert plan.main([*arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_weights_that_are_too_large_do_not_ask_for_a_smaller_batch(capsys: pytest.CaptureFixture[str]):
+    out = planned(capsys, "--config", str(CONFIG), "--shape", "Qwen2.5-72B", "--gpu", "T4")
+    assert (
+        "alone take" in out
+        and "a smaller base model" in out
+        and "per_device_train_batch_size" not in out.splitlines()[-1]
+    )
+    long = ["train.max_length=32768", "train.per_device_train_batch_size=8"]
+    out = planned(capsys, "--config", str(CONFIG), "--shape", "Qwen2.5-0.5B", "--gpu", "T4", *long)
+    assert "a smaller train.per_device_train_batch_size" in out and "a smaller base model" not in out
+
+
+def test_steps_and_tokens_are_those_of_the_run(sft_args: list[str], capsys: pytest.CaptureFixture[str]):
+    """Before the data are prepared the plan says how to get them; then it counts as the run does, and takes its time from it."""
+    given = [value for value in sft_args if "max_steps" not in value]
+    given += ["train.gradient_accumulation_steps=3", "train.num_train_epochs=2", "train.warmup_steps=0.1"]
+    given += ["data.seed=7", "data.eval_rows=9", "train.eval_strategy=no"]
+    out = planned(capsys, *given)
+    assert (
+        "`atlas data` with the same config" in out
+        and "6 rows = 2 on each device x 3 micro-batches x 1 process\n" in out
+    )
+    run = train(given)
+    assert run.trainer is not None
+    out = planned(capsys, *given)
+    state, counts = run.trainer.state, run.manifest["data"]["sources"][0]
+    assert (
+        f"{state.max_steps // 2} an epoch, {state.max_steps} in all (2 epochs), {math.ceil(state.max_steps / 10)} of"
+        in out
+    )
+    assert f"{counts['tokens']:,} an epoch, {counts['supervised_tokens']:,} of them supervised" in out
+    assert f"s a step, by {state.max_steps} steps of 20" in out and "(measured)" in out
+    logged = [line["learning_rate"] for line in state.log_history if "learning_rate" in line]
+    rates = curve(load_config(given[1], given[2:]).config, state.max_steps)
+    assert rates.rates == pytest.approx(logged) and rates.steps == [*range(1, state.max_steps + 1)]
+    for name in ("T4", "L4", "A100 80 GB", "H100 80 GB"):
+        assert re.search(rf"^  {name} .*\(estimate\) .* to .*\(estimate\)", out, re.MULTILINE), out
+
+
+@pytest.mark.parametrize("name", [schedule.value for schedule in SchedulerType])
+def test_each_schedule_of_transformers_has_a_curve(name: str, tmp_path: Path):
+    own = {"cosine_with_min_lr": "{min_lr: 1e-5}", "cosine_warmup_with_min_lr": "{min_lr: 1e-5}"}
+    own |= {"warmup_stable_decay": "{num_decay_steps: 10}"}
+    more = [f"train.lr_scheduler_kwargs={own[name]}"] if name in own else []
+    found = curve(config(f"train.lr_scheduler_type={name}", "train.warmup_steps=5", *more), 50)
+    assert len(found.rates) == 50 and max(found.rates) == pytest.approx(2e-4) and len(found.sparkline(20)) == 20
+    assert found.follows_loss is (name in ("reduce_lr_on_plateau", "greedy"))
+    if name == "cosine":
+        assert found.sparkline(10)[0] == "▁" and "█" in found.sparkline(10) and found.sparkline(10)[-1] == "▁"
+        found.picture(tmp_path / "rate.png")
+        assert (tmp_path / "rate.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_schedule_that_transformers_refuses_names_the_key(capsys: pytest.CaptureFixture[str]):
+    given = ["--config", str(CONFIG), "--shape", "Qwen2.5-0.5B", "train.lr_scheduler_type=cosine_with_min_lr"]
+    assert plan.main(given) == 2
+    assert "train.lr_scheduler_type=cosine_with_min_lr: " in capsys.readouterr().err
+
+
+def test_what_is_unusual_is_said(capsys: pytest.CaptureFixture[str]):
+    given = ["--config", str(CONFIG), "--shape", "Qwen2.5-7B", "--gpu", "80GB"]
+    assert "unusual" not in planned(capsys, *given)
+    odd = ["train.learning_rate=2e-3", "train.num_train_epochs=9", "train.weight_decay=0.5", "train.warmup_steps=0.4"]
+    out = planned(capsys, *given, *odd, "train.per_device_train_batch_size=1")
+    warned = [line.split()[1] for line in out.splitlines() if line.startswith("warning: ")]
+    assert warned == ["train.learning_rate", "effective", "epochs", "warm-up", "train.weight_decay"]
+    out = planned(capsys, *given, *FULL)  # 2e-4 is a rate for LoRA
+    assert "train.learning_rate 0.0002 is unusual: 2e-06 to 2e-05 (full fine-tuning, 7-13B)" in out
+
+
+def test_the_documented_table_is_that_of_the_code():
+    text = (ROOT / "docs" / "plan.md").read_text()
+    for size in usual.SIZES:
+        ranges = [f"{low:g} to {high:g}" for low, high in (size.full, size.lora, size.batch)]
+        assert f"| {' | '.join([size.name, *ranges])} |" in text
+    (low, high), (_, most), (_, decay) = usual.EPOCHS, usual.WARM_UP, usual.WEIGHT_DECAY
+    assert f"{low} to {high} epochs, a warm-up of 0 to {most} of the steps, a weight decay of 0 to {decay}" in text

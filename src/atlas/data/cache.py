@@ -1,6 +1,8 @@
 """Rows, labels and packs on the disk: each under a hash of all that they depend on, and checked before they are used again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,29 @@ from atlas.files import can_write
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+_only_kept = ContextVar("_only_kept", default=False)
+
+
+class NotKeptError(RunError):
+    """Rows or labels are not in the cache, and none are to be made."""
+
+
+@contextmanager
+def kept_only() -> Iterator[None]:
+    """Nothing is made or downloaded: what is not in the cache raises `NotKeptError`."""
+    token = _only_kept.set(True)
+    try:
+        yield
+    finally:
+        _only_kept.reset(token)
+
+
+def refuse_download(prepared: Path) -> None:
+    """Raises `NotKeptError` where only what is there is wanted, and this folder of a data set from the Hub is not."""
+    if _only_kept.get() and not prepared.is_dir():
+        raise NotKeptError
 
 
 def cached(known: str, kind: str, of: str, make: Callable[[Path], "Dataset"]) -> "Dataset":
@@ -26,6 +51,8 @@ def cached(known: str, kind: str, of: str, make: Callable[[Path], "Dataset"]) ->
             if kept.is_damaged:
                 say(f"the cached {kind} of {of} ({kept.folder}) are damaged: made anew", flush=True)
             if not kept.is_whole:
+                if _only_kept.get():
+                    raise NotKeptError
                 kept.empty()
             rows = make(kept.folder)
             if not kept.is_whole:

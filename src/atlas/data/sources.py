@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from atlas.config import DATA_ENDINGS, Source
 from atlas.console import one_line
-from atlas.data.cache import cached, refuse_unwritable
+from atlas.data.cache import NotKeptError, cached, refuse_download, refuse_unwritable
 from atlas.data.formats import detect, refuse_columns, refused
 from atlas.errors import RunError, UserError, first_line
 from atlas.files import digest, sha256
@@ -48,7 +48,7 @@ def load_source(source: Source) -> "Dataset":
     Each row of a text file is kept as JSON text with file and line, and parsed when it is labelled: a malformed line is one bad row
     with its place, and rows need not have the same columns. Raises `UserError` where the source cannot be read or holds nothing.
     """
-    from datasets import concatenate_datasets, load_dataset
+    from datasets import concatenate_datasets, load_dataset, load_dataset_builder
 
     refuse_unwritable()
     if source.is_local:
@@ -61,7 +61,11 @@ def load_source(source: Source) -> "Dataset":
             )
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     try:
+        prepared = load_dataset_builder(source.name, source.config, revision=source.revision).cache_dir
+        refuse_download(Path(prepared))
         rows = load_dataset(source.name, source.config, split=source.split, revision=source.revision)
+    except NotKeptError:
+        raise
     except Exception as error:  # the Hub, the network, a missing split: datasets raises about ten kinds
         raise _unloadable(source, error) from None
     if not len(rows):

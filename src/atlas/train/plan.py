@@ -1,20 +1,33 @@
-"""`atlas plan`: memory and traffic of each device under each strategy, and which one `train.strategy: auto` takes, without a GPU.
+"""`atlas plan`: what a run will be, before it starts: steps, batch, tokens, learning rate, memory, time, and what is unusual.
 
+    atlas plan --config configs/sft_qwen05b.yaml
     atlas plan --config configs/sft_qwen05b.yaml --shape Qwen2.5-7B --gpu 24GB --nproc 8 quantization.load_in_4bit=false
 
-The estimate is that of preflight (train/preflight/estimate.py), with its margin.
+It changes nothing and needs no GPU. The estimate of memory is that of preflight (train/preflight/estimate.py), with its margin;
+with `--nproc` it is made for each strategy. docs/plan.md has the formula of the time.
 """
 
+import contextlib
+import io
+import math
+import time
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.cli import command
-from atlas.config import Config, load_config
-from atlas.console import size
-from atlas.device import DevicePlan, Gpu, Machine, choose_device
-from atlas.errors import DONE, UserError
+from atlas.config import Config, LoadedConfig, experiment, load_config
+from atlas.console import duration, say, size
+from atlas.data.cache import NotKeptError, kept_only
+from atlas.device import DevicePlan, Gpu, Machine, choose_device, free_memory
+from atlas.errors import DONE, RunError, UserError, first_line
+from atlas.files import read_object
+from atlas.models.tokenizer import load_tokenizer
 from atlas.terminal import quiet_libraries
+from atlas.train.curve import curve
+from atlas.train.phase import phase_of
 from atlas.train.preflight.estimate import (
     STATE,
     PerDevice,
@@ -26,15 +39,30 @@ from atlas.train.preflight.estimate import (
 )
 from atlas.train.preflight.machine import MARGIN
 from atlas.train.strategy import DDP, FSDP2, SINGLE, ZERO2, ZERO3, choose, refusal
+from atlas.train.usual import unusual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from atlas.train.callbacks.throughput import Work
+
 GPUS = {  # the memory that a name promises is 10^9 bytes for each GB; a driver shows some more
     "T4": Gpu("T4", (7, 5), 16e9 / 2**30),
+    "L4": Gpu("L4", (8, 9), 24e9 / 2**30),
+    "A100": Gpu("A100 80 GB", (8, 0), 80e9 / 2**30),
+    "H100": Gpu("H100 80 GB", (9, 0), 80e9 / 2**30),
     "24GB": Gpu("24 GB (L4, A10, RTX 4090)", (8, 6), 24e9 / 2**30),
     "80GB": Gpu("80 GB (A100, H100)", (8, 0), 80e9 / 2**30),
 }
+SHOWN = ("T4", "L4", "A100", "H100")
+"""Beside this machine."""
+REACHED = (0.1, 0.4)
+"""Shares of a device's peak between which training is expected: the table of https://arxiv.org/abs/2204.02311 (PaLM) has 21 to 46 %
+for large models, and a small micro-batch and 4-bit weights reach less. Not measured."""
+_PACE = (  # keys of `train` that change nothing of a step's work
+    *("max_steps", "num_train_epochs", "learning_rate", "weight_decay", "warmup_steps", "seed", "data_seed"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs"),
+)
 _NAMES = (
     "hidden_size",
     "intermediate_size",
@@ -123,23 +151,196 @@ def enough(config: Config, plan: DevicePlan, shape: Shape, memory: float) -> int
     return next((count for count in counts if recommended(config, plan, shape, count, memory)[2]), None)
 
 
+@dataclass(frozen=True)
+class Amount:
+    """How much an epoch is."""
+
+    rows: int
+    tokens: int
+    supervised: int
+
+
+def amount(config: Config) -> Amount | str:
+    """Of the prepared data where they are in the cache, else why it is not known."""
+    if config.data.streaming:
+        return "not known: data are read while training"
+    again = "`atlas data` with the same config prepares the data, and then it stands here"
+    with contextlib.redirect_stdout(io.StringIO()), kept_only():
+        try:
+            rows = phase_of(config).rows(config, load_tokenizer(config))
+        except NotKeptError:
+            return f"not known yet: {again}"
+        except (UserError, RunError) as error:
+            return f"not known ({first_line(error)}): {again}"
+    sources = rows.manifest()["data"]["sources"]
+    tokens, supervised = (sum(source.get(name, 0) for source in sources) for name in ("tokens", "supervised_tokens"))
+    return Amount(len(rows.dataset), tokens, supervised)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a run goes through its rows."""
+
+    effective: int
+    an_epoch: int | None
+    in_all: int | None
+    epochs: float | None
+
+    @staticmethod
+    def of(config: Config, known: Amount | str, processes: int) -> "Steps":
+        """As transformers counts them: the last step of an epoch may have fewer rows."""
+        value = config.train_value
+        effective = value("per_device_train_batch_size") * value("gradient_accumulation_steps") * processes
+        an_epoch = None
+        if isinstance(known, Amount):
+            # TRL's packs are filled with whole rows, so there may be some more of them.
+            count = math.ceil(known.tokens / value("max_length")) if config.train.get("packing") else known.rows
+            whole = value("dataloader_drop_last") and count >= effective
+            an_epoch = max(count // effective if whole else math.ceil(count / effective), 1)
+        most, epochs = value("max_steps"), float(value("num_train_epochs"))
+        if most > 0:
+            return Steps(effective, an_epoch, most, most / an_epoch if an_epoch else None)
+        return Steps(effective, an_epoch, math.ceil(an_epoch * epochs) if an_epoch else None, epochs)
+
+
+def measured(config: Config, hardware: str) -> tuple[float, float, str] | None:
+    """Seconds of a step and GiB at the peak, of a finished run in output.dir that does the same in each step on such a machine, and
+    which one it is; None: there is none."""
+    folder = Path(config.output.dir)
+    manifest = read_object(folder / "manifest.json")
+    result, there = manifest.get("result", {}), manifest.get("experiment", {})
+
+    def pace(tree: dict[str, Any]) -> dict[str, Any]:
+        train = {key: value for key, value in tree.get("train", {}).items() if key not in _PACE}
+        return {**tree, "train": train, "data": {k: v for k, v in tree.get("data", {}).items() if k != "max_rows"}}
+
+    if not result.get("steps") or result.get("resumed_from") or manifest["device"]["hardware"] != hardware:
+        return None
+    if pace(there) != pace(experiment(config)) or manifest.get("processes") != 1:
+        return None
+    which = f"{result['steps']} steps of {manifest['date'][:10]} in {folder}"
+    return result["train_seconds"] / result["steps"], result["peak_memory_gib"], which
+
+
+def own_peak() -> float:
+    """Operations per second of a matrix product in float32 on this CPU, measured in about a tenth of a second."""
+    import torch
+
+    one, best = torch.ones(768, 768), math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        torch.mm(one, one)
+        best = min(best, time.perf_counter() - began)
+    return 2 * 768**3 / best
+
+
+def seconds(work: "Work", known: Amount, steps: Steps, recomputed: bool, shape: Shape) -> list[float]:
+    """How long the run takes, from best to worst; formula in docs/plan.md."""
+    passes = steps.epochs or 0
+    each = work.token + (2 * shape.linear if recomputed else 0)
+    operations = passes * (each * known.tokens + work.predicted * (known.supervised or known.tokens))
+    return [operations / (work.peak * share) for share in reversed(REACHED)]
+
+
+def _devices(
+    config: Config, shape: Shape, known: Amount | str, steps: Steps, here: Machine, asked: str | None
+) -> Iterator[list[str]]:
+    """A line for each device: its name, memory, whether it fits, time."""
+    from atlas.train.callbacks.throughput import Work
+
+    first = Machine(gpus=here.gpus[:1], cpu=here.cpu) if asked is None else Machine(gpus=(GPUS[asked],))
+    machines = [first, *(Machine(gpus=(GPUS[name],)) for name in SHOWN if name != asked)]
+    for number, machine in enumerate(machines):
+        gpu = machine.gpus[0] if machine.gpus else None
+        name = gpu.name if gpu else machine.cpu
+        name = f"this machine: {name}" if number == 0 and asked is None else name
+        try:
+            plan = choose_device(config, machine)
+        except UserError as error:
+            yield [name, "", "no", str(error).partition(":")[0]]
+            continue
+        room = (gpu.memory_gib or 0) * 2**30 if gpu else free_memory()
+        found = need(config, plan, shape, SINGLE, 1, room)
+        took = "time not known"
+        run = measured(config, plan.hardware) if number == 0 and asked is None else None
+        own = own_peak() if plan.device == "cpu" else None
+        work = Work.of(shape, plan, config.lora is None, own)
+        if run:
+            whole = f"about {duration(run[0] * steps.in_all)}, " if steps.in_all else ""
+            took = f"{whole}{run[0]:.2g} s a step, by {run[2]} (measured)"
+        elif work and isinstance(known, Amount) and steps.epochs:
+            best, worst = map(duration, seconds(work, known, steps, found.recomputed, shape))
+            took = f"{best} to {worst} (estimate)"
+        elif work:
+            some = Amount(0, 10**6, 10**6)
+            fast, slow = (1e6 / took for took in seconds(work, some, Steps(1, 1, 1, 1.0), found.recomputed, shape))
+            took = f"{slow:,.0f} to {fast:,.0f} tokens/s (estimate)"
+        memory = f"{size(found.total)} of {size(room)} (estimate)"
+        if run:
+            memory = f"{run[1]:.1f} GiB (measured) of {size(room)}"
+        yield [name, memory, "fits" if found.fits else "does not fit", took]
+
+
+def overview(loaded: LoadedConfig, shape: Shape, processes: int, asked: str | None, picture: Path | None) -> None:
+    """Print what the run will be."""
+    config = loaded.config
+    value, known = config.train_value, amount(config)
+    steps = Steps.of(config, known, processes)
+    batch, accumulated = value("per_device_train_batch_size"), value("gradient_accumulation_steps")
+    of_epoch = f"{steps.an_epoch:,} an epoch" if steps.an_epoch else "an epoch: not known yet"
+    in_all = f"{steps.in_all:,} in all" if steps.in_all else "in all: not known yet"
+    epochs = f" ({steps.epochs:.3g} epoch{'s' * (steps.epochs != 1)})" if steps.epochs else ""
+    rates = curve(config, steps.in_all or 1000)
+    warm_up = f"{rates.warm_up:,} of them warm-up" if steps.in_all else f"warm-up {value('warmup_steps') or 0:g}"
+    tokens = known
+    if isinstance(known, Amount):
+        tokens = f"{known.tokens:,} an epoch, {known.supervised:,} of them supervised, from {known.rows:,} rows"
+        tokens += f"; {known.tokens * steps.epochs:,.0f} in all" if steps.epochs else ""
+    micro = "micro-batch" if accumulated == 1 else "micro-batches"
+    process = "process" if processes == 1 else "processes"
+    lines = [
+        ("batch", f"{steps.effective} rows = {batch} on each device x {accumulated} {micro} x {processes} {process}"),
+        ("steps", f"{of_epoch}, {in_all}{epochs}, {warm_up}"),
+        ("tokens", tokens),
+        ("rate", rates.line()),
+    ]
+    for name, text in lines:
+        say(f"  {name:<7} {text}")
+    if processes == 1:
+        rows = [*_devices(config, shape, known, steps, Machine.without_torch(), asked)]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        for row in rows:
+            say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())
+    share = rates.warm_up / (steps.in_all or 1000)
+    parameters, full, decay = shape.linear + shape.other, config.lora is None, value("weight_decay")
+    rate = float(value("learning_rate"))
+    for text in unusual(parameters, full, rate, steps.effective, steps.epochs or 1, share, decay):
+        say(f"warning: {text}; docs/plan.md says where that comes from")
+    if picture is not None:
+        rates.picture(picture)
+        say(f"the learning rate as a picture: {picture}")
+
+
 @command("plan")
 def main(arguments: Namespace) -> int:
-    config, count = load_config(arguments.config, arguments.overrides).config, arguments.nproc
+    loaded, count = load_config(arguments.config, arguments.overrides), arguments.nproc
+    config = loaded.config
     quiet_libraries()
-    here = Machine.without_torch().gpus
-    gpu = GPUS[arguments.gpu] if arguments.gpu else here[0] if here else GPUS["24GB"]
-    memory = (gpu.memory_gib or 0) * 2**30
-    plan, shape = choose_device(config, Machine(gpus=(gpu,), processes=count)), shape_of(config, arguments.shape)
+    here = Machine.without_torch()
+    gpu = GPUS[arguments.gpu] if arguments.gpu else here.gpus[0] if here.gpus else None
+    memory = (gpu.memory_gib or 0) * 2**30 if gpu else free_memory() / count
+    machine = Machine(gpus=(gpu,) if gpu else (), processes=count, cpu=here.cpu)
+    plan, shape = choose_device(config, machine), shape_of(config, arguments.shape)
     rows, length = largest_batch(config)
     optim = config.train_value("optim") or "the default"
     total, each = shape.linear + shape.other, config.train_value("gradient_accumulation_steps")
     print(
         f"{arguments.shape or config.model.name}: {total / 1e6:,.1f} M parameters, {shape.trained / 1e6:,.1f} M trained, "
-        f"{'4 bits' if config.quantization.load_in_4bit else plan.dtype}; {count} x {gpu.name}, {gpu.memory} each; a step is "
-        f"{each} x {rows} rows of {length:,} tokens on each; optimizer {optim}"
+        f"{'4 bits' if config.quantization.load_in_4bit else plan.dtype}; {count} x {plan.hardware}; a step is "
+        f"{each} x {rows} rows of {length:,} tokens on each at most; optimizer {optim}"
         f"{'' if optim in STATE else ', counted as AdamW'}"
     )
+    overview(loaded, shape, count, arguments.gpu, arguments.png)
     table = [["", "weights", "gradients", "optimizer", "passing", "activations", "in all", "fits", "sent in a step"]]
     others = []
     for name in [SINGLE] if count == 1 else [DDP, ZERO2, FSDP2, ZERO3]:
@@ -159,8 +360,16 @@ def main(arguments: Namespace) -> int:
         remedies = [f"train.strategy={other}" for other in others]
         if wanted := enough(config, plan, shape, memory):
             remedies.append(f"{wanted} processes")
-        if config.lora is not None and not config.quantization.load_in_4bit:
+        if config.lora is None:
+            remedies.append("LoRA (without lora: null)")
+        elif not config.quantization.load_in_4bit:
             remedies.append("quantization.load_in_4bit=true")
-        remedies.append("a smaller train.per_device_train_batch_size or train.max_length")
+        # Without any activations, as the strategies that divide weights keep it.
+        static = per_device_bytes(config, plan, shape, name, count).peak()
+        if static * MARGIN[plan.device] <= memory:
+            remedies.append("a smaller train.per_device_train_batch_size or train.max_length")
+        else:
+            remedies += ["a device with more memory", "a smaller base model"]
+            print(f"weights and optimizer alone take {size(static)} of the {size(memory)} on each")
         print(f"it does not fit with a margin of {MARGIN[plan.device]}; what may: {', or '.join(remedies)}")
     return DONE

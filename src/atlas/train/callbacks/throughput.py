@@ -53,9 +53,9 @@ class Work:
     peak: float
 
     @staticmethod
-    def of(shape: "Shape", plan: "DevicePlan", full: bool) -> "Work | None":
-        """None where the device's peak is not known. `full`: every weight is trained."""
-        found = peak(plan.hardware, plan.dtype) if plan.device == "cuda" else None
+    def of(shape: "Shape", plan: "DevicePlan", full: bool, reached: float | None = None) -> "Work | None":
+        """None where the device's peak is not known. `full`: every weight is trained. `reached`: a peak to take instead."""
+        found = reached or (peak(plan.hardware, plan.dtype) if plan.device == "cuda" else None)
         if found is None:
             return None
         each = 6 if full else 4
