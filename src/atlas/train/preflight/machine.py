@@ -85,7 +85,11 @@ def memory(ready: Ready) -> Found:
     ready.memory = estimate(ready, ready.plan.gradient_checkpointing is not False, batch)
     rows, length = batch
     each = f" on each of {processes()} processes" if processes() > 1 else ""
-    said = f"about {size(ready.memory)}{each} at {rows} x {length:,} tokens, {size(static)} of it for {what}"
+    how = "" if ready.plan.gradient_checkpointing is False else " with activations recomputed"
+    if ready.plan.gradient_checkpointing is None:
+        kept = estimate(ready, False, batch)
+        how = f"{how} ({size(kept)} with all of them; which it is, the rows' lengths decide)"
+    said = f"about {size(ready.memory)}{each} at {rows} x {length:,} tokens{how}, {size(static)} of it for {what}"
     if ready.memory > free:
         on = "train.gradient_checkpointing=true, " if ready.plan.gradient_checkpointing is False else ""
         return "warn", (
