@@ -154,12 +154,18 @@ def _run(command: tuple[str, ...], environment: dict[str, str], folder: Path, ou
 
 
 class Started:
-    """A process that runs `atlas ...`, or `-c CODE ...` as python has it. What it says goes to files."""
+    """A process that runs `atlas ...`, or `-c CODE ...` as python has it. What it says goes to files, or to a terminal."""
 
-    def __init__(self, *command: str, environment: dict[str, str] | None = None, folder: Path = ROOT) -> None:
+    def __init__(
+        self,
+        *command: str,
+        environment: dict[str, str] | None = None,
+        folder: Path = ROOT,
+        terminal: str | None = None,
+    ) -> None:
         self.command = command
         self.place = tempfile.TemporaryDirectory()
-        self.files = [Path(self.place.name, name) for name in ("out", "err")]
+        self.files = [Path(terminal or Path(self.place.name, name)) for name in ("out", "err")]
         arguments = (command, environment or dict(os.environ), folder, self.files)
         self.process = SERVER.Process(target=_run, args=arguments)
         self.began = time.monotonic()

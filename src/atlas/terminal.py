@@ -231,7 +231,7 @@ def displayed(quiet: bool = False, verbose: bool = False) -> Iterator[Display]:
     display, messages, root = _display, _Messages(_display), logging.getLogger()
     level, shown = root.level, warnings.showwarning
 
-    def warned(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:
+    def warned(message: Any, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
         place = filename.rpartition("site-packages/")[2]
         name = place.partition("/")[0] if place != filename else Path(filename).name
         display.library(name, str(message), logging.INFO if issubclass(category, _NO_NEWS) else logging.WARNING)

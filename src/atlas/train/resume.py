@@ -253,7 +253,7 @@ class Resumable(Halving):
                 checkpoints.discard(folder)
             newest = checkpoints.newest(self._folder, self.identity.start)
             last = f"the last one is {newest}" if newest else "there is none yet"
-            say(f"{folder.name} could not be saved ({error}); {last}; training goes on", flush=True)
+            say(f"warning: {folder.name} could not be saved ({error}); {last}; training goes on", flush=True)
         else:
             if one:
                 keep = {folder, Path(self.state.best_model_checkpoint or folder)}
@@ -331,7 +331,7 @@ class Resumable(Halving):
             print(f"each micro-batch is trained in two halves, as since step {self.halved_from}, when memory ran out")
         best = self._folder / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (problem := checkpoints.damage(best)):
-            print(f"the best checkpoint so far cannot be used, so a later one is kept: {best}: {problem}")
+            print(f"warning: the best checkpoint so far cannot be used, so a later one is kept: {best}: {problem}")
             self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
         elif self.state.best_global_step:
             self.state.best_model_checkpoint = str(best)  # the folder may have been moved since

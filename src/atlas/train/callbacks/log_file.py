@@ -51,6 +51,8 @@ class LogFile(TrainerCallback):
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in new)
         except OSError as error:
             self._written = None
-            say(f"{self.path} cannot be written ({first_line(error)}); training goes on without it", flush=True)
+            say(
+                f"warning: {self.path} cannot be written ({first_line(error)}); training goes on without it", flush=True
+            )
         else:
             self._written = len(self.trainer.state.log_history)
