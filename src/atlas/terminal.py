@@ -353,10 +353,12 @@ class Bar:
         """One more is done."""
         self.move(self.done + 1)
 
-    def move(self, done: int, *notes: str) -> None:
-        """So much is done; `notes` are shown behind the bar, before the time left."""
-        self.done, now = done, time.monotonic()
-        if self._progress is None or (now - self._drawn < _REDRAWN and done < self.total):
+    def move(self, done: int, *notes: str, at_once: bool = False) -> None:
+        """So much is done; `notes` are shown behind the bar, before the time left. `at_once`: draw it also if it was drawn just
+        before."""
+        now, at_once = time.monotonic(), at_once or self.done < done >= self.total
+        self.done = done
+        if self._progress is None or (now - self._drawn < _REDRAWN and not at_once):
             return
         self._drawn = now
         passed = done - self._first

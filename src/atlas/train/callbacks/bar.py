@@ -54,7 +54,8 @@ class TrainingBar(TrainerCallback):
     ) -> None:
         self._evaluated += 1
         of = f"/{len(eval_dataloader)}" if isinstance(eval_dataloader, Sized) else ""
-        self._bar.move(state.global_step, f"held-out loss {self._evaluated}{of}")
+        note = f"held-out loss {self._evaluated}{of}"
+        self._bar.move(state.global_step, note, at_once=self._evaluated == 1)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._evaluated = 0
