@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons test test-slow test-notebook lint sft sft-smoke data audit eval compare config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs clean
+.PHONY: help setup pocket lessons test test-slow test-notebook lint sanity sft sft-smoke data audit eval compare config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -47,7 +47,10 @@ pocket: setup           ## the pocket lab on two CPU cores: base model, audit, S
 lessons: setup          ## five lessons of the recipe on the pocket lab, each with a verdict (about 20 minutes)
 	$(RUN) benchmarks/lessons.py $(ARGS)
 
-sft-smoke: setup        ## 50 steps of the real run, nothing is pushed
+sanity: setup           ## a few steps of the run, and what they prove: a verdict line each (about a minute on the pocket lab)
+	$(RUN) -m atlas.train.sanity --config $(CONFIG) $(ARGS)
+
+sft-smoke: sanity       ## the sanity check, then 50 steps of the real run; nothing is pushed
 	$(RUN) -m atlas.train.sft --config $(CONFIG) --max-steps 50 --no-push-to-hub --resume never $(ARGS) output.dir=outputs/sft_smoke
 
 sft: setup              ## the whole run; pushes to output.hub_repo if it is set

@@ -97,10 +97,15 @@ def _run(parser: ArgumentParser) -> None:
     parser.add_argument("--no-push-to-hub", action="store_true", help="keep the result on this machine")
 
 
-def _training(parser: ArgumentParser) -> None:
+def _of_training(parser: ArgumentParser) -> None:
+    """Of a training run, and of what tries it."""
     _run(parser)
     # At least 1: transformers takes 0 and below for "not set" and would train whole epochs.
     parser.add_argument("--max-steps", type=_number_from_1, metavar="N", help="stop after N steps (train.max_steps)")
+
+
+def _training(parser: ArgumentParser) -> None:
+    _of_training(parser)
     parser.add_argument("--dump-template-audit", action="store_true", help="write the audit of the data and stop")
     parser.add_argument("--print-config", action="store_true", help="print the config with the source of each value")
 
@@ -219,6 +224,9 @@ COMMANDS = {
     "sft": Command("atlas.train.sft", "supervised fine-tuning: one config -> an adapter with proven labels", _training),
     "launch": Command("atlas.train.launcher", "a command on several processes, on one machine or several", _launch),
     "preflight": Command("atlas.train.preflight", "finds in seconds what would make a run fail later", _run),
+    "sanity": Command(
+        "atlas.train.sanity", "a few steps of a run, and what they prove, before hours go into it", _of_training
+    ),
     "plan": Command("atlas.train.plan", "steps, tokens, learning rate, memory and time, before a run starts", _plan),
     "data": Command(
         "atlas.data.commands:data", "what a config trains on: rows used, cut, dropped, held out; lengths", _config

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+    from atlas.data.labeled import Labeled
+
 
 class Rows(Protocol):
     """The rows of one run, ready for the trainer, and what there is to say of them."""
@@ -23,15 +25,19 @@ class Rows(Protocol):
     eval_dataset: "Dataset | None" = None
     lengths: "np.ndarray | None" = None
     """Tokens of each row in the dataset's order, or of a stream's first rows; None: not known."""
+    labeled: "Labeled | None" = None
+    """Conversations with labels, where the phase has them: what `atlas sanity` asks the model."""
 
     def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Make the rows, and print what became of the data. Raises `UserError` for rows that must not be trained on."""
 
     def begin(self) -> None:
         """Told when training begins: the trainer's constructor has looked at the first rows of a stream, which does not count."""
+        return
 
     def took(self, rows: int) -> None:
         """Told at the end, on every process, how many rows its trainer used: a stream has read more of them."""
+        return
 
     def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
         """So many prompts for samples of the model's replies, each with the reply that the data have, as tokens; none where the
@@ -44,6 +50,7 @@ class Rows(Protocol):
 
     def write(self, folder: Path) -> None:
         """Write the reports on these rows beside the adapter."""
+        return
 
 
 @dataclass(frozen=True)

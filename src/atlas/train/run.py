@@ -386,7 +386,7 @@ class Run:
             raise StoppedError(
                 f"stopped by {name} after step {state.global_step}/{state.max_steps}: {how}", saving.received
             )
-        if trainer.state.global_step < trainer.state.max_steps:
+        if patience is not None and trainer.state.global_step < trainer.state.max_steps:
             print(
                 f"stopped early after step {trainer.state.global_step}/{trainer.state.max_steps}: {patience} evaluations without a "
                 f"better {self.ready.arguments.metric_for_best_model} than {trainer.state.best_metric:.4f} at step "

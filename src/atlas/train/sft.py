@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
     from trl import SFTConfig
 
+    from atlas.data.labeled import Labeled
+
 
 def train(loaded: LoadedConfig, resume: str = "auto") -> FinishedRun:
     """The whole job. Raises `UserError` for input that cannot end well, before the model is loaded."""
@@ -42,6 +44,8 @@ def train(loaded: LoadedConfig, resume: str = "auto") -> FinishedRun:
 
 class LabeledRows(Rows):
     """Conversations with labels on what the assistant says, audited byte by byte."""
+
+    labeled: "Labeled"
 
     def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase") -> None:
         from atlas.data.prepare import prepare
