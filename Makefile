@@ -129,6 +129,7 @@ matrix: setup           ## the audit's verdict on every chat template that TRL s
 figures: setup          ## for maintainers: copy what was measured here into figures/, and renew the tables of README and docs
 	$(RUN) benchmarks/tables.py --collect
 
+# The picture of the report is that of `make pocket ARGS="data.eval_rows=200 train.eval_strategy=steps train.eval_steps=25 train.logging_steps=5"`.
 BROWSER = chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir="$$(mktemp -d)"
 picture: outputs/pocket/results/sft_template_audit.html outputs/pocket/sft/report.html   ## for maintainers: make the pictures of README and docs with Chromium
 	$(BROWSER) --window-size=1000,700 --screenshot=docs/img/audit.png "file://$(CURDIR)/$<"

@@ -217,6 +217,16 @@ def test_every_kind_of_run(more: list[str], sft_args: list[str], capsys):
     assert "too few to tell a fall from noise" in shown.text and "no rows were held out" in shown.text
 
 
+def test_an_early_stop_and_the_weights_that_are_kept(sft_args: list[str]):
+    odd = ["train.greater_is_better=true", "train.early_stopping_patience=1"]  # so a falling loss is a worse one
+    run = train([*sft_args, *HELD_OUT, *odd, "train.max_steps=40", "train.learning_rate=0.05"])
+    result, shown = run.manifest["result"], read(run.folder).text
+    assert f"finished: {result['steps']} steps" in shown and "stopped early of 40" in shown
+    assert f"the weights are those of step {result['best_step']}, the best (of the last step: last/)" in shown
+    assert f"after step {result['best_step']} " in shown and f"after step {result['steps']} " not in shown
+    assert result["best_step"] < result["steps"] < 40
+
+
 @pytest.mark.xdist_group("processes")
 def test_two_processes_leave_one_report(sft_args: list[str], tmp_path: Path):
     started = together(2, "sft", *sft_args)
