@@ -331,6 +331,20 @@ def memory(figures: Path) -> str:
     return f"{markdown_table(table)}\n\n{entry['hardware']}; {entry['date'][:10]}, `{entry['command']}`."
 
 
+def monitoring(figures: Path) -> str:
+    """What it costs to watch a run."""
+    entry = _read(figures / "benchmarks.json").get("monitoring")
+    if entry is None:
+        return "Not measured yet: `python benchmarks/monitoring.py`."
+    both, turns = entry["cpu_ms_a_step"], entry["ratios_of_turns"]
+    return (
+        f"The pocket lab's run ({entry['steps']} steps) with meters, train_log.jsonl, samples and tensorboard takes "
+        f"{entry['ratio'] - 1:+.1%} CPU time against none of them: {both['all']:.1f} and {both['none']:.1f} ms a step, evaluations "
+        f"included in both (medians of {entry['turns']} turns each; single turns {turns[0] - 1:+.1%} to {turns[-1] - 1:+.1%}). "
+        f"{entry['hardware']}; {entry['date'][:10]}, `{entry['command']}`."
+    )
+
+
 def strategies(figures: Path) -> str:
     """Two processes under each strategy against one."""
     entry = _read(figures / "benchmarks.json").get("strategies")
@@ -482,6 +496,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "generate": generate,
     "gpu": gpu,
     "memory": memory,
+    "monitoring": monitoring,
     "strategies": strategies,
     "scaling-memory": scaling_memory,
     "scaling-takes": scaling_takes,

@@ -1,15 +1,21 @@
 """What a run says of itself while it trains."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from transformers import TrainerState
 
-from atlas.errors import UserError
-from atlas.train.run import FinishedRun
-from runs import BASIC, broken_off, run_arguments, trace, train
+from atlas.config import load_config
+from atlas.errors import RunError, UserError
+from atlas.train.callbacks.loss_spike import LossSpike
+from atlas.train.run import FinishedRun, open_run
+from atlas.train.sft import SFT
+from rows import write_rows
+from runs import BASIC, broken_off, run_arguments, together, trace, train
 
 if TYPE_CHECKING:
     from atlas.pocket.base import PocketPaths
@@ -144,6 +150,34 @@ def test_the_count_of_bad_evaluations_is_in_the_checkpoint(
     assert trace(resumed) == trace(whole)
 
 
+@pytest.mark.xdist_group("processes")
+def test_two_processes_stop_early_together(
+    overfitted: FinishedRun, lab: "PocketPaths", rows_file: Path, tmp_path: Path
+) -> None:
+    arguments = [*run_arguments(lab.base, rows_file, tmp_path), *OVERFITTING, "train.per_device_train_batch_size=5"]
+    for process in together(2, "sft", *arguments):
+        assert process.end() == 0, process.said()
+    result = json.loads((tmp_path / "out" / "manifest.json").read_text())["result"]
+    alone = overfitted.manifest["result"]
+    assert [result[name] for name in ("steps", "best_step", "last_weights")] == [
+        alone["steps"],
+        alone["best_step"],
+        "last",
+    ]
+    lines, there = log_of(tmp_path / "out"), log_of(overfitted.folder)
+    for name in ("loss", "eval_loss", "padding_share"):
+        found, expected = ([line[name] for line in of if name in line] for of in (lines, there))
+        assert len(found) == len(expected) and (name == "padding_share" or found == pytest.approx(expected, abs=1e-3))
+    assert [line["step"] for line in lines if "samples" in line] == [
+        line["step"] for line in there if "samples" in line
+    ]
+    assert overfitted.trainer is not None
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    rows = overfitted.trainer.eval_dataset
+    assert held_out_loss(lab.base, tmp_path / "out", rows) == pytest.approx(min(losses), abs=1e-5)
+    assert held_out_loss(lab.base, tmp_path / "out" / "last", rows) == pytest.approx(losses[-1], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -181,3 +215,108 @@ def test_samples_change_nothing_of_the_training(sft_args: list[str], tmp_path: P
     for sample in first:
         assert sample["prompt"].endswith("<|im_start|>assistant\n") and sample["expected"].endswith("<|im_end|>")
         assert any(text.startswith(sample["prompt"] + sample["expected"]) for text in expected)
+
+
+@pytest.mark.parametrize("batching", ["pad", "pack"])
+def test_loss_and_held_out_loss_are_the_same_however_a_step_is_split(
+    batching: str, sft_args: list[str], tmp_path: Path
+) -> None:
+    """16 rows a step, of many lengths: as 1 x 16, 4 x 4 and 16 x 1."""
+    found = []
+    for rows, steps in ((1, 16), (4, 4), (16, 1)):
+        run = train(
+            sft_args,
+            *("quantization.load_in_4bit=false", "lora.lora_dropout=0", f"train.batching={batching}"),
+            *("data.eval_rows=24", "train.eval_strategy=steps", "train.eval_steps=1", "train.max_steps=2"),
+            *(f"train.per_device_train_batch_size={rows}", f"train.gradient_accumulation_steps={steps}"),
+            *(f"train.per_device_eval_batch_size={rows}", f"output.dir={tmp_path / str(rows)}"),
+        )
+        lines = log_of(run.folder)
+        found.append([line.get("loss", line.get("eval_loss")) for line in lines if {"loss", "eval_loss"} & {*line}])
+    assert len({*found[0]}) == 4
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-6)
+
+
+def test_a_loss_that_is_nan_names_the_step_and_its_rows(base_folder: Path, tmp_path: Path, rows_file: Path) -> None:
+    """One token of one row has a broken embedding."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+    base = tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.save_pretrained(base)
+    model = Qwen2ForCausalLM.from_pretrained(base_folder)
+    model.config.tie_word_embeddings = False
+    model = Qwen2ForCausalLM(model.config)
+    [*_, token] = tokenizer("§")["input_ids"]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = float("nan")
+    model.save_pretrained(base)
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()[:40]]
+    rows[7]["messages"][-2]["content"] += " §"
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    more = ["quantization.load_in_4bit=false", "train.max_steps=-1", "train.num_train_epochs=2"]
+    asked = load_config((arguments := run_arguments(base, file, tmp_path))[1], [*arguments[2:], *more])
+    with open_run(SFT, asked, "auto") as run:
+        run.prepare()
+        trainer = run.trainer(run.load_base_model())
+        with pytest.raises(RunError) as error:
+            run.fit(trainer)
+    [broken] = [number for number, row in enumerate(trainer.train_dataset) if token in row["input_ids"]]
+    found = re.search(
+        r"the loss of step (\d+) is not finite; its rows, by their numbers in the prepared data: (.*) \(",
+        str(error.value),
+    )
+    assert found is not None, error.value
+    named = [int(number) for number in found[2].split(", ")]
+    assert broken in named and len(named) == 2
+    order = [number for batch in trainer.get_train_dataloader().batch_sampler for number in batch]
+    assert int(found[1]) == order.index(broken) // 2 + 1
+
+
+def test_steps_that_the_loss_scaler_skips_are_counted(sft_args: list[str]) -> None:
+    """A scale under which fp32 overflows, on a CPU: two steps are left out until it has come down."""
+    import torch
+
+    asked = load_config(sft_args[1], [*sft_args[2:], "quantization.load_in_4bit=false", "train.max_steps=4"])
+    with open_run(SFT, asked, "auto") as run:
+        run.prepare()
+        trainer = run.trainer(run.load_base_model())
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-15)
+        run.fit(trainer)
+        skipped = run.close(trainer)
+    lines = [line for line in log_of(skipped.folder) if "loss" in line]
+    counts = [line.get("skipped_steps", 0) for line in lines]
+    assert counts[0] == 1 and counts == sorted(counts) and counts[-1] < 4
+    without = ["grad_norm" not in line for line in lines]
+    assert without == [after > before for before, after in zip([0, *counts], counts, strict=False)]
+    assert skipped.manifest["result"]["lora_b_norm"] > 0
+
+
+class Watched:
+    """Where a meter's warnings go."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_jump_of_the_loss_is_a_spike_and_noise_is_none() -> None:
+    import random
+
+    noise = random.Random(0)
+    losses = [2 * 0.99**step * (1 + noise.gauss(0, 0.05)) for step in range(200)]
+    for spikes in ({}, {120: 3.0}, {60: 3.0, 61: 3.1, 150: 2.0}):
+        watched, state = Watched(), TrainerState()
+        meter = LossSpike(watched)  # type: ignore[arg-type]
+        for step, loss in enumerate(losses):
+            state.global_step = step
+            line = {"loss": spikes.get(step, loss)}
+            meter.read(state, line)
+            state.log_history.append(line | {"step": step})
+        assert [text.split(":")[0] for text in watched.said] == [
+            f"loss spike at step {step}" for step in spikes if step != 61
+        ]

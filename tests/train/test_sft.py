@@ -316,14 +316,18 @@ def test_wrong_input_is_one_message_and_exit_status_2(override: str, parts: list
 def test_wandb_without_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("atlas.train.arguments.find_spec", lambda name: object())
-    assert available_trackers("wandb")[0] == ["none"]
+    assert available_trackers("wandb")[0] == []
     assert available_trackers(["wandb", "tensorboard"])[0] == ["tensorboard"]
+    assert "wandb login" in available_trackers(["wandb", "tensorboard"])[1]["wandb"]
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert available_trackers("wandb") == (["wandb"], None)
+    assert available_trackers("wandb") == (["wandb"], {})
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
     (tmp_path / ".netrc").chmod(0o600)
     monkeypatch.delenv("WANDB_MODE")
-    assert available_trackers("wandb") == (["wandb"], None)
+    assert available_trackers("wandb") == (["wandb"], {})
+    monkeypatch.setattr("atlas.train.arguments.find_spec", lambda name: None)
+    names, off = available_trackers(["wandb", "tensorboard", "trackio"])
+    assert names == [] and "atlas-posttraining[trackio]" in off["trackio"]
 
 
 def test_model_and_tokenizer_from_a_config_alone(sft_args: list[str]):

@@ -52,7 +52,7 @@ def build_arguments(
         "use_cpu": plan.device == "cpu",
         "activation_checkpointing": bool(plan.gradient_checkpointing),
         "use_liger_kernel": plan.liger_kernels,
-        "report_to": available_trackers(config.train_value("report_to"))[0],
+        "report_to": "none",  # train.callbacks.trackers starts them
         "run_name": given.get("run_name") or f"{Path(config.output.dir).name}-{config_hash(config)}",
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it would show a loss that is not finite as one that is
@@ -186,21 +186,24 @@ def _known(config: Config, *names: str) -> list[str]:
     return [name for name in names if name in config.train_schema.fields()]
 
 
-def available_trackers(asked: str | list[str] | None) -> tuple[list[str], str | None]:
-    """The trackers of `train.report_to` that can start, and why wandb is not one of them: without credentials the run goes on
-    without it."""
+def available_trackers(asked: str | list[str] | None) -> tuple[list[str], dict[str, str]]:
+    """The trackers of `train.report_to` that can start, and why others of wandb, tensorboard and trackio cannot: without package or
+    credentials the run goes on without them."""
     names = [asked] if isinstance(asked, str) else list(asked or [])
-    names = [name for name in names if name != "none"]
-    problem = _wandb_problem() if "wandb" in names else None
-    if problem:
-        names.remove("wandb")
-    return names or ["none"], problem
+    if names == ["all"]:
+        from transformers.integrations import get_available_reporting_integrations
+
+        names = get_available_reporting_integrations()
+    off = {name: problem for name in names if (problem := _tracker_problem(name))}
+    return [name for name in dict.fromkeys(names) if name != "none" and name not in off], off
 
 
-def _wandb_problem() -> str | None:
-    if find_spec("wandb") is None:
-        return "the package is not installed (`pip install atlas-posttraining[wandb]`)"
-    if wandb_is_offline() or os.environ.get("WANDB_API_KEY"):
+def _tracker_problem(name: str) -> str | None:
+    if name not in ("wandb", "tensorboard", "trackio"):
+        return None
+    if find_spec(name) is None:
+        return f"the package is not installed (`pip install atlas-posttraining[{name}]`)"
+    if name != "wandb" or wandb_is_offline() or os.environ.get("WANDB_API_KEY"):
         return None
     from netrc import NetrcParseError, netrc
 

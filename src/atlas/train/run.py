@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from atlas.train.callbacks.meter import Meter
+    from atlas.train.callbacks.trackers import Tracker
     from atlas.train.checkpoints import Identity
     from atlas.train.phase import Phase, Rows
     from atlas.train.preflight import Ready
@@ -368,6 +369,9 @@ class Run:
             trainer.add_callback(Samples(trainer, prompts, value("sample_steps"), lambda: saving.received))
             if (patience := value("early_stopping_patience")) is not None:
                 trainer.add_callback(EarlyStoppingCallback(patience, value("early_stopping_threshold")))
+            for tracker in self._trackers(trainer):
+                trainer.callback_handler.callbacks.append(tracker)  # add_callback warns of a second one of a class
+                trainer.told = [*trainer.told, tracker.note]
             trainer.keep_last = lambda: self._keep_last(trainer)
             try:
                 resume = str(self.checkpoint) if self.checkpoint else None
@@ -397,6 +401,18 @@ class Run:
         rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         self.rows.took(trainer.state.global_step * rows)
 
+    def _trackers(self, trainer: "Resumable") -> "list[Tracker]":
+        if not self.ready.trackers:
+            return []
+        from atlas.train.callbacks.trackers import Tracker, where
+
+        manifest = self._manifest({})
+        step = int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
+        for name in self.ready.trackers:
+            if place := where(name, str(self.folder)):
+                print(f"{name}: {place}")
+        return [Tracker(name, trainer, manifest, step) for name in self.ready.trackers]
+
     def _meters(self, trainer: "Resumable") -> "list[Meter]":
         from atlas.train.callbacks.held_out_gap import HeldOutGap
         from atlas.train.callbacks.loss_spike import LossSpike
@@ -419,15 +435,7 @@ class Run:
         from atlas.models.shards import gathered
 
         result = self._result(trainer)
-        manifest = build_manifest(
-            self.loaded,
-            self.ready.plan,
-            self.ready.base,
-            self.phase.method,
-            {**self.rows.manifest(), "batching": self.batching.manifest()},
-            self.tokenizer.get_chat_template(),
-            result,
-        )
+        manifest = self._manifest(result)
         # All processes hold parts of what one of them saves.
         state = None if self.ready.strategy.name in (SINGLE, DDP) else gathered(trainer.model)
         if is_main_process():
@@ -450,6 +458,17 @@ class Run:
         which = f": the weights of step {step}, the best one; those of the last step are in {last}"
         print(f"{', '.join(said)}, saved in {self.folder}{which if result['last_weights'] == LAST else ''}")
         return FinishedRun(self.folder, trainer, manifest)
+
+    def _manifest(self, result: dict[str, Any]) -> dict[str, Any]:
+        return build_manifest(
+            self.loaded,
+            self.ready.plan,
+            self.ready.base,
+            self.phase.method,
+            {**self.rows.manifest(), "batching": self.batching.manifest()},
+            self.tokenizer.get_chat_template(),
+            result,
+        )
 
     def _result(self, trainer: "Resumable") -> dict[str, Any]:
         history = trainer.state.log_history

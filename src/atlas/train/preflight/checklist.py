@@ -56,6 +56,8 @@ class Ready:
     memory: int = field(init=False)
     """Estimated peak of training, in bytes."""
     base: "BaseFiles" = field(init=False)
+    trackers: list[str] = field(init=False)
+    """Those of train.report_to that can start."""
 
     def check(self, name: str, look: Callable[..., Found], *given: object, needs: Sequence[str] = ()) -> None:
         """Add the line of one check, `look(*given)`, unless a field that it needs is unset."""

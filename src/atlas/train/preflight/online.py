@@ -4,7 +4,7 @@ import contextlib
 import io
 import re
 
-from atlas.errors import RunError, UserError, first_line
+from atlas.errors import UserError, first_line
 from atlas.hub.push import check_access
 from atlas.hub_client import check_network
 from atlas.launch import is_main_process
@@ -40,21 +40,17 @@ def network(ready: Ready, needed: bool) -> Found:
 
 
 def tracker(ready: Ready) -> Found:
-    """Can the trackers of train.report_to start?"""
+    """Which trackers of train.report_to can start? Only a name that nobody knows and a key that W&B refuses are failures."""
     from transformers.integrations import get_available_reporting_integrations
 
-    names, wandb_off = available_trackers(ready.loaded.config.train_value("report_to"))
-    known = {"none", "all", *get_available_reporting_integrations()}
-    if missing := [name for name in names if name not in known]:
+    ready.trackers, off = available_trackers(ready.loaded.config.train_value("report_to"))
+    known = {*get_available_reporting_integrations()}
+    if missing := [name for name in ready.trackers if name not in known]:
         raise UserError(
             f"train.report_to: {missing[0]!r} is not installed, or transformers knows no such tracker: install its package, or set "
             "train.report_to=none"
         )
-    if wandb_off:
-        return "warn", f"wandb off: {wandb_off}"
-    if names == ["none"]:
-        return "skip", "train.report_to is none"
-    if "wandb" in names and not wandb_is_offline() and is_main_process():
+    if "wandb" in ready.trackers and not wandb_is_offline() and is_main_process():
         import wandb
 
         try:
@@ -62,9 +58,16 @@ def tracker(ready: Ready) -> Found:
                 wandb.login(verify=True)
         # AuthenticationError for a wrong key and for no network alike, UsageError for a malformed key
         except Exception as error:
-            refused = not re.search(r"respond|connect|timed|50\d", str(error))
-            raise (UserError if refused else RunError)(
-                f"train.report_to: wandb cannot be used ({first_line(error)}): log in again (`wandb login`), or set "
-                "WANDB_MODE=offline, or train.report_to=none"
-            ) from None
-    return ", ".join(names)
+            if not re.search(r"respond|connect|timed|50\d", str(error)):
+                raise UserError(
+                    f"train.report_to: wandb cannot be used ({first_line(error)}): log in again (`wandb login`), or set "
+                    "WANDB_MODE=offline, or train.report_to=none"
+                ) from None
+            off["wandb"] = (
+                f"its server does not answer ({first_line(error)}); WANDB_MODE=offline keeps the log on the disk"
+            )
+            ready.trackers.remove("wandb")
+    without = [f"{name} off: {problem}" for name, problem in off.items()]
+    if without:
+        return "warn", "; ".join([*without, *ready.trackers])
+    return ", ".join(ready.trackers) if ready.trackers else ("skip", "train.report_to is none")
