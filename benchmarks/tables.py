@@ -336,11 +336,11 @@ def monitoring(figures: Path) -> str:
     entry = _read(figures / "benchmarks.json").get("monitoring")
     if entry is None:
         return "Not measured yet: `python benchmarks/monitoring.py`."
-    both, turns = entry["cpu_ms_a_step"], entry["ratios_of_turns"]
+    both = entry["cpu_ms_a_step"]
+    parts = ", ".join(f"{name} {share:.2%}" for name, share in entry["parts"].items())
     return (
-        f"The pocket lab's run ({entry['steps']} steps) with meters, train_log.jsonl, samples and tensorboard takes "
-        f"{entry['ratio'] - 1:+.1%} CPU time against none of them: {both['all']:.1f} and {both['none']:.1f} ms a step, evaluations "
-        f"included in both (medians of {entry['turns']} turns each; single turns {turns[0] - 1:+.1%} to {turns[-1] - 1:+.1%}). "
+        f"The pocket lab's run ({entry['steps']} steps, 3 evaluations) with all of it takes {entry['ratio'] - 1:.1%} more CPU time "
+        f"than without ({both['all']:.1f} against {both['none']:.1f} ms a step, evaluations in both): {parts}. "
         f"{entry['hardware']}; {entry['date'][:10]}, `{entry['command']}`."
     )
 

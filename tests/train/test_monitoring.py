@@ -12,6 +12,7 @@ from transformers import TrainerState
 from atlas.config import load_config
 from atlas.errors import RunError, UserError
 from atlas.train.callbacks.loss_spike import LossSpike
+from atlas.train.callbacks.throughput import peak
 from atlas.train.run import FinishedRun, open_run
 from atlas.train.sft import SFT
 from rows import write_rows
@@ -276,15 +277,16 @@ def test_a_loss_that_is_nan_names_the_step_and_its_rows(base_folder: Path, tmp_p
 
 
 def test_steps_that_the_loss_scaler_skips_are_counted(sft_args: list[str]) -> None:
-    """A scale under which fp32 overflows, on a CPU: two steps are left out until it has come down."""
+    """A scale under which fp32 overflows, on a CPU. The fused AdamW is called for such a step too, and skips by itself."""
     import torch
 
     asked = load_config(sft_args[1], [*sft_args[2:], "quantization.load_in_4bit=false", "train.max_steps=4"])
     with open_run(SFT, asked, "auto") as run:
         run.prepare()
         trainer = run.trainer(run.load_base_model())
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-15)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-90)
         run.fit(trainer)
+        assert trainer.args.optim == "adamw_torch_fused"
         skipped = run.close(trainer)
     lines = [line for line in log_of(skipped.folder) if "loss" in line]
     counts = [line.get("skipped_steps", 0) for line in lines]
@@ -297,11 +299,13 @@ def test_steps_that_the_loss_scaler_skips_are_counted(sft_args: list[str]) -> No
 class Watched:
     """Where a meter's warnings go."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: TrainerState) -> None:
         self.said: list[str] = []
+        self.state = state
 
     def warn(self, text: str) -> None:
         self.said.append(text)
+        self.state.log_history.append({"step": self.state.global_step, "warning": text})
 
 
 def test_a_jump_of_the_loss_is_a_spike_and_noise_is_none() -> None:
@@ -310,7 +314,7 @@ def test_a_jump_of_the_loss_is_a_spike_and_noise_is_none() -> None:
     noise = random.Random(0)
     losses = [2 * 0.99**step * (1 + noise.gauss(0, 0.05)) for step in range(200)]
     for spikes in ({}, {120: 3.0}, {60: 3.0, 61: 3.1, 150: 2.0}):
-        watched, state = Watched(), TrainerState()
+        watched = Watched(state := TrainerState())
         meter = LossSpike(watched)  # type: ignore[arg-type]
         for step, loss in enumerate(losses):
             state.global_step = step
@@ -320,3 +324,21 @@ def test_a_jump_of_the_loss_is_a_spike_and_noise_is_none() -> None:
         assert [text.split(":")[0] for text in watched.said] == [
             f"loss spike at step {step}" for step in spikes if step != 61
         ]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype", "tera"),
+    [
+        ("Tesla T4, sm_75, 15 GiB", "float16", 65),
+        ("NVIDIA L4, sm_89, 22 GiB", "bfloat16", 121),
+        ("NVIDIA A100-SXM4-80GB, sm_80, 79 GiB", "bfloat16", 312),
+        ("NVIDIA H100 80GB HBM3, sm_90, 79 GiB", "bfloat16", 989),
+        ("NVIDIA H100 PCIe, sm_90, 79 GiB", "bfloat16", 756),
+        ("NVIDIA H200, sm_90, 139 GiB", "bfloat16", 989),
+        ("Tesla T4, sm_75, 15 GiB", "float32", None),
+        ("NVIDIA A10G, sm_86, 22 GiB", "bfloat16", None),
+        ("CPU, 2 cores (AMD EPYC)", "float32", None),
+    ],
+)
+def test_the_peak_of_a_gpu_by_its_name(hardware: str, dtype: str, tera: int | None) -> None:
+    assert peak(hardware, dtype) == (tera and tera * 1e12)

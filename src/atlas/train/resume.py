@@ -53,6 +53,8 @@ class Resumable(Halving):
     """Asked for each line of the log."""
     told: Sequence[Callable[[dict[str, Any]], None]] = ()
     """Called with each entry of the log's history that is not a line of numbers (`note`)."""
+    step_skipped = False
+    """Did the loss scaler leave out the last step?"""
     keep_last: Callable[[], None] | None = None
     """Called before the best weights take the place of the last ones."""
     seconds_aside = 0.0
@@ -155,7 +157,7 @@ class Resumable(Halving):
         return self._operations * inputs["input_ids"].numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.accelerator.optimizer_step_was_skipped:
+        if "loss" in logs and self.step_skipped:
             logs.pop("grad_norm", None)  # too large for the loss scaler, which takes a smaller scale for the next step
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):

@@ -17,9 +17,26 @@ class SkippedSteps(TrainerCallback, Meter):
 
     def __init__(self, trainer: "Resumable") -> None:
         self.trainer, self.count = trainer, 0
+        self._scale: float | None = None
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.count += self.trainer.accelerator.optimizer_step_was_skipped
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._scale is None and (scaler := self.trainer.accelerator.scaler) is not None:
+            self._scale = scaler.get_scale()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """accelerate 1.15 looks whether `optimizer.step` was called. A fused AdamW, the default, is always called, and skips by
+        itself; then only the scale tells it, which has come down. Reading it waits for the GPU, as TRL does in each micro-batch."""
+        accelerator = self.trainer.accelerator
+        skipped = accelerator.optimizer_step_was_skipped
+        if self._scale is not None:
+            before, self._scale = self._scale, accelerator.scaler.get_scale()
+            skipped = skipped or self._scale < before
+        self.trainer.step_skipped = skipped
+        self.count += skipped
 
     def read(self, state: TrainerState, logs: Mapping[str, float]) -> dict[str, float]:
         scaled = self.trainer.args.fp16 or self.count

@@ -16,22 +16,20 @@ if TYPE_CHECKING:
     from atlas.train.preflight.estimate import Shape
     from atlas.train.resume import Resumable
 
-# 10^12 operations per second of fp16 and bf16 matrix products with sums in fp32, without sparsity, from NVIDIA's data sheets; the
-# first name that is found counts. Where a sheet gives the figure with sparsity alone (L4, L40S, H100, H200) it is halved.
+# 10^12 operations per second of fp16 and bf16 matrix products with sums in fp32, without sparsity, by NVIDIA's data sheets. Those
+# of L4, L40S, H100 and H200 have the figure with sparsity, which is halved here. The first name that is found counts.
 PEAKS = (
-    ("B200", 2250),
     ("H200", 989),
     ("H100 PCIe", 756),
+    ("H100 NVL", 835),
     ("H100", 989),
     ("A100", 312),
     ("L40S", 362),
     ("L4", 121),
-    ("A10G", 70),
     ("A10", 125),
+    ("V100-PCIE", 112),
     ("V100", 125),
     ("T4", 65),
-    ("RTX 4090", 165),
-    ("RTX 3090", 71),
 )
 
 
