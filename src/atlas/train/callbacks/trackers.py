@@ -55,6 +55,10 @@ class Tracker:
             waiting, self._waiting = self._waiting, []
             for entry in waiting:
                 self._show(entry)
+        if event == "on_train_end" and self.name == "wandb" and self.trainer.is_world_process_zero():
+            import wandb
+
+            wandb.finish()  # transformers leaves that to the end of the process, which not every process reaches
 
     def _attempt(self, do: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         if do != self._start and self._callback is None:
