@@ -34,6 +34,7 @@ def work():
             if number % 25 == 0:
                 print(f"line {number}")
     sys.stdout.write("half\\rwhole\\n")
+    print("done: 3 steps")
     print("the last\\nof all")
     return 0
 
@@ -82,7 +83,7 @@ def test_there_is_no_bar_where_nobody_watches(variable: str, tmp_path: Path):
 
 def test_plain_lines_without_a_terminal(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", WORK, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout == "before\nwarning: hot\nline 25\nline 50\nhalf\nwhole\nthe last\nof all\n"
+    assert done.stdout == "before\nwarning: hot\nline 25\nline 50\nhalf\nwhole\ndone: 3 steps\nthe last\nof all\n"
     assert done.stderr == "warning (library): look at this\n"  # once
     log = lines_of(tmp_path)
     assert log[0] == "before" and "warning (library): look at this" in log
@@ -96,7 +97,7 @@ def test_quiet_and_verbose(tmp_path: Path):
         return subprocess.run(command, capture_output=True, text=True, check=True)
 
     quiet, verbose = run("quiet"), run("verbose")
-    assert quiet.stdout == "warning: hot\nthe last\nof all\n"
+    assert quiet.stdout == "warning: hot\ndone: 3 steps\nthe last\nof all\n"
     assert quiet.stderr == "warning (library): look at this\n"
     assert "line 25" in lines_of(tmp_path / "quiet")
     assert verbose.stderr.count("look at this") == 2
@@ -115,6 +116,14 @@ def test_a_log_is_added_to_and_one_of_others_is_left_alone(tmp_path: Path):
     with (tmp_path / RUN_LOG).open("w") as own:  # `> run.log`
         subprocess.run([sys.executable, "-c", WORK, str(tmp_path)], stdout=own, check=True)
     assert (tmp_path / RUN_LOG).read_text().count("line 25") == 1
+
+
+def test_an_unknown_error_stands_in_the_log(tmp_path: Path):
+    fails = WORK.replace("    return 0", "    raise KeyError('of a library')")
+    done = subprocess.run([sys.executable, "-c", fails, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("KeyError: 'of a library'") == 1
+    log = lines_of(tmp_path)
+    assert log[-1] == "KeyError: 'of a library'" and "Traceback (most recent call last):" in log
 
 
 def test_a_full_disk_ends_nothing(tmp_path: Path):

@@ -2,12 +2,13 @@
 
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 from atlas.console import say
 from atlas.launch import is_main_process, processes, rank
 from atlas.redact import redact
-from atlas.terminal import displayed
+from atlas.terminal import displayed, note
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 OTHERS_WAIT = 10.0  # seconds that the other processes of a launch leave the first one to print an error
@@ -67,4 +68,5 @@ def _status(main: Callable[[], int]) -> int:
     except Exception as error:
         if processes() > 1:  # the traceback does not say whose it is
             say(f"error (process {rank()}): {type(error).__name__}: {redact(first_line(error))}", file=sys.stderr)
+        note(redact(traceback.format_exc()))  # Python prints it when nothing is recorded any more
         raise

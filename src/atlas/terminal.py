@@ -30,6 +30,8 @@ _MARK = "=== atlas, "
 _GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal
 _REDRAWN = 0.2  # seconds between two pictures of the bar
 _WARNING = re.compile(r" *warn(ing)?\b", re.IGNORECASE)
+_END = "done: "
+"""Begins the line that says what a run has come to."""
 _MORE = " " * 10
 """What begins a further line of a warning: preflight's table."""
 # What the user can do nothing about, and needs to do nothing about.
@@ -72,7 +74,7 @@ class _Output:
 
 class _Recorded:
     """A stream of a command: its lines are recorded, and stand above the bar while there is one. `quiet`: of the lines only
-    warnings are shown, and at the end what was printed last."""
+    warnings and the one of a run's end are shown, and at last what was printed last."""
 
     def __init__(self, stream: TextIO, display: "Display", quiet: bool = False) -> None:
         self.stream, self._display, self._quiet = _Output(stream), display, quiet
@@ -95,7 +97,7 @@ class _Recorded:
             self._printed = text if self._printed.endswith("\n") else self._printed + text
             for line in lines:
                 self._warned = bool(_WARNING.match(line)) or (self._warned and line.startswith(_MORE))
-                if self._warned:
+                if self._warned or line.startswith(_END):
                     self.stream.write(f"{line}\n")
         elif self._display.console is not None and self.stream.isatty():
             for line in lines:
@@ -112,7 +114,11 @@ class _Recorded:
             self.write(line)
 
     def last(self) -> None:
-        if self._quiet and self._printed != "\n" and not _WARNING.match(self._printed):
+        if (
+            self._quiet
+            and self._printed != "\n"
+            and not (_WARNING.match(self._printed) or self._printed.startswith(_END))
+        ):
             self.stream.write(self._printed)
 
     def end_line(self) -> None:
@@ -300,6 +306,12 @@ def record_in(folder: Path) -> None:
     """What the command prints is kept in `run.log` of this folder."""
     if _display is not None:
         _display.record_in(folder)
+
+
+def note(text: str) -> None:
+    """Add lines to `run.log` alone."""
+    for line in text.splitlines() if _display is not None else ():
+        _display.record(line)
 
 
 def urgent(text: str) -> None:
