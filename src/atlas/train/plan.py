@@ -269,8 +269,8 @@ def _devices(
             whole = f"about {duration(run[0] * steps.in_all)}, " if steps.in_all else ""
             took = f"{whole}{run[0]:.2g} s a step, by {run[2]} (measured)"
         elif work and isinstance(known, Amount) and steps.epochs:
-            best, worst = map(duration, seconds(work, known, steps, found.recomputed, shape))
-            took = f"{best} to {worst} (estimate)"
+            best, worst = seconds(work, known, steps, found.recomputed, shape)
+            took = f"{duration(best)} to {duration(worst)} (estimate)" if worst > 60 else "about a minute (estimate)"
         elif work:
             some = Amount(0, 10**6, 10**6)
             fast, slow = (1e6 / took for took in seconds(work, some, Steps(1, 1, 1, 1.0), found.recomputed, shape))
