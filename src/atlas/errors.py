@@ -8,7 +8,7 @@ from collections.abc import Callable
 from atlas.console import say
 from atlas.launch import is_main_process, processes, rank
 from atlas.redact import redact
-from atlas.terminal import displayed, note
+from atlas.terminal import Display, displayed, note
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 OTHERS_WAIT = 10.0  # seconds that the other processes of a launch leave the first one to print an error
@@ -40,15 +40,14 @@ def run_main(main: Callable[[], int], *, quiet: bool = False, verbose: bool = Fa
     """Run `main`; a `UserError` becomes one message on stderr and exit status 2, a `RunError` status 1, without a traceback.
     `quiet`: only warnings, errors and what is printed last; `verbose`: libraries' messages too."""
     with displayed(quiet, verbose) as display:
-        status = _status(main)
-        if status == DONE:
-            display.out.last()
-        return status
+        return _status(main, display)
 
 
-def _status(main: Callable[[], int]) -> int:
+def _status(main: Callable[[], int], display: Display) -> int:
     try:
-        return main()
+        status = main()
+        display.out.last()
+        return status
     except (UserError, RunError) as error:
         sys.stdout.flush()
         if not is_main_process():

@@ -29,7 +29,7 @@ RUN_LOG = "run.log"
 _MARK = "=== atlas, "
 _GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal
 _REDRAWN = 0.2  # seconds between two pictures of the bar
-_WARNING = re.compile(r" *warn(ing)?\b", re.IGNORECASE)
+_WARNING = re.compile(r" *(warn(ing)?|fail)\b", re.IGNORECASE)
 _END = "done: "
 """Begins the line that says what a run has come to."""
 _MORE = " " * 10
@@ -310,8 +310,9 @@ def record_in(folder: Path) -> None:
 
 def note(text: str) -> None:
     """Add lines to `run.log` alone."""
-    for line in text.splitlines() if _display is not None else ():
-        _display.record(line)
+    if _display is not None:
+        for line in text.splitlines():
+            _display.record(line)
 
 
 def urgent(text: str) -> None:
