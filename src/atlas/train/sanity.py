@@ -28,7 +28,7 @@ from atlas.config import LoadedConfig, load_config
 from atlas.console import duration, one_line, say, size
 from atlas.data.formats import conversation
 from atlas.device import memory_gib
-from atlas.errors import DONE, FAILED, RunError, UserError
+from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError
 from atlas.eval.decode import decode
 from atlas.launch import processes, set_up_torch
 from atlas.models.adapters import lora_b_norm
@@ -533,7 +533,10 @@ def sanity(loaded: LoadedConfig, phase: Phase | None = None) -> list[Line]:
         raise UserError("atlas sanity checks a config on one process: start it without `atlas launch`")
     with tempfile.TemporaryDirectory(prefix="atlas-sanity-") as folder:
         check = Sanity(loaded, phase or phase_of(loaded.config), Path(folder))
-        check.check()
+        try:
+            check.check()
+        except StoppedError as stop:  # its text tells how a run resumes
+            raise StoppedError("the sanity check was stopped, and nothing of it is kept", stop.status - 128) from None
     return check.lines
 
 
