@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,11 +111,14 @@ def test_weights_that_are_too_large_do_not_ask_for_a_smaller_batch(capsys: pytes
     assert "a smaller train.per_device_train_batch_size" in out and "a smaller base model" not in out
 
 
-def test_steps_and_tokens_are_those_of_the_run(sft_args: list[str], capsys: pytest.CaptureFixture[str]):
+def test_steps_and_tokens_are_those_of_the_run(
+    sft_args: list[str], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """Before the data are prepared the plan says how to get them; then it counts as the run does, and takes its time from it."""
     given = [value for value in sft_args if "max_steps" not in value]
     given += ["train.gradient_accumulation_steps=3", "train.num_train_epochs=2", "train.warmup_steps=0.1"]
-    given += ["data.seed=7", "data.eval_rows=9", "train.eval_strategy=no"]
+    rows = shutil.copy(rows_file, tmp_path / "rows.jsonl")  # no other test has prepared them
+    given += [f"data.train={rows}", "data.eval_rows=9", "train.eval_strategy=no"]
     out = planned(capsys, *given)
     assert (
         "`atlas data` with the same config" in out
