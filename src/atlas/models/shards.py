@@ -38,8 +38,13 @@ def size_of(parameter: Any) -> torch.Size:
 def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What `save_pretrained` needs: of a model with an adapter what is trained, of another one all of it, on the CPU of the first
     process. The others get empty tensors. Tied weights are there once, under their first name."""
+    from torch.distributed.fsdp import FSDPModule
+
     from atlas.launch import is_main_process
 
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # after a forward pass without a backward one the outermost lies whole there
+            module.reshard()
     adapter, state = hasattr(model, "peft_config"), {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or not adapter:

@@ -40,7 +40,7 @@ from atlas.train.phase import phase_of
 from atlas.train.preflight import preflight
 from atlas.train.preflight.machine import choose_checkpointing
 from atlas.train.ranks import agree, all_or_none, from_first, lost, watched
-from atlas.train.strategy import DDP, DEEPSPEED, FSDP2, SINGLE, begin_deepspeed, refuse_another, set_precision
+from atlas.train.strategy import DDP, DEEPSPEED, SINGLE, begin_deepspeed, refuse_another, set_precision
 from atlas.train.timing import Parts
 
 if TYPE_CHECKING:
@@ -365,9 +365,7 @@ class Run:
                 if isinstance(meter, TrainerCallback):
                     trainer.add_callback(meter)
             value = self.loaded.config.train_value
-            # After a forward pass without a backward one FSDP2 cannot save weights of its outermost module.
-            whole = self.loaded.config.lora is None and self.ready.strategy.name == FSDP2
-            prompts = [] if whole else self.rows.prompts(PROMPTS)
+            prompts = self.rows.prompts(PROMPTS)
             trainer.add_callback(Samples(trainer, prompts, value("sample_steps"), lambda: saving.received))
             if (patience := value("early_stopping_patience")) is not None:
                 trainer.add_callback(EarlyStoppingCallback(patience, value("early_stopping_threshold")))
