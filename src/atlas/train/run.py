@@ -327,6 +327,11 @@ class Run:
             print(f"full fine-tuning: {self.trainable:,} parameters, float32{compute}")
         else:
             print(f"adapter r={lora.r} alpha={lora.lora_alpha}: {self.trainable:,} trainable parameters, float32")
+        if self.ready.arguments.save_strategy == "best" != value("save_strategy"):
+            print(
+                f"checkpoints: with each new best evaluation, because train.save_strategy={value('save_strategy')} does not save "
+                "at each of them"
+            )
         for what, text in trainer.decided().items():
             print(f"{what}: {text}")
         self.start.end("trainer")
