@@ -1,5 +1,6 @@
 """`atlas sanity`: a sound config passes, and each planted fault fails on the line that names it."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -99,6 +100,20 @@ def test_an_adapter_in_four_bits_and_fewer_rows_than_it_takes(asked: list[str], 
     found = verdicts(asked, *base, f"data.train={few}", "train.packing=true", "train.per_device_train_batch_size=4")
     assert failed(found) == set(), found
     assert found["rows"][1] == "20 rows, 20 of them different" and found["adapter"][1].startswith("LoRA B norm ")
+
+
+def test_a_run_that_diverges_on_a_sound_base_gets_all_its_verdicts(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(
+        "sys.argv", ["atlas", "sanity", "--config", "sft_pocket.yaml", *asked, "train.learning_rate=1e30"]
+    )
+    assert atlas_main() == 1
+    out = capsys.readouterr().out
+    assert re.search(r"^  fail  gradients +the run has diverged.*ower train.learning_rate", out, re.MULTILINE), out
+    assert "not finite before the first step" not in out
+    assert re.search(r"^  skip  loss +training ended early$", out, re.MULTILINE), out
+    assert "\nsanity: failed: gradients" in out
 
 
 @pytest.mark.slow

@@ -163,8 +163,11 @@ def fitted(run: Run, trainer: "Resumable") -> Trial:
             raise RunError("nothing is trained: no parameter takes a gradient")
         run.fit(trainer)
     except (RunError, RuntimeError, ValueError) as error:
-        where = f". {bad[0]} holds numbers that are not finite before the first step: get model.name's files again"
-        broken = " ".join(str(error).split()) + (where if bad else "")
+        broken = " ".join(str(error).split())
+        if bad:
+            broken += (
+                f". {bad[0]} holds numbers that are not finite before the first step: get model.name's files again"
+            )
     digest = hashlib.sha256()
     for parameter in model.parameters():
         if parameter.requires_grad:
