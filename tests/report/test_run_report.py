@@ -98,6 +98,21 @@ def out(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
+def test_a_run_that_is_killed_over_a_finished_one_is_not_finished(out: Path):
+    """Before its first checkpoint: the manifest is still the older run's."""
+    write_log(out, [{"step": step, "loss": 1.0} for step in range(1, 4)])
+    assert page.main([str(out)]) == 0
+    shown = read(out).text
+    assert "Not finished" in shown and "the last step that is known of is 3" in shown and "finished: 8" not in shown
+
+
+def test_a_loss_that_rises_is_said(out: Path):
+    entries = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    write_log(out, [entry | {"loss": entry["step"] + 1.0} if "loss" in entry else entry for entry in entries])
+    assert page.main([str(out)]) == 0
+    assert "the loss rose: 2 -> 9" in read(out).text
+
+
 def test_curves_are_the_log(finished: Path):
     shown = read(finished)
     pairs = {
@@ -221,7 +236,7 @@ def test_an_early_stop_and_the_weights_that_are_kept(sft_args: list[str]):
     odd = ["train.greater_is_better=true", "train.early_stopping_patience=1"]  # so a falling loss is a worse one
     run = train([*sft_args, *HELD_OUT, *odd, "train.max_steps=40", "train.learning_rate=0.05"])
     result, shown = run.manifest["result"], read(run.folder).text
-    assert f"finished: {result['steps']} steps" in shown and "stopped early of 40" in shown
+    assert f"finished: {result['steps']} steps" in shown and ", stopped early" in shown
     assert f"the weights are those of step {result['best_step']}, the best (of the last step: last/)" in shown
     assert f"after step {result['best_step']} " in shown and f"after step {result['steps']} " not in shown
     assert result["best_step"] < result["steps"] < 40

@@ -1,6 +1,7 @@
 """Trackers see what the log says, and never stop a run."""
 
 import json
+import shutil
 import sqlite3
 import struct
 from collections.abc import Iterator
@@ -24,12 +25,11 @@ def test_tensorboard_shows_each_step_once_also_after_a_kill(sft_args: list[str],
     asked = [*sft_args, *BASIC, *HELD_OUT, "train.report_to=[tensorboard]"]
     whole = train(asked)
     folder = broken_off(whole.folder, tmp_path / "killed", 4)
-    for path in (whole.folder / "runs").iterdir():  # what the killed start has left
-        (folder / "runs").mkdir(exist_ok=True)
-        (folder / "runs" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(whole.folder / "runs", folder / "runs", dirs_exist_ok=True)  # what the killed start has left
     resumed = train(asked, f"output.dir={folder}")
     for run in (whole, resumed):
-        events = EventAccumulator(str(run.folder / "runs"), size_guidance={"scalars": 0, "tensors": 0})
+        (place,) = (run.folder / "runs").iterdir()  # of one run
+        events = EventAccumulator(str(place), size_guidance={"scalars": 0, "tensors": 0})
         events.Reload()
         lines = log_of(run.folder)
         for name in ("loss", "tokens_per_second", "padding_share", "grad_norm", "num_tokens"):

@@ -47,13 +47,14 @@ class Folder:
         manifest = read_object(path / "manifest.json")
         checkpoint, state = _newest(path)
         log, log_file = _lines(path / LOG), LOG
+        older = bool(log) and _is_of_another(manifest, log or [])
         if not log:
             history, log_file = state.get("log_history"), f"{checkpoint}/trainer_state.json"
             log = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
         seal = read_object(path / str(checkpoint) / "atlas_checkpoint.json")
         # One that stopped while it trained over a finished run leaves that run's manifest.
         over = (path / "manifest.json").is_file() and seal.get("over") == sha256(path / "manifest.json")
-        if "config_hash" not in manifest or over or any("end" in entry for entry in log):
+        if "config_hash" not in manifest or over or older or any("end" in entry for entry in log):
             manifest = {}
         if not (manifest or log):
             raise UserError(f"{path} holds no run: manifest.json, {LOG} and checkpoints are all missing")
@@ -102,8 +103,10 @@ class Folder:
         found: dict[str, dict[str, Any]] = {}
         result = self.manifest.get("result", {})
         for step, samples in self.of("samples"):
-            for sample in samples:
-                one = found.setdefault(sample["prompt"], {"before": None, "after": None})
+            for sample in samples if isinstance(samples, list) else ():
+                if not (isinstance(sample, dict) and sample.keys() >= {"prompt", "reply"}):
+                    continue
+                one = found.setdefault(str(sample["prompt"]), {"before": None, "after": None})
                 if step == result.get("steps"):
                     step = result.get("weights_of_step", step)
                 one |= {"expected": sample.get("expected"), ("after" if step else "before"): (step, sample["reply"])}
@@ -113,6 +116,13 @@ class Folder:
     def config(self) -> dict[str, Any]:
         """The values by dotted key; of an unfinished run only those that are not defaults, as its checkpoint has them."""
         return dict(flat(self.manifest.get("config") or self.seal.get("experiment") or {}))
+
+
+def _is_of_another(manifest: Mapping[str, Any], log: list[dict[str, Any]]) -> bool:
+    """Does the log belong to a later run, which was killed before it could write a manifest? A finished run's has its time."""
+    took = [entry["train_runtime"] for entry in log if isinstance(entry.get("train_runtime"), float)]
+    result = manifest.get("result", {})
+    return "train_seconds" in result and result["train_seconds"] not in [round(seconds, 2) for seconds in took]
 
 
 def _newest(path: Path) -> tuple[str | None, dict[str, Any]]:

@@ -41,7 +41,7 @@ def _end(folder: Folder) -> Said:
     if result is not None:
         halved = result.get("halved_from_step")
         said = [f"{result['steps']:,} step{'s' * (result['steps'] != 1)} in {duration(result['train_seconds'])}"]
-        said += ["stopped early" + of] if last_step and last_step > result["steps"] else []
+        said += ["stopped early"] if result.get("stopped_early") else []
         said += [f"resumed from {result['resumed_from']}"] if result.get("resumed_from") else []
         said += [f"in halves of a micro-batch since step {halved}, when memory ran out"] if halved is not None else []
         return Said("good", "finished", f"finished: {', '.join(said)}")
@@ -73,6 +73,8 @@ def _loss(folder: Folder) -> Said:
     if first - last > 2 * noise * math.sqrt(2 / count):
         times = f", {(first - last) / noise:,.0f} times" if noise else "; none was seen in"
         return Said("good", "the loss fell", f"the loss fell: {fell}{times} the noise of one logged loss")
+    if last - first > 2 * noise * math.sqrt(2 / count):
+        return Said("bad", "the loss rose", f"the loss rose: {fell}. Lower train.learning_rate")
     return Said(
         "warn", "the loss did not fall", f"the loss did not fall by more than its noise ({short(noise)}): {fell}"
     )
@@ -84,6 +86,9 @@ def _is_finite(value: object) -> bool:
 
 def _held_out(folder: Folder) -> Iterator[Said]:
     losses = [(step, loss) for step, loss in folder.of("eval_loss") if _is_finite(loss)]
+    result = folder.manifest.get("result", {})
+    if not losses and result.get("eval_loss") is not None:  # the log is lost
+        losses = [(result["steps"], result["eval_loss"])]
     if not losses:
         if folder.manifest and not folder.manifest.get("data", {}).get("held_out"):
             some = "data.eval_fraction=0.05 would hold some out"
@@ -92,7 +97,6 @@ def _held_out(folder: Folder) -> Iterator[Said]:
     (step, last), (best_step, best) = losses[-1], min(losses, key=lambda one: one[1])
     text = f"held-out loss {short(last)} at step {step:,}"
     text += f"; the lowest was {short(best)} at step {best_step:,}" if best < last else ", its lowest"
-    result = folder.manifest.get("result", {})
     if result.get("best_step") is not None:
         text += f"; the weights are those of step {result['best_step']:,}, the best"
         text += f" (of the last step: {result['last_weights']}/)" if result.get("last_weights", ".") != "." else ""

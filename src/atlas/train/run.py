@@ -396,10 +396,12 @@ class Run:
                 f"stopped by {name} after step {state.global_step}/{state.max_steps}: {how}", saving.received
             )
         if patience is not None and trainer.state.global_step < trainer.state.max_steps:
+            least = self.loaded.config.train_value("early_stopping_threshold")
+            by = f" by more than {least:g} (train.early_stopping_threshold)" if least else ""
             print(
-                f"stopped early after step {trainer.state.global_step}/{trainer.state.max_steps}: {patience} evaluations without a "
-                f"better {self.ready.arguments.metric_for_best_model} than {trainer.state.best_metric:.4f} at step "
-                f"{trainer.state.best_global_step}"
+                f"stopped early after step {trainer.state.global_step}/{trainer.state.max_steps}: the last {patience} evaluations "
+                f"were not better{by} than before. The best {self.ready.arguments.metric_for_best_model} is "
+                f"{trainer.state.best_metric:.4f}, at step {trainer.state.best_global_step}"
             )
         trainer.refuse_divergence()
         arguments = self.ready.arguments

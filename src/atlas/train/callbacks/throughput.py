@@ -78,9 +78,11 @@ class Throughput(Meter):
         return time.perf_counter() - self._began
 
     def read(self, state: TrainerState, logs: Mapping[str, float]) -> dict[str, float]:
-        found = {"seconds": round(self._now(), 3)}
         tokens, supervised = metric_sums(self.trainer)["total_tokens"], int(logs.get("supervised_tokens", 0))
-        if "loss" not in logs or tokens is None:
+        if "loss" not in logs:
+            return {}
+        found = {"seconds": round(self._now(), 3)}
+        if tokens is None:
             return found
         trained = self._now() - self.trainer.seconds_aside
         before, old_tokens, old_supervised = self._last

@@ -127,11 +127,12 @@ def where(name: str, output_dir: str) -> str | None:
 
 
 def _event_file(trainer: "Resumable", step: int) -> Any:
-    """tensorboard's writer, always in the same folder: what an earlier start has written after the checkpoint, or without one at
-    all, is not shown any more. None on the other processes."""
+    """tensorboard's writer, in one folder for all starts of a run: what an earlier start has written after the checkpoint is not
+    shown any more. None on the other processes."""
     from torch.utils.tensorboard import SummaryWriter
 
     if not trainer.is_world_process_zero():
         return None
-    folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or Path(str(trainer.args.output_dir)) / TENSORBOARD
+    given = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    folder = given or Path(str(trainer.args.output_dir)) / TENSORBOARD / trainer.identity.start[:8]
     return SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
