@@ -547,6 +547,26 @@ def test_a_preset_stands_over_base_and_below_the_config_and_the_command_line(tmp
     )  # 3 x 2: 4 does not divide 6
 
 
+@pytest.mark.parametrize(
+    ("given", "batch"),
+    [
+        ({"per_device_train_batch_size": 2}, (2, 8)),
+        ({"gradient_accumulation_steps": 4}, (4, 4)),
+        ({"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3}, (5, 3)),  # both hold as given
+    ],
+)
+def test_with_a_preset_one_half_of_the_batch_on_the_command_line_gives_the_other(
+    given: dict[str, int], batch: tuple[int, int]
+):
+    overrides = ["preset=a100", *(f"train.{key}={value}" for key, value in given.items())]
+    config = load_config(ROOT / "configs" / "sft_qwen05b.yaml", overrides).config  # 4 x 4
+    keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    assert tuple(config.train_value(key) for key in keys) == batch
+    for key, other in (keys, keys[::-1]):
+        with pytest.raises(UserError, match=rf"train\.{key}=5 does not divide the 16 rows .* or train\.{other}, too"):
+            load_config(ROOT / "configs" / "sft_qwen05b.yaml", ["preset=a100", f"train.{key}=5"])
+
+
 def test_a_preset_is_named_on_any_command_and_a_wrong_name_gets_the_near_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -560,6 +580,10 @@ def test_a_preset_is_named_on_any_command_and_a_wrong_name_gets_the_near_one(
     assert (
         "--preset 'T4s': there is no such preset; did you mean 't4'? (a100, cpu, smoke, t4)" in capsys.readouterr().err
     )
+    for empty in ("", " "):
+        assert sft.main([*asked, "--preset", empty]) == 2
+        error = capsys.readouterr().err
+        assert "--preset: its name is empty: give one of a100, cpu, smoke, t4" in error and "did you mean" not in error
     assert data([*asked[:2], "--preset", "tpu"]) == 2
     assert "--preset 'tpu'" in capsys.readouterr().err
     for name in ("audit", "data", "eval", "plan", "pocket", "preflight", "sft"):

@@ -75,7 +75,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), phase: str | No
     preset = [layer.pop(_PRESET) for _, layer in given if _PRESET in layer]
     tree: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for origin, layer in [*_with_preset(layers, preset[-1], phase), *given] if preset else [*layers, *given]:
+    for origin, layer in [*_with_preset(layers, preset[-1], phase, given), *given] if preset else [*layers, *given]:
         _merge(tree, layer, origin, sources)
     named = tree.setdefault("phase", phase or "sft")
     if phase is not None and named != phase and named in list(SCHEMAS):
@@ -99,22 +99,22 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted((packaged_configs() / "presets").glob("*.yaml"))}
 
 
-def _with_preset(layers: _Layers, name: Any, phase: str | None) -> _Layers:
+def _with_preset(layers: _Layers, name: Any, phase: str | None, given: _Layers) -> _Layers:
     """The layers with a preset over `base.yaml` and below the config's own files.
 
     Its micro-batch holds all the same, because that is for the machine; the product with the accumulation is the recipe's, so the
-    accumulation follows. Command line arguments stand over both.
+    accumulation follows. Command line arguments (`given`) stand over both: of one of the two the other one follows.
     """
     known, name = presets(), str(name)
+    if not name.strip():
+        raise UserError(f"--preset: its name is empty: give one of {', '.join(known)}, or leave --preset out")
     if name not in known:
         near = difflib.get_close_matches(name[:100].lower(), known, n=1, cutoff=0)[0]
         raise UserError(
             f"--preset {_short(name)}: there is no such preset; did you mean {near!r}? ({', '.join(known)})"
         )
     preset = f"presets/{known[name].name}", _read(known[name])
-    recipe: dict[str, Any] = {}
-    for _, layer in layers:
-        _merge(recipe, layer, "", {})
+    recipe, asked = _merged(layers), _merged(given).get("train", {})
     fields = SCHEMAS.get(recipe.get("phase", phase or "sft"), SCHEMAS["sft"]).fields()
     train = recipe.get("train", {})
     rows, steps = (train.get(key, fields[key].default) if isinstance(train, dict) else None for key in _BATCH)
@@ -123,10 +123,35 @@ def _with_preset(layers: _Layers, name: Any, phase: str | None) -> _Layers:
     if (
         most and isinstance(rows, int) and isinstance(steps, int) and rows * steps > 0
     ):  # else what is wrong is said later
-        fits = max(count for count in range(1, most + 1) if rows * steps % count == 0)
-        split = [(preset[0], {"train": dict(zip(_BATCH, (fits, rows * steps // fits), strict=True))})]
+        one = {key: asked[key] for key in _BATCH if isinstance(asked, dict) and key in asked}
+        both = _split(rows * steps, most, one, name)
+        split = [(preset[0], {"train": dict(zip(_BATCH, both, strict=True))})]
     below = 1 if layers[0][0] == "base.yaml" else 0
     return [*layers[:below], preset, *layers[below:], *split]
+
+
+def _split(effective: int, most: int, asked: Mapping[str, Any], preset: str) -> tuple[int, int]:
+    """Rows of a micro-batch and micro-batches of a step: with one of them on the command line (`asked`) what belongs to it, else as
+    many rows as the preset says at most."""
+    if len(asked) == 1:
+        ((key, value),) = asked.items()
+        if isinstance(value, int) and value > 0:  # else what is wrong is said later
+            if effective % value:
+                other = _BATCH[1 - _BATCH.index(key)]
+                raise UserError(
+                    f"{_COMMAND_LINE}: train.{key}={value} does not divide the {effective} rows of a step of the config, which "
+                    f"--preset {preset} keeps: give a divisor of {effective}, or train.{other}, too, for a step of other size"
+                )
+            return (value, effective // value) if key == _BATCH[0] else (effective // value, value)
+    fits = max(count for count in range(1, most + 1) if effective % count == 0)
+    return fits, effective // fits
+
+
+def _merged(layers: _Layers) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for _, layer in layers:
+        _merge(tree, layer, "", {})
+    return tree
 
 
 def _layers(path: Path, above: tuple[Path, ...] = ()) -> _Layers:
@@ -251,7 +276,7 @@ def _override(text: str) -> dict[str, Any]:
     if not separator or not key.strip():
         raise UserError(f"override {text!r} is not key=value (a dotted path into the config, e.g. train.max_steps=50)")
     try:
-        tree = parse(value)
+        tree: Any = value if key.strip() == _PRESET else parse(value)
     except YAMLError:
         tree = value  # `a: b`, `*.jsonl` or an unbalanced bracket: taken as the text it is
     except ValueError as error:
