@@ -155,6 +155,28 @@ def test_each_schedule_of_transformers_has_a_curve(name: str, tmp_path: Path):
         assert (tmp_path / "rate.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_a_number_of_steps_that_is_not_known_gives_no_step_no_end_and_no_time(
+    sft_args: list[str], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = shutil.copy(rows_file, tmp_path / "rows.jsonl")  # no other test has prepared them
+    given = [*sft_args, "train.max_steps=-1", f"data.train={rows}", "train.warmup_steps=0.03"]
+    out = planned(capsys, *given)
+    assert "in all: not known yet" in out and "3 % of them warm-up" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("  rate ")]
+    assert "at 3 % of the steps; how many steps there are is not known" in line
+    assert "at step" not in line and "at the end" not in line
+    assert "time not known" in out and "0m00s" not in out and "tokens/s" not in out
+
+
+def test_a_schedule_without_warm_up_and_one_that_waits_for_evaluations_say_so(capsys: pytest.CaptureFixture[str]):
+    given = ["--config", str(CONFIG), "--shape", "Qwen2.5-0.5B", "train.max_steps=300", "train.warmup_steps=0.03"]
+    assert "300 in all, 9 of them warm-up" in planned(capsys, *given)
+    for name in ("constant", "reduce_lr_on_plateau"):
+        out = planned(capsys, *given, f"train.lr_scheduler_type={name}")
+        assert f"300 in all, no warm-up: {name} ignores train.warmup_steps\n" in out
+        assert ("the real rate depends on the evaluations" in out) == (name == "reduce_lr_on_plateau")
+
+
 def test_a_schedule_that_transformers_refuses_names_the_key(capsys: pytest.CaptureFixture[str]):
     given = ["--config", str(CONFIG), "--shape", "Qwen2.5-0.5B", "train.lr_scheduler_type=cosine_with_min_lr"]
     assert plan.main(given) == 2

@@ -266,15 +266,12 @@ def _devices(
         own = own_peak() if plan.device == "cpu" else None
         work = Work.of(shape, plan, config.lora is None, own)
         if run:
-            whole = f"about {duration(run[0] * steps.in_all)}, " if steps.in_all else ""
+            whole = f"about {duration(max(run[0] * steps.in_all, 1))}, " if steps.in_all else ""
             took = f"{whole}{run[0]:.2g} s a step, by {run[2]} (measured)"
-        elif work and isinstance(known, Amount) and steps.epochs:
+        elif work and isinstance(known, Amount) and known.tokens and steps.epochs:
             best, worst = seconds(work, known, steps, found.recomputed, shape)
-            took = f"{duration(best)} to {duration(worst)} (estimate)" if worst > 60 else "about a minute (estimate)"
-        elif work:
-            some = Amount(0, 10**6, 10**6)
-            fast, slow = (1e6 / took for took in seconds(work, some, Steps(1, 1, 1, 1.0), found.recomputed, shape))
-            took = f"{slow:,.0f} to {fast:,.0f} tokens/s (estimate)"
+            by = "estimate; the CPU's peak was measured just now, beside what else runs" if own else "estimate"
+            took = f"{duration(best)} to {duration(worst)} ({by})" if worst > 60 else f"about a minute ({by})"
         memory = f"{size(found.total)} of {size(room)} (estimate)"
         if run:
             memory = f"{run[1]:.1f} GiB (measured) of {size(room)}"
@@ -290,8 +287,13 @@ def overview(loaded: LoadedConfig, shape: Shape, processes: int, asked: str | No
     of_epoch = f"{steps.an_epoch:,} an epoch" if steps.an_epoch else "an epoch: not known yet"
     in_all = f"{steps.in_all:,} in all" if steps.in_all else "in all: not known yet"
     epochs = f" ({steps.epochs:.3g} epoch{'s' * (steps.epochs != 1)})" if steps.epochs else ""
-    rates = curve(config, steps.in_all or 1000)
-    warm_up = f"{rates.warm_up:,} of them warm-up" if steps.in_all else f"warm-up {value('warmup_steps') or 0:g}"
+    rates, asked_warm_up = curve(config, steps.in_all), float(value("warmup_steps") or 0)
+    if rates.warm_up is None:
+        warm_up = f"no warm-up{f': {rates.name} ignores train.warmup_steps' if asked_warm_up else ''}"
+    elif steps.in_all:
+        warm_up = f"{rates.warm_up:,} of them warm-up"
+    else:
+        warm_up = f"{f'{100 * asked_warm_up:.2g} %' if asked_warm_up < 1 else f'{asked_warm_up:,.0f}'} of them warm-up"
     tokens = known
     if isinstance(known, Amount):
         tokens = f"{known.tokens:,} an epoch, {known.supervised:,} of them supervised, from {known.rows:,} rows"
@@ -311,7 +313,7 @@ def overview(loaded: LoadedConfig, shape: Shape, processes: int, asked: str | No
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         for row in rows:
             say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())
-    share = rates.warm_up / (steps.in_all or 1000)
+    share = (rates.warm_up or 0) / steps.in_all if steps.in_all else asked_warm_up % 1  # of a number in steps not known
     parameters, full, decay = shape.linear + shape.other, config.lora is None, value("weight_decay")
     rate = float(value("learning_rate"))
     for text in unusual(parameters, full, rate, steps.effective, steps.epochs or 1, share, decay):
