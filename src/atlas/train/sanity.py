@@ -406,11 +406,14 @@ def garbled(ids: Sequence[int], stops: set[int], should_stop: bool) -> str:
 
 def distinct(rows: Rows, few: Few, arguments: Any) -> tuple[str, str]:
     """Is there enough to learn from? Rows that the config itself repeats count once and are no fault."""
+    from datasets import Dataset
+
     labeled = rows.labeled
     digests = labeled.digests if labeled is not None and len(labeled.digests) else [str(row) for row in few.dataset]
     asked = sum(ledger.repeated for ledger in labeled.ledgers) if labeled is not None else 0
     count, step = len(set(digests)), arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    said = f"{len(digests):,} rows, {count:,} of them different"
+    of_stream = "" if isinstance(rows.dataset, Dataset) else ", the first ones of the stream"
+    said = f"{len(digests):,} rows{of_stream}, {count:,} of them different"
     if count < 2 or count < min(len(digests) - asked, len(digests)) / 2:
         return FAIL, f"{said}: a model learns them by heart and nothing else. Give more rows, or data.deduplicate=true"
     if count < step:
@@ -501,6 +504,8 @@ def sound(trial: Trial, asked: Sequence[Question]) -> tuple[str, str]:
     said += f" ({', '.join(sorted(set(after)))})" if after else ""
     if len(after) > len(before):
         return FAIL, f"{said}: training has made them worse. Lower train.learning_rate"
+    if after and len(after) == len(trial.replies[1]):
+        return SKIP, f"{said}: that proves nothing, as {len(trial.log)} steps may be too few to mend a reply"
     return PASS, said
 
 
