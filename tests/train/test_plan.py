@@ -139,6 +139,9 @@ def test_steps_and_tokens_are_those_of_the_run(
     assert rates.rates == pytest.approx(logged) and rates.steps == [*range(1, state.max_steps + 1)]
     for name in ("T4", "L4", "A100 80 GB", "H100 80 GB"):
         assert re.search(rf"^  {name} .*\(estimate\) .* about a minute \(estimate\)", out, re.MULTILINE), out
+    here = planned(capsys, *given, "train.per_device_train_batch_size=1", "train.use_cpu=true")  # no run was like that
+    peak = r"^  this machine: .*\(estimate; the CPU's peak was measured just now, beside what else runs\)$"
+    assert re.search(peak, here, re.MULTILINE), here
 
 
 @pytest.mark.parametrize("name", [schedule.value for schedule in SchedulerType])
