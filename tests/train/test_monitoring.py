@@ -137,6 +137,7 @@ def test_an_early_stop_survives_a_kill(
     assert resumed.manifest["result"]["best_step"] == overfitted.manifest["result"]["best_step"]
 
 
+@pytest.mark.slow
 def test_the_count_of_bad_evaluations_is_in_the_checkpoint(
     overfitted: FinishedRun, lab: "PocketPaths", rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +153,7 @@ def test_the_count_of_bad_evaluations_is_in_the_checkpoint(
 
 
 @pytest.mark.xdist_group("processes")
+@pytest.mark.slow
 def test_two_processes_stop_early_together(
     overfitted: FinishedRun, lab: "PocketPaths", rows_file: Path, tmp_path: Path
 ) -> None:

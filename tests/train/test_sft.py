@@ -359,6 +359,7 @@ def test_as_a_command(sft_args: list[str], tmp_path: Path):
     assert "Traceback" not in done.stderr and "\r" not in done.stderr  # no progress bars where nobody watches
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_adapter(sft_args: list[str], tmp_path: Path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = [*torchrun, "-m", "atlas.train.sft", *sft_args]
