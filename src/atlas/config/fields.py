@@ -37,6 +37,13 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("at least 1", lambda x: x >= 1, "save_total_limit dataloader_prefetch_factor ddp_bucket_cap_mb"),
     ("at least 1", lambda x: x >= 1, "early_stopping_patience"),
     ("at least 0", lambda x: x >= 0, "early_stopping_threshold sample_steps"),
+    ("above 0", lambda x: x > 0, "beta discopop_tau"),
+    (
+        "at least 0 and below 0.5",
+        lambda x: 0 <= x < 0.5,
+        "label_smoothing",
+    ),  # the share of pairs that are the wrong way round
+    ("from 0 to 1", lambda x: 0 <= x <= 1, "ld_alpha"),
     ("at least 1, or -1 for whole epochs", lambda x: x >= 1 or x == -1, "max_steps"),
     ("above 0 and at most 10000", lambda x: 0 < x <= 10_000, "num_train_epochs"),
     # Qwen2.5's default system turn and the two role headers alone take 27 tokens, so that nothing would be trained.
@@ -92,6 +99,10 @@ class TrainSchema:
     """What an evaluation measures. transformers looks up metric_for_best_model only when the first evaluation is over."""
     own: Mapping[str, TrainField] = field(default_factory=lambda: COMMON_OWN)
     """Fields of atlas itself, which the phase's config class does not have."""
+    continues: bool = False
+    """Does the phase go on from an adapter (`model.adapter`)?"""
+    sequences: int = 1
+    """How many sequences the model sees of one row: two of a pair."""
 
     def fields(self) -> dict[str, TrainField]:
         """Every init field of the installed config class, by name, in source order, then atlas' own."""
@@ -177,22 +188,42 @@ TRL_SOURCES = (
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
 )
+_WITH_BATCHING = {"batching": TrainField("str", "auto", True), **COMMON_OWN}
+_ROWS_CUT = {"truncation_mode": "atlas cuts rows at the end (keep_start) and counts them"}
 SCHEMAS = {
     "sft": TrainSchema(
         sources=(*TRL_SOURCES, ("trl", "trainer/sft_config.py", "SFTConfig")),
         owned=COMMON_OWNED
+        | _ROWS_CUT
         | {
             "chat_template_path": "atlas patches the tokenizer's own template; choose model.tokenizer_name",
             "eos_token": "atlas takes eos from the chat template's stop token",
             "dataset_text_field": "atlas makes input_ids and labels itself; see data:",
             "dataset_kwargs": "atlas makes input_ids and labels itself; see data:",
             "completion_only_loss": "atlas makes the labels; see train.assistant_only_loss",
-            "truncation_mode": "atlas cuts rows at the end (keep_start) and counts them",
         },
         # the loss falls on assistant content and its stop token, nothing else
         recipe=COMMON_RECIPE | {"assistant_only_loss": True},
         metrics=("loss", "entropy", "mean_token_accuracy"),
-        own={"batching": TrainField("str", "auto", True), **COMMON_OWN},
-    )
+        own=_WITH_BATCHING,
+    ),
+    "dpo": TrainSchema(
+        sources=(*TRL_SOURCES, ("trl", "trainer/dpo_config.py", "DPOConfig")),
+        owned=COMMON_OWNED
+        | _ROWS_CUT
+        | {
+            "disable_dropout": "dropout in the reference would make its log-probabilities noise, so there is none",
+            "padding_free": "TRL's DPOTrainer has it switched off; see train.batching",
+            "precompute_ref_log_probs": "the reference is computed beside the policy, from the same micro-batch",
+            "precompute_ref_batch_size": "the reference is computed beside the policy, from the same micro-batch",
+            "sync_ref_model": "the reference is the adapter that the run starts from; TRL does not move one with PEFT",
+            "ref_model_mixup_alpha": "the reference is the adapter that the run starts from",
+        },
+        recipe=COMMON_RECIPE,
+        metrics=("loss", "rewards/accuracies", "rewards/margins"),
+        own=_WITH_BATCHING,
+        continues=True,
+        sequences=2,
+    ),
 }
 """The phases, by the name of their command and of `phase:` in a config."""

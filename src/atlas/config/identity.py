@@ -35,7 +35,7 @@ def experiment(config: Config) -> dict[str, Any]:
         section, key = dotted.split(".")
         tree.get(section, {}).pop(key, None)
     model = tree["model"]
-    for key in ("name", "tokenizer_name"):
+    for key in ("name", "tokenizer_name", "adapter"):
         if key in model:
             model[key] = _without_folder(model[key])
     for source in (*tree["data"]["train"], *tree["data"].get("eval", ())):

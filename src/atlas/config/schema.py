@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -15,6 +15,8 @@ DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 TaskName = Literal["ifeval", "gsm8k", "mmlu", "truthfulqa_mc2"]
 _Chat = Literal["messages", "sharegpt", "alpaca", "dolly", "openorca", "prompt-response", "prompt-completion"]
+LAST, NONE = ADAPTER_WORDS = ("last", "none")
+"""What `model.adapter` may say instead of a name."""
 TEXT: Literal["text"] = "text"  # the format of plain documents
 Format = _Chat | Literal["preference", "text"]
 
@@ -39,8 +41,13 @@ class ModelConfig(_Section):
     revision: str | None = None
     """Commit, tag or branch on the Hub; pin a commit for a run that must repeat."""
     tokenizer_name: str | None = None
-    """Hub id or local folder; null: the model's own."""
+    """Hub id or local folder; null: that of `adapter`, else the model's own."""
     tokenizer_revision: str | None = None
+    adapter: str | None = Field(default=None, min_length=1)
+    """What a phase after SFT goes on from: a folder or Hub id of an adapter; `last`: the newest finished SFT run beside output.dir;
+    `none`: a new adapter on the base model."""
+    adapter_revision: str | None = None
+    """On the Hub."""
     dtype: Dtype = "auto"
     """auto: bfloat16 from sm_80, float16 below (T4), float32 on a CPU."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -268,12 +275,33 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _trainable(self) -> "Config":
+        for name, problem in self._start_problems():
+            raise PydanticCustomError("value_error", "{problem}", {"field": name, "problem": problem})
         if self.lora is None and self.quantization.load_in_4bit:
             problem = "full fine-tuning (null) trains the weights themselves, and those in 4 bits cannot be trained: set {remedy}"
             raise PydanticCustomError(
                 "value_error", problem, {"field": "lora", "remedy": "quantization.load_in_4bit=false"}
             )
         return self
+
+    def _start_problems(self) -> Iterator[tuple[str, str]]:
+        """Keys, and what is wrong with them, where the phase cannot start from what `model.adapter` says."""
+        continues = self.train_schema.continues
+        if not continues and self.model.adapter is not None:
+            yield "model.adapter", f"phase {self.phase} starts from a base model and adds a new adapter: take it out"
+        if continues and self.model.adapter is None:
+            yield (
+                "model.adapter",
+                f"phase {self.phase} goes on from an adapter: name its folder or Hub id, `last` for the newest finished SFT run "
+                "beside output.dir, or `none` for a new adapter on a base model that is tuned already",
+            )
+        if continues and self.lora is None:
+            yield (
+                "lora",
+                f"phase {self.phase} trains an adapter, and the model without it is the reference: take `null` out",
+            )
+        if self.model.adapter_revision is not None and self.model.adapter in (None, *ADAPTER_WORDS):
+            yield "model.adapter_revision", "there is no model.adapter on the Hub that it could be of: take it out"
 
     @field_validator("phase")
     @classmethod
