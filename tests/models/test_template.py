@@ -19,6 +19,8 @@ from atlas.train import sft
 from rows import CONVERSATIONS, TOOLS, USER, chat, write_rows
 from runs import QWEN_SYSTEM, TrainedRun
 
+pytestmark = pytest.mark.xdist_group("templates")  # most share a tokenizer and its patched copy
+
 
 @pytest.fixture(scope="module", params=["own base", "own instruct", "Qwen2.5", "Qwen2.5-Instruct"])
 def folder(request: pytest.FixtureRequest, base_folder: Path, instruct_folder: Path) -> Path:

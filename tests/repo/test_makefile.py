@@ -11,6 +11,14 @@ import pytest
 from rows import ROOT
 
 
+@pytest.mark.xdist_group("processes")
+def test_a_group_of_tests_stays_on_one_worker(request: pytest.FixtureRequest):
+    """Or each worker makes what a group shares: a run, or a server of processes with all libraries in it."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("this is not `make test`")
+    assert request.node.nodeid.endswith("@processes"), "pytest-xdist passes over the groups: see constraints.txt"
+
+
 def test_help_lists_every_target():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = set(re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE))

@@ -27,6 +27,8 @@ from atlas.train.run import FinishedRun
 from rows import chat, write_rows
 from runs import BASIC, Started, broken_off, full_disk, run_arguments, trace, train
 
+pytestmark = pytest.mark.xdist_group("processes")  # one of them starts a process, and most share a run
+
 
 def rewrite(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -424,7 +426,6 @@ def test_another_base_model_of_the_same_name(sft_args: list[str], base_folder: P
     assert f"resume from {tmp_path / 'out' / 'checkpoint-3'}" in capfd.readouterr().out
 
 
-@pytest.mark.xdist_group("processes")
 def test_a_full_disk_ends_nothing_that_can_go_on(whole: tuple[list[str], FinishedRun], tmp_path: Path, capsys):
     """Where a file system of fixed size can be mounted. Others fill it while the run begins, but for two checkpoints, not three."""
     arguments, run = whole

@@ -94,11 +94,15 @@ def held_out_loss(base: Path, adapter: Path, rows: Iterable[dict]) -> float:
     return total / count
 
 
+shares_overfitted = pytest.mark.xdist_group("overfitted")
+
+
 @pytest.fixture(scope="module")
 def overfitted(lab: "PocketPaths", rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return train(run_arguments(lab.base, rows_file, tmp_path_factory.mktemp("overfitted")), *OVERFITTING)
 
 
+@shares_overfitted
 def test_a_run_on_twenty_rows_is_warned_of_and_stopped(overfitted: FinishedRun) -> None:
     lines, result = log_of(overfitted.folder), overfitted.manifest["result"]
     warnings = [line for line in lines if "warning" in line]
@@ -113,6 +117,7 @@ def test_a_run_on_twenty_rows_is_warned_of_and_stopped(overfitted: FinishedRun) 
             assert line["eval_gap"] == pytest.approx(line["eval_loss"] - loss)
 
 
+@shares_overfitted
 def test_best_and_last_weights_are_both_kept_and_are_what_the_log_says(
     overfitted: FinishedRun, lab: "PocketPaths"
 ) -> None:
@@ -124,6 +129,7 @@ def test_best_and_last_weights_are_both_kept_and_are_what_the_log_says(
     assert held_out_loss(lab.base, overfitted.folder / "last", rows) == pytest.approx(losses[-1], abs=1e-5)
 
 
+@shares_overfitted
 def test_an_early_stop_survives_a_kill(
     overfitted: FinishedRun, lab: "PocketPaths", rows_file: Path, tmp_path: Path
 ) -> None:
@@ -137,6 +143,7 @@ def test_an_early_stop_survives_a_kill(
     assert resumed.manifest["result"]["best_step"] == overfitted.manifest["result"]["best_step"]
 
 
+@shares_overfitted
 @pytest.mark.slow
 def test_the_count_of_bad_evaluations_is_in_the_checkpoint(
     overfitted: FinishedRun, lab: "PocketPaths", rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
