@@ -1,6 +1,7 @@
 """Runs of a few seconds on the tiny model."""
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -17,11 +18,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from atlas.config import load_config
 from atlas.models.weights import weight_files
 from atlas.train import sft
+from atlas.train.callbacks import samples
 from atlas.train.run import FinishedRun
 from rows import ROOT
 
 if TYPE_CHECKING:
     import torch
+
+# Most runs take samples before and after training. With replies of 48 tokens these took longer than the training itself.
+samples.TOKENS = 6
 
 
 def run_arguments(base: Path, rows: Path, folder: Path) -> list[str]:
@@ -134,6 +139,7 @@ SERVER.set_forkserver_preload([*LIBRARIES, *SETTINGS, "atlas.train.sft_trainer",
 def _run(command: tuple[str, ...], environment: dict[str, str], folder: Path, output: list[Path]) -> None:
     from huggingface_hub import constants, hf_api
 
+    gc.freeze()  # as in conftest.py
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
