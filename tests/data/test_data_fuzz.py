@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from atlas.config import Source
-from atlas.data.formats import COLUMNS, FORMATS, detect, renamed
+from atlas.data.formats import FORMATS, detect, renamed
 from atlas.data.sources import stream_source
 from atlas.data.tokenize import Labeler
 from atlas.errors import UserError
@@ -61,6 +61,7 @@ turns = sound | st.fixed_dictionaries(
     },
 )
 cells = texts | parts | st.lists(turns, max_size=4) | values
+COLUMNS = sorted({column for known in FORMATS.values() for column in known.known})
 rows = st.dictionaries(st.sampled_from(COLUMNS) | texts, cells, max_size=5) | values
 conversations = st.fixed_dictionaries(
     {"messages": st.lists(sound, min_size=1, max_size=3) | st.lists(turns, max_size=5)}, optional={"tools": cells}

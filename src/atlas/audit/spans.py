@@ -100,14 +100,17 @@ class Finding:
     start: int
     end: int
     text: str
+    side: str = ""
+    """Of a pair: chosen or rejected."""
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "side" or value}
 
 
 def where(finding: dict[str, Any]) -> str:
     """The place of a finding in its row, for people."""
-    places = [f"message {finding['turn']}"] if finding["turn"] >= 0 else []
+    places = [finding["side"]] if finding.get("side") else []
+    places += [f"message {finding['turn']}"] if finding["turn"] >= 0 else []
     places += [f"bytes {finding['start']}-{finding['end']}"] if finding["end"] else []
     return ", ".join(places or ["whole row"])
 
@@ -186,6 +189,15 @@ class Oracle:
             for form in self._forms:
                 text = unicodedata.normalize(form, text)  # type: ignore[arg-type]  # one of the four names above
         return text
+
+    def answer(self, prompt: str, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> tuple[str, Turn]:
+        """The rendered `prompt` of inference with the answer that ends the messages, and what has to be generated in it. Raises
+        `TemplateRefusedError`."""
+        rendered = self.renderer.text(messages, tools)
+        turn = self._turn(len(messages) - 1, rendered, prompt, rendered)
+        return prompt + rendered[turn.start :], turn._replace(
+            start=len(prompt), end=len(prompt) + turn.end - turn.start
+        )
 
     def turns(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, text: str) -> list[Turn]:
         """What has to be generated in each assistant turn of a conversation that is rendered as `text`. Raises

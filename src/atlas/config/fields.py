@@ -101,6 +101,8 @@ class TrainSchema:
     """Fields of atlas itself, which the phase's config class does not have."""
     continues: bool = False
     """Does the phase go on from an adapter (`model.adapter`)?"""
+    streams: bool = True
+    """Can its rows be read while it trains (`data.streaming`)?"""
     sequences: int = 1
     """How many sequences the model sees of one row: two of a pair."""
 
@@ -223,6 +225,7 @@ SCHEMAS = {
         metrics=("loss", "rewards/accuracies", "rewards/margins"),
         own=_WITH_BATCHING,
         continues=True,
+        streams=False,
         sequences=2,
     ),
 }

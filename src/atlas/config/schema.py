@@ -18,7 +18,7 @@ _Chat = Literal["messages", "sharegpt", "alpaca", "dolly", "openorca", "prompt-r
 LAST, NONE = ADAPTER_WORDS = ("last", "none")
 """What `model.adapter` may say instead of a name."""
 TEXT: Literal["text"] = "text"  # the format of plain documents
-Format = _Chat | Literal["preference", "text"]
+Format = _Chat | Literal["preference", "ranked", "text"]
 
 
 class _Section(BaseModel):
@@ -275,7 +275,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _trainable(self) -> "Config":
-        for name, problem in self._start_problems():
+        for name, problem in self._phase_problems():
             raise PydanticCustomError("value_error", "{problem}", {"field": name, "problem": problem})
         if self.lora is None and self.quantization.load_in_4bit:
             problem = "full fine-tuning (null) trains the weights themselves, and those in 4 bits cannot be trained: set {remedy}"
@@ -284,8 +284,8 @@ class Config(_Section):
             )
         return self
 
-    def _start_problems(self) -> Iterator[tuple[str, str]]:
-        """Keys, and what is wrong with them, where the phase cannot start from what `model.adapter` says."""
+    def _phase_problems(self) -> Iterator[tuple[str, str]]:
+        """Keys, and what is wrong with them in a config for this phase: what it starts from, and how it reads its data."""
         continues = self.train_schema.continues
         if not continues and self.model.adapter is not None:
             yield "model.adapter", f"phase {self.phase} starts from a base model and adds a new adapter: take it out"
@@ -299,6 +299,12 @@ class Config(_Section):
             yield (
                 "lora",
                 f"phase {self.phase} trains an adapter, and the model without it is the reference: take `null` out",
+            )
+        if self.data.streaming and not self.train_schema.streams:
+            yield (
+                "data.streaming",
+                f"phase {self.phase} reads all of its data before it starts, so that each row is audited: take it out, and say "
+                "with `rows` of a source how much of it to use",
             )
         if self.model.adapter_revision is not None and self.model.adapter in (None, *ADAPTER_WORDS):
             yield "model.adapter_revision", "there is no model.adapter on the Hub that it could be of: take it out"

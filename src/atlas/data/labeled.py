@@ -13,9 +13,9 @@ from atlas.audit.spans import NOTES, Finding, tokenizer_findings
 from atlas.config import Source
 from atlas.data import sources
 from atlas.data.formats import renamed
-from atlas.data.ledger import EXAMPLES, HeldOut, SourceLedger, counted
+from atlas.data.ledger import EXAMPLES, HeldOut, SourceLedger
 from atlas.data.mixture import first_occurrences
-from atlas.data.tokenize import NUMBERS, Labeler
+from atlas.data.tokenize import Labeler
 from atlas.launch import processes
 
 if TYPE_CHECKING:
@@ -35,13 +35,16 @@ class Shown(NamedTuple):
 class Part:
     """One source, labelled. In memory are a few numbers of each row; rows, ids and labels stay on the disk."""
 
-    def __init__(self, source: Source, rows: Sequence[Any], labeled: "Dataset", format_name: str) -> None:
+    def __init__(
+        self, source: Source, rows: Sequence[Any], labeled: "Dataset", format_name: str, labeler: Labeler
+    ) -> None:
         self.name, self.columns, self.rows, self.labeled = source.name, source.columns, rows, labeled
+        self.labeler = labeler
         self.wanted = 0
         """How many rows it has to give, where that is asked for: more than there are repeat."""
-        known = labeled.select_columns([*NUMBERS, "reason", "detail", "findings"]).with_format("arrow")[:]
-        self.numbers = {name: known[name].to_numpy() for name in NUMBERS}
-        self.ledger = SourceLedger(source.name, format=format_name)
+        known = labeled.select_columns([*labeler.numbers, "reason", "detail", "findings"]).with_format("arrow")[:]
+        self.numbers = {name: known[name].to_numpy() for name in labeler.numbers}
+        self.ledger = labeler.ledger(source.name, format=format_name)
         self.good, self.kinds = self.ledger.judge(known, self.place)
         """The rows to train on, and those in which the audit found something, by its kind."""
 
@@ -60,14 +63,15 @@ class Part:
     def settle(self, max_length: int | None) -> None:
         """Count what is used."""
         used = {name: values[self.good] for name, values in self.numbers.items()}
-        numbers = counted(used, ~first_occurrences(self.good))
+        numbers = self.ledger.counted(used, ~first_occurrences(self.good))
         self.ledger.add({name: values.sum() for name, values in numbers.items()})
         self.ledger.count_lengths(used["length"], used["supervised"], max_length)
 
 
 @dataclass(frozen=True)
 class Labeled:
-    """A phase's rows, ready for its trainer (columns `input_ids`, `labels`), their ledgers, and a fingerprint of ids and labels."""
+    """A phase's rows, ready for its trainer (the labeler's columns: `input_ids` and `labels`; for pairs `prompt_ids`, `chosen_ids`
+    and `rejected_ids`), their ledgers, and a fingerprint of all of them."""
 
     dataset: "Dataset | IterableDataset"
     ledgers: tuple[SourceLedger, ...]
@@ -80,7 +84,7 @@ class Labeled:
     digests: np.ndarray
     """A 64-bit hash of each row's ids and labels, in the dataset's order; empty where rows are streamed."""
     tokens_of_rows: np.ndarray
-    """Of each row as it is trained, in the dataset's order; of a stream's first rows."""
+    """Of each row as it is trained, in the dataset's order; of a stream's first rows. Of a pair: its prompt and longer answer."""
     eval_dataset: "Dataset | None" = None
     eval_ledgers: tuple[SourceLedger, ...] = ()
     """Of the sources of `data.eval`."""

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -16,18 +16,26 @@ if TYPE_CHECKING:
 
 EXAMPLES = 3  # rows shown per reason and per kind of finding
 _BINS = 40
+LENGTH_BIAS = 0.1  # said where the longer answer is the chosen one in less than 40 % or more than 60 % of the pairs
+_FEWEST = 20  # pairs; of fewer, such a share may be chance
 EMPTY_MASK = "empty mask"
 FULLY_TRUNCATED = "fully truncated"
 DUPLICATE = "duplicate"
 HELD_OUT = "held out"
 SHARED_PROMPT = "prompt is held out"
 UNWEIGHTED = "beyond its weight"
+TIE = "tie"
+LONG_PROMPT = "prompt longer than max_length"
+ONE_SIDE_CUT = "one side cut"
+_NO_MISTAKES = (TIE, LONG_PROMPT, ONE_SIDE_CUT)
+"""Rows that cannot be used although nothing is wrong with them: `data.max_bad_fraction` does not count them."""
 
 
 @dataclass
 class SourceLedger:
     """What became of the rows of one source. `dropped` and `examples` are keyed by reason; an example is (place, detail)."""
 
+    noun: ClassVar = "row"
     name: str
     rows: int = 0
     format: str = "messages"
@@ -62,7 +70,7 @@ class SourceLedger:
 
     def reset(self) -> None:
         """Forget what was counted."""
-        vars(self).update(vars(SourceLedger(self.name, 0, self.format)))
+        vars(self).update(vars(type(self)(self.name, 0, self.format)))
 
     def counts(self) -> dict[str, Any]:
         """All fields without the examples: these quote rows, and stay in files that are never pushed."""
@@ -139,12 +147,14 @@ class SourceLedger:
             raise UserError(
                 f"{place}: the loss mask is empty ({detail}): {self.dropped[EMPTY_MASK]} rows would train nothing"
             )
-        bad = sum(self.dropped.values())
+        mistakes = [reason for reason in self.dropped if reason not in _NO_MISTAKES]
+        bad = sum(self.dropped[reason] for reason in mistakes)
         if bad <= limit * self.rows and bad < self.rows:
             return
         reasons = "\n".join(
             f"  {reason}: {count}\n" + "\n".join(f"    {place}: {detail}" for place, detail in self.examples[reason])
             for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1])
+            if reason in mistakes
         )
         remedy = "mend the rows, or allow them with data.max_bad_fraction"
         if FULLY_TRUNCATED in self.dropped:
@@ -154,14 +164,34 @@ class SourceLedger:
             f"({bad / self.rows:.1%}; data.max_bad_fraction allows {limit:.1%}):\n{reasons}\n  {remedy}"
         )
 
+    def counted(self, rows: Mapping[str, np.ndarray], again: np.ndarray) -> dict[str, np.ndarray]:
+        """What each of these labelled rows adds to the ledger, by its field, if it is used. `again`: is it a repetition?"""
+        is_cut = rows["length"] > rows["size"]
+        return {
+            "used": np.ones(len(is_cut), np.int64),
+            "repeated": again.astype(np.int64),
+            "tokens": rows["tokens"],
+            "supervised_tokens": rows["supervised"],
+            "cut": is_cut.astype(np.int64),
+            "shortened": (rows["lost"] > 0).astype(np.int64),
+            "lost_supervised_tokens": rows["lost"],
+            "cut_stops": is_cut * rows["cut_stops"],
+            "cut_answers": is_cut * rows["cut_answers"],
+        }
+
+    def more(self) -> list[str]:
+        """What there is to say of the used rows besides their tokens."""
+        return []
+
     def table(self) -> str:
         """The ledger as a few lines of text."""
         share = self.supervised_tokens / max(self.tokens, 1)
         again = f" ({self.repeated:,} of them again)" if self.repeated else ""
         lines = [
-            f"data {self.name} ({self.format}): {self.rows:,} rows read, {self.used:,} used{again}, {self.tokens:,} tokens, "
-            f"{self.supervised_tokens:,} supervised ({share:.0%})"
+            f"data {self.name} ({self.format}): {self.rows:,} {self.noun}s read, {self.used:,} used{again}, "
+            f"{self.tokens:,} tokens, {self.supervised_tokens:,} supervised ({share:.0%})"
         ]
+        lines += [f"  {line}" for line in self.more()]
         if self.cut:
             lines.append(
                 f"  cut at max_length      {self.cut:>6}  ({self.lost_supervised_tokens:,} supervised tokens lost; "
@@ -176,6 +206,54 @@ class SourceLedger:
                 place, finding = next(example for example in self.finding_examples if example[1]["kind"] == kind)
                 lines.append(f"  audit: {kind:<15} {self.findings[kind]:>6}  first: {place}, {where(finding)}")
         return "\n".join(lines)
+
+
+@dataclass
+class PairLedger(SourceLedger):
+    """What became of the pairs of one source. `tokens` are those of both sides, each with its prompt."""
+
+    noun: ClassVar = "pair"
+    chosen_tokens: int = 0
+    """Supervised tokens of the used pairs' chosen answers; the rejected ones have the others."""
+    chosen_longer: int = 0
+    """Used pairs whose chosen answer has more tokens than the rejected one."""
+    rejected_longer: int = 0
+    fits: int = 0
+    """The `max_length` that would keep 99 % of the pairs whole."""
+
+    def judge(self, labeled: "pa.Table", place: Callable[[int], str]) -> tuple[np.ndarray, dict[str, list[int]]]:
+        lengths = labeled["length"].to_numpy()
+        self.fits = percentiles(lengths[lengths > 0]).get("p99", 0)
+        return super().judge(labeled, place)
+
+    def counted(self, rows: Mapping[str, np.ndarray], again: np.ndarray) -> dict[str, np.ndarray]:
+        rejected = rows["supervised"] - rows["chosen"]
+        return super().counted(rows, again) | {
+            "chosen_tokens": rows["chosen"],
+            "chosen_longer": (rows["chosen"] > rejected).astype(np.int64),
+            "rejected_longer": (rows["chosen"] < rejected).astype(np.int64),
+        }
+
+    def more(self) -> list[str]:
+        """The lengths of the answers: a model can learn to prefer them by length alone."""
+        return [lengths_of_pairs([self])] if self.used else []
+
+
+def lengths_of_pairs(ledgers: Sequence[PairLedger]) -> str:
+    """Mean lengths of chosen and rejected answers, and how often the chosen one is the longer; says so where that is far from
+    half of the pairs."""
+    used, chosen, all_tokens, longer, shorter = (
+        sum(getattr(ledger, name) for ledger in ledgers)
+        for name in ("used", "chosen_tokens", "supervised_tokens", "chosen_longer", "rejected_longer")
+    )
+    share = longer / max(longer + shorter, 1)
+    text = (
+        f"answers: chosen {chosen / max(used, 1):.0f} tokens on average, rejected {(all_tokens - chosen) / max(used, 1):.0f}; "
+        f"the chosen one is longer in {longer / max(used, 1):.0%} of the pairs, shorter in {shorter / max(used, 1):.0%}"
+    )
+    if abs(share - 0.5) > LENGTH_BIAS and longer + shorter >= _FEWEST:
+        text += f" (length bias: a model that only learns to write {'more' if share > 0.5 else 'less'} gets most pairs right)"
+    return text
 
 
 @dataclass(frozen=True)
@@ -199,22 +277,6 @@ class HeldOut:
             f"data held out ({self.how}): {self.rows:,} rows, {self.prompts:,} prompts, {self.tokens:,} tokens, "
             f"{self.supervised_tokens:,} supervised; {removed}"
         )
-
-
-def counted(rows: Mapping[str, np.ndarray], again: np.ndarray) -> dict[str, np.ndarray]:
-    """What each of these labelled rows adds to a ledger, by its field, if it is used. `again`: is it a repetition?"""
-    is_cut = rows["length"] > rows["tokens"]
-    return {
-        "used": np.ones(len(is_cut), np.int64),
-        "repeated": again.astype(np.int64),
-        "tokens": rows["tokens"],
-        "supervised_tokens": rows["supervised"],
-        "cut": is_cut.astype(np.int64),
-        "shortened": (rows["lost"] > 0).astype(np.int64),
-        "lost_supervised_tokens": rows["lost"],
-        "cut_stops": is_cut * rows["cut_stops"],
-        "cut_answers": is_cut * rows["cut_answers"],
-    }
 
 
 def percentiles(values: np.ndarray) -> dict[str, int]:

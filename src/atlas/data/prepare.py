@@ -13,8 +13,9 @@ from atlas.data import mixture, sources
 from atlas.data.cache import cached
 from atlas.data.labeled import Labeled, Part, all_good, shown
 from atlas.data.ledger import DUPLICATE, HELD_OUT, SHARED_PROMPT, UNWEIGHTED, HeldOut, percentiles
+from atlas.data.pair_labels import PairLabeler
 from atlas.data.stream import BATCH_ROWS, stream
-from atlas.data.tokenize import NUMBERS, Labeler
+from atlas.data.tokenize import Labeler
 from atlas.errors import UserError
 from atlas.files import digest
 
@@ -23,18 +24,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_LABELERS: dict[str, type[Labeler]] = {"dpo": PairLabeler}
+"""Of the phases that train on something else than single conversations."""
+
+
+def labeler_class(config: Config) -> type[Labeler]:
+    """What makes the rows of the config's phase."""
+    return _LABELERS.get(config.phase, Labeler)
+
+
 def labeler_for(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeler:
     """The labeler that this config and tokenizer ask for."""
-    from trl.chat_template_utils import has_generation_markers
-
-    template = tokenizer.get_chat_template()
-    return Labeler(
-        tokenizer,
-        config.train_value("max_length"),
-        mask="rendered" if config.data.mask == "rendered" or not has_generation_markers(template) else "markers",
-        assistant_only=bool(config.train_value("assistant_only_loss")),
-        audited=config.audit.gate != "off",
-    )
+    return labeler_class(config).of(config, tokenizer)
 
 
 def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
@@ -79,14 +80,14 @@ def _label_all(given: Sequence[Source], labeler: Labeler, config: Config, max_ro
 
 def _label(source: Source, rows: "Dataset", labeler: Labeler, config: Config) -> Part:
     """One source, labelled; the labels are cached on the disk."""
-    format_name = sources.format_of(source, rows)
+    format_name = sources.format_of(source, rows, labeler.formats)
     # As a column is called once it is renamed.
     by = next((name for name, column in source.columns.items() if column == config.data.group_by), config.data.group_by)
     known = f"{dataset_fingerprint(rows)} {labeler.fingerprint} {format_name} {by} {sorted(source.columns.items())}"
     labeled = label_rows(
         rows, labeler, known, format_name, by, source.columns, num_proc=config.data.num_proc, of=source.name
     )
-    return Part(source, rows, labeled, format_name)
+    return Part(source, rows, labeled, format_name, labeler)
 
 
 def _mixed(parts: list[Part], eval_parts: list[Part], labeler: Labeler, config: Config) -> Labeled:
@@ -106,7 +107,7 @@ def _mixed(parts: list[Part], eval_parts: list[Part], labeler: Labeler, config: 
     lengths = _joined(parts, "length")
     order = mixture.order(lengths, len(parts), data.curriculum, data.seed)
     rows, digests = all_good(parts)[order], _joined(parts, "digest")[order]
-    whole = _concatenated([part.labeled for part in parts])
+    whole = _concatenated([part.labeled for part in parts], labeler)
     return Labeled(
         dataset=whole if np.array_equal(rows, np.arange(len(whole))) else whole.select(rows),
         ledgers=tuple(part.ledger for part in parts),
@@ -115,7 +116,7 @@ def _mixed(parts: list[Part], eval_parts: list[Part], labeler: Labeler, config: 
         labeler=labeler,
         shown=tuple(shown(parts, eval_parts, rows, config.audit.rows)),
         digests=digests,
-        tokens_of_rows=_joined(parts, "tokens")[order],
+        tokens_of_rows=_joined(parts, "size")[order],
     )
 
 
@@ -151,9 +152,9 @@ def _hold_out(
         for part, out in zip(parts, _parted(mask, parts), strict=True):
             chosen.append((part, part.good[out]))
             part.keep(~out, HELD_OUT)
-    held = {name: np.concatenate([part.numbers[name][rows] for part, rows in chosen]) for name in NUMBERS}
+    held = {name: np.concatenate([part.numbers[name][rows] for part, rows in chosen]) for name in chosen[0][0].numbers}
     # Their loss is one of tokens, whatever the order; so hardly any padding, and what needs most memory comes first.
-    order = np.argsort(-held["tokens"], kind="stable")
+    order = np.argsort(-held["size"], kind="stable")
     prompts = np.unique(held["prompt"])
     before = sum(len(part.good) for part in parts)
     for part in parts:
@@ -166,7 +167,8 @@ def _hold_out(
         how=how,
         removed=before - sum(len(part.good) for part in parts) if parts else None,
     )
-    return _concatenated([part.labeled.select(rows) for part, rows in chosen]).select(order), done, prompts
+    whole = _concatenated([part.labeled.select(rows) for part, rows in chosen], chosen[0][0].labeler)
+    return whole.select(order), done, prompts
 
 
 def _joined(parts: Sequence[Part], column: str) -> np.ndarray:
@@ -177,11 +179,11 @@ def _parted(mask: np.ndarray, parts: Sequence[Part]) -> list[np.ndarray]:
     return np.split(mask, np.cumsum([len(part.good) for part in parts])[:-1])
 
 
-def _concatenated(datasets: Sequence["Dataset"]) -> "Dataset":
+def _concatenated(datasets: Sequence["Dataset"], labeler: Labeler) -> "Dataset":
     from datasets import concatenate_datasets
 
     rows = concatenate_datasets(list(datasets)) if len(datasets) > 1 else datasets[0]
-    return rows.select_columns(["input_ids", "labels"])
+    return rows.select_columns(list(labeler.columns))
 
 
 def label_rows(

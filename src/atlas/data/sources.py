@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from atlas.config import DATA_ENDINGS, Source
 from atlas.console import one_line
 from atlas.data.cache import NotKeptError, cached, refuse_download, refuse_unwritable
-from atlas.data.formats import detect, refuse_columns, refused
+from atlas.data.formats import Format, detect, refuse_columns, refused
 from atlas.errors import RunError, UserError, first_line
 from atlas.files import digest, sha256
 
@@ -36,10 +36,10 @@ def place(row: Mapping[str, Any], name: str, index: int) -> str:
     return f"{row['file']} line {row['line']}" if list(row) == JSON_COLUMNS else f"{name} row {index}"
 
 
-def format_of(source: Source, rows: Iterable[Mapping[str, Any]]) -> str:
-    """The format of a source, told by the first of its rows. Raises `UserError` where they do not tell it."""
+def format_of(source: Source, rows: Iterable[Mapping[str, Any]], formats: Mapping[str, Format]) -> str:
+    """The one of `formats` that a source has, told by the first of its rows. Raises `UserError` where they do not tell it."""
     first = [content(row) for row in islice(rows, DETECT_ROWS)]
-    return detect(first, source.name, source.columns, source.format)
+    return detect(first, source.name, source.columns, source.format, formats)
 
 
 def load_source(source: Source) -> "Dataset":
@@ -92,9 +92,9 @@ def stream_source(source: Source) -> Iterator[Mapping[str, Any]]:
     yield from rows
 
 
-def reach(source: Source) -> str:
+def reach(source: Source, formats: Mapping[str, Format]) -> str:
     """Check that a source can be read, without reading it. Returns name and size; raises `UserError` where it cannot be read."""
-    refuse_columns(source.columns, source.format)
+    refuse_columns(source.columns, source.format, formats)
     if source.is_local:
         files = data_files(Path(source.name).expanduser())
         for path in files:

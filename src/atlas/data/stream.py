@@ -17,8 +17,8 @@ from atlas.audit.gate import complaints
 from atlas.config import Config, Source
 from atlas.data import sources
 from atlas.data.labeled import Labeled, Part, all_good, shown
-from atlas.data.ledger import SHARED_PROMPT, SourceLedger, counted, percentiles
-from atlas.data.tokenize import NUMBERS, Labeler
+from atlas.data.ledger import SHARED_PROMPT, SourceLedger, percentiles
+from atlas.data.tokenize import Labeler
 from atlas.errors import UserError
 from atlas.files import digest, sha256
 from atlas.launch import processes, rank
@@ -42,7 +42,7 @@ def stream(config: Config, labeler: Labeler, held_out: np.ndarray) -> Labeled:
             "data.train: streaming several sources needs a weight (or rows) for each, since it cannot know how long they are"
         )
     heads = [_head(source, labeler, config, held_out) for source in data.train]
-    ledgers = tuple(SourceLedger(head.name, format=head.ledger.format) for head in heads)
+    ledgers = tuple(labeler.ledger(head.name, format=head.ledger.format) for head in heads)
     fetched = deque[tuple[int, dict[str, int]]](maxlen=SHUFFLE_ROWS)
 
     def used(row: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def stream(config: Config, labeler: Labeler, held_out: np.ndarray) -> Labeled:
     ]
     known = [labeler.fingerprint, str(data.seed), *(_identity(source) for source in data.train)]
     return Labeled(
-        dataset=_mixed(parts, config).map(used, remove_columns=["counted"], features=_features()),
+        dataset=_mixed(parts, config).map(used, remove_columns=["counted"], features=_features(labeler)),
         ledgers=ledgers,
         fingerprint=digest("\n".join(known)),
         lengths=percentiles(np.concatenate([head.of("length") for head in heads])),
@@ -65,7 +65,7 @@ def stream(config: Config, labeler: Labeler, held_out: np.ndarray) -> Labeled:
         shown=tuple(row._replace(number=None) for row in shown(heads, [], all_good(heads), config.audit.rows)),
         previews=tuple(head.ledger for head in heads),
         digests=np.zeros(0, np.int64),
-        tokens_of_rows=np.concatenate([head.of("tokens") for head in heads]),
+        tokens_of_rows=np.concatenate([head.of("size") for head in heads]),
         fetched=fetched,
     )
 
@@ -77,8 +77,8 @@ def _head(source: Source, labeler: Labeler, config: Config, held_out: np.ndarray
     rows = list(islice(sources.stream_source(source), BATCH_ROWS))
     if not rows:
         raise UserError(f"data: {source.name} holds no rows")
-    format_name = sources.format_of(source, rows)
-    head = Part(source, rows, Dataset(labeler.table(rows, format_name, None, source.columns)), format_name)
+    format_name = sources.format_of(source, rows, labeler.formats)
+    head = Part(source, rows, Dataset(labeler.table(rows, format_name, None, source.columns)), format_name, labeler)
     head.keep(~np.isin(head.of("prompt"), held_out), SHARED_PROMPT)
     head.settle(labeler.max_length)
     head.ledger.refuse_if_bad(config.data.max_bad_fraction)
@@ -103,21 +103,22 @@ def _rows(
             is_held_out = np.isin(table["prompt"].to_numpy()[good], held_out)
             ledger.set_apart(SHARED_PROMPT, int(is_held_out.sum()))
             table = table.take(good[~is_held_out])
-            counts = counted({name: table[name].to_numpy() for name in NUMBERS}, np.full(len(table), again))
-            for index, row in enumerate(table.select(["input_ids", "labels"]).to_pylist()):
+            numbers = {name: table[name].to_numpy() for name in labeler.numbers}
+            counts = ledger.counted(numbers, np.full(len(table), again))
+            for index, row in enumerate(table.select(labeler.columns).to_pylist()):
                 yield row | {"counted": json.dumps([number, {name: int(of[index]) for name, of in counts.items()}])}
             if ledger.rows >= BATCH_ROWS:  # of fewer, one bad row may be a large share
                 ledger.refuse_if_bad(config.data.max_bad_fraction)
             if config.audit.gate == "error" and (complaint := complaints([ledger])):
                 raise UserError(complaint)
 
-    return IterableDataset.from_generator(rows, _features(with_counts=True))
+    return IterableDataset.from_generator(rows, _features(labeler, with_counts=True))
 
 
-def _features(with_counts: bool = False) -> Any:
+def _features(labeler: Labeler, with_counts: bool = False) -> Any:
     from datasets import Features, List, Value
 
-    columns = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
+    columns = {name: List(Value("int32")) for name in labeler.columns}
     return Features(columns | {"counted": Value("string")} if with_counts else columns)
 
 

@@ -19,14 +19,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from atlas.audit import content, spans, tokens
 from atlas.audit.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, cut, special_token_texts
+from atlas.config import Config
 from atlas.console import one_line
 from atlas.data import formats, sources
-from atlas.data.formats import BadRowError, Conversation, conversation, refuse_special_tokens, renamed
-from atlas.data.ledger import EMPTY_MASK, FULLY_TRUNCATED
+from atlas.data.formats import (
+    FORMATS,
+    BadRowError,
+    Conversation,
+    Format,
+    conversation,
+    refuse_special_tokens,
+    renamed,
+)
+from atlas.data.ledger import EMPTY_MASK, FULLY_TRUNCATED, SourceLedger
 from atlas.files import digest
 from atlas.models import template
 from atlas.models.template import Renderer, TemplateRefusedError
@@ -72,17 +82,63 @@ class LabeledRow:
     detail: str = ""
     audit: RowAudit | None = None
 
+    @property
+    def lists(self) -> tuple[list[int], ...]:
+        """What the trainer gets, in the order of `Labeler.columns`."""
+        return self.ids, self.labels
 
-NUMBERS = ("length", "tokens", "supervised", "lost", "cut_stops", "cut_answers", "digest", "prompt", "unit")
-"""Columns of `Labeler.table` that decide what becomes of a row."""
+    @property
+    def size(self) -> int:
+        """Tokens that a batch is filled to."""
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model reads."""
+        return len(self.ids)
+
+    @property
+    def sides(self) -> dict[str, "LabeledRow"]:
+        """The conversations of the row, by name."""
+        return {"": self}
 
 
 class Labeler:
     """Callable for `Dataset.map(batched=True)`: rows in, `input_ids`, `labels` and what became of each row out.
 
-    `mask` is "markers" (labels from the template's generation markers) or "rendered" (from the oracle's spans). With `audited`
-    the labels of every row are compared with the oracle, and the findings are a column.
+    Another kind of rows is a class on top of this one. `mask` is "markers" (labels from the template's generation markers) or
+    "rendered" (from the oracle's spans). With `audited` the labels of every row are compared with the oracle, and the findings
+    are a column.
     """
+
+    phase: ClassVar = "sft"
+    code: ClassVar[tuple[ModuleType, ...]] = (content, formats, sources, spans, tokens, template, sys.modules[__name__])
+    """The modules on which the labels depend."""
+    columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
+    """What the trainer gets of each row."""
+    counts: ClassVar[tuple[str, ...]] = ("length", "size", "tokens", "supervised", "lost")
+    """Numbers of a `LabeledRow` that the ledger needs."""
+    formats: ClassVar[Mapping[str, Format]] = FORMATS
+    kinds: ClassVar[Mapping[str, spans.Kind]] = spans.KINDS
+    """What the audit can find."""
+    ledger: ClassVar[type[SourceLedger]] = SourceLedger
+    row: ClassVar[type[LabeledRow]] = LabeledRow
+    between: ClassVar = b""
+    """Stands between the columns of a row when it is hashed: nothing where all have one length."""
+
+    @classmethod
+    def of(cls, config: Config, tokenizer: "PreTrainedTokenizerBase") -> "Labeler":
+        """The labeler that this config and tokenizer ask for."""
+        from trl.chat_template_utils import has_generation_markers
+
+        has_markers = has_generation_markers(tokenizer.get_chat_template())
+        return cls(
+            tokenizer,
+            config.train_value("max_length"),
+            mask="rendered" if config.data.mask == "rendered" or not has_markers else "markers",
+            assistant_only=bool(config.train_value("assistant_only_loss")),
+            audited=config.audit.gate != "off",
+        )
 
     def __init__(
         self,
@@ -113,16 +169,20 @@ class Labeler:
         self.document_end = next((end for end in _DOCUMENT_ENDS if end in self.special), tokenizer.eos_token or "")
         self.oracle = Oracle(tokenizer) if self.audited or mask == "rendered" else None
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Columns of `table` that decide what becomes of a row."""
+        return (*self.counts, "cut_stops", "cut_answers", "digest", "prompt", "unit")
+
     @cached_property
     def fingerprint(self) -> str:
         """Changes with everything that the labels depend on: tokenizer, template, settings and this code."""
-        modules = (content, formats, sources, spans, tokens, template, sys.modules[__name__])
         parts = (
             self._backend_sha256,
             str(self.tokenizer.chat_template),
             str(self.tokenizer.special_tokens_map),
             f"{self.max_length} {self.mask} {self.assistant_only} {self.audited}",
-            *(inspect.getsource(module) for module in modules),
+            *(inspect.getsource(module) for module in self.code),
             *(version(package) for package in ("transformers", "tokenizers", "jinja2")),
         )
         return digest("\0".join(map(digest, parts)))
@@ -135,7 +195,7 @@ class Labeler:
             while some := [self._rendered(row, format_name) for row in islice(waiting, _ENCODED_AT_ONCE)]:
                 parts.append((some, pool.submit(self._encode, some)))
             for some, encoded in parts:
-                self._label(some, encoded.result())
+                self.take(some, encoded.result())
         return [row for some, _ in parts for row in some]
 
     def __call__(self, batch: Mapping[str, list[Any]], settings: Sequence[Any] = ()) -> "pa.Table":
@@ -165,21 +225,16 @@ class Labeler:
             finally:
                 if is_collecting:
                     gc.enable()
-        ids = [array("i", row.ids).tobytes() for row in rows]
-        labels = [array("i", row.labels).tobytes() for row in rows]
+        packed = [[array("i", ids).tobytes() for ids in row.lists] for row in rows]
         prompts = [_hash(row.parsed.prompt.encode()) if row.parsed else 0 for row in rows]
         audits = [row.audit or RowAudit([], [], 0, 0) for row in rows]
         return pa.table(
             {
-                "input_ids": _lists(ids),
-                "labels": _lists(labels),
-                "length": [row.length for row in rows],
-                "tokens": [len(row.ids) for row in rows],
-                "supervised": [row.supervised for row in rows],
-                "lost": [row.lost for row in rows],
+                **{name: _lists([lists[at] for lists in packed]) for at, name in enumerate(self.columns)},
+                **{name: [getattr(row, name) for row in rows] for name in self.counts},
                 "cut_stops": [audit.cut_stops for audit in audits],
                 "cut_answers": [audit.cut_answers for audit in audits],
-                "digest": [_hash(both[0] + both[1]) for both in zip(ids, labels, strict=True)],
+                "digest": [_hash(self.between.join(lists)) for lists in packed],
                 "prompt": prompts,
                 "unit": [_unit(*of, group_by) for of in zip(read, prompts, strict=True)],
                 "reason": [row.reason for row in rows],
@@ -191,27 +246,36 @@ class Labeler:
     def _rendered(self, given: "str | Mapping[str, Any]", format_name: str) -> LabeledRow:
         """A row as text, with what is supervised in it; not encoded yet."""
         try:
-            parsed = conversation(given, format_name)
-            refuse_special_tokens(parsed, self.special)
-            if parsed.text is not None:
-                row = LabeledRow(parsed, parsed.text + self.document_end)
-                row.spans = [(0, len(row.text))]
-            else:
-                row = self._rendered_turns(parsed)
-            row.text.encode()
+            row = self.read(given, format_name)
+            for side in row.sides.values():
+                side.text.encode()
             return row
         except BadRowError as error:
-            return LabeledRow(reason=error.reason, detail=error.detail)
+            return self.row(reason=error.reason, detail=error.detail)
         except TemplateRefusedError as error:
-            return LabeledRow(reason=REFUSED, detail=error.problem)
+            return self.row(reason=REFUSED, detail=error.problem)
         except UnicodeEncodeError:
-            return LabeledRow(reason="not text", detail="the row holds a lone surrogate, which is no character")
+            return self.row(reason="not text", detail="the row holds a lone surrogate, which is no character")
 
-    def _rendered_turns(self, parsed: Conversation) -> LabeledRow:
-        messages, tools = parsed.messages, parsed.tools
+    def read(self, given: "str | Mapping[str, Any]", format_name: str) -> LabeledRow:
+        """A row as text. Raises `BadRowError` and `TemplateRefusedError`."""
+        parsed = conversation(given, format_name)
+        refuse_special_tokens(parsed, self.special)
+        if parsed.text is None:
+            return self._rendered_turns(parsed)
+        row = LabeledRow(parsed, parsed.text + self.document_end)
+        row.spans = [(0, len(row.text))]
+        return row
+
+    def refuse_many_turns(self, messages: Sequence[Any]) -> None:
+        """Raises `BadRowError` for a conversation that the oracle would take seconds for."""
         if self.oracle is not None and len(messages) > MOST_MESSAGES:
             detail = f"{len(messages):,} messages; at most {MOST_MESSAGES} are audited: split the conversation"
             raise BadRowError(TOO_MANY_TURNS, detail)
+
+    def _rendered_turns(self, parsed: Conversation) -> LabeledRow:
+        messages, tools = parsed.messages, parsed.tools
+        self.refuse_many_turns(messages)
         if self.mask == "markers":
             row = LabeledRow(parsed, *self.renderer.marked(messages, tools))
         else:
@@ -225,9 +289,13 @@ class Labeler:
             row.spans = [(turn.start, turn.end) for turn in row.turns]
         return row
 
+    def pieces(self, row: LabeledRow) -> list[tuple[str, bool]]:
+        """What of a row is tokenized by itself, and whether it is supervised."""
+        return [piece for piece in cut(row.text, row.spans) if piece[0]]
+
     def _encode(self, rows: list[LabeledRow]) -> list[list[tuple[list[int], bool]]]:
         """For each row the ids of its pieces, and whether they are supervised."""
-        cut_rows = [[piece for piece in cut(row.text, row.spans) if piece[0]] for row in rows]
+        cut_rows = [[] if row.reason else self.pieces(row) for row in rows]
         texts: dict[bool, list[str]] = {True: [], False: []}
         for pieces in cut_rows:
             for text, _ in pieces:
@@ -238,7 +306,12 @@ class Labeler:
         }
         return [[(next(encoded[text.isascii()]).ids, supervised) for text, supervised in pieces] for pieces in cut_rows]
 
-    def _label(self, rows: list[LabeledRow], encoded: list[list[tuple[list[int], bool]]]) -> None:
+    def trained(self, row: Mapping[str, list[int]]) -> dict[str, tuple[list[int], list[int]]]:
+        """Ids and labels of each side, as the loss sees them, from what the trainer gets of a row."""
+        return {"": (row["input_ids"], row["labels"])}
+
+    def take(self, rows: Sequence[LabeledRow], encoded: Sequence[list[tuple[list[int], bool]]]) -> None:
+        """Give the rows the ids of their pieces, cut at `max_length`, and audit them."""
         for row, pieces in zip(rows, encoded, strict=True):
             if row.reason:
                 continue

@@ -53,14 +53,16 @@ def preflight(loaded: LoadedConfig, resume: str = "auto", start: Parts | None = 
     ready.check("Hub", online.hub, ready)
     ready.check("tracker", online.tracker, ready, needs=["libraries"])
 
-    sources = [*config.data.train, *config.data.eval]
+    from atlas.data.prepare import labeler_class
+
+    sources, formats = [*config.data.train, *config.data.eval], labeler_class(config).formats
     tokenizer = config.model.tokenizer_name or config.model.name
     on_hub = {name for name in (tokenizer, config.model.name) if not is_path(name)}
     on_hub |= {source.name for source in sources if not source.is_local}
     ready.check("network", online.network, ready, bool(on_hub))
     network = {name: ["network"] for name in on_hub}
     for source in sources:
-        ready.check("data", reach, source, needs=network.get(source.name, []))
+        ready.check("data", reach, source, formats, needs=network.get(source.name, []))
     ready.check("tokenizer", model.tokenizer, ready, needs=["libraries", *network.get(tokenizer, [])])
     ready.check("base model", model.base, ready, needs=["libraries", *network.get(config.model.name, [])])
     ready.check("strategy", machine.strategy, ready, needs=["plan"])
