@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from atlas.audit.spans import KINDS, NOTES, Finding, where
+from atlas.audit.pairs import ALL_KINDS
+from atlas.audit.spans import NOTES, Finding, where
 from atlas.config import Config
 from atlas.console import say
 from atlas.errors import UserError
@@ -26,16 +27,16 @@ def gate(config: Config, labeled: "Labeled") -> None:
 
 def complaints(ledgers: Iterable["SourceLedger"], of_tokenizer: Iterable[Finding] = ()) -> str | None:
     """The audit's findings as one message with the first of each kind and the remedy, or None."""
-    lines = [f"  stop: {finding.text}\n    remedy: {KINDS['stop'].remedy}" for finding in of_tokenizer]
+    lines = [f"  stop: {finding.text}\n    remedy: {ALL_KINDS['stop'].remedy}" for finding in of_tokenizer]
     for ledger in ledgers:
         for kind, count in sorted(ledger.findings.items()):
             if kind in NOTES:
                 continue
-            lines.append(f"  {kind}: {count} rows of {ledger.name}")
+            lines.append(f"  {kind}: {count} {ledger.noun}s of {ledger.name}")
             for place, finding in ledger.finding_examples:
                 if finding["kind"] == kind:
                     lines.append(f"    {place}, {where(finding)}: {finding['text']!r}")
-            lines.append(f"    remedy: {KINDS[kind].remedy}")
+            lines.append(f"    remedy: {ALL_KINDS[kind].remedy}")
     if not lines:
         return None
     return "the audit of the loss mask found what must not be trained:\n" + "\n".join(lines)

@@ -23,6 +23,11 @@ PAIR_KINDS = {
     ),
 }
 
+ALL_KINDS = PAIR_KINDS
+"""What the audit can find in rows of any kind."""
+_LENGTH_BIAS = 0.1  # said where the longer answer is the chosen one in less than 40 % or more than 60 % of the pairs
+_FEWEST = 20  # pairs; of fewer, such a share may be chance
+
 
 def audit_pairs(
     oracle: Oracle, pairs: Sequence[Mapping[str, AuditRow]], max_length: int | None
@@ -55,6 +60,20 @@ def merged(sides: Mapping[str, RowAudit]) -> RowAudit:
     findings = [replace(finding, side=side) for side, audit in sides.items() for finding in audit.findings]
     audits = sides.values()
     return RowAudit(findings, [], sum(a.cut_stops for a in audits), sum(a.cut_answers for a in audits))
+
+
+def lengths_of_pairs(pairs: Mapping[str, int]) -> str:
+    """Mean lengths of chosen and rejected answers, and how often the chosen one is the longer. Says so where that is far from half
+    of the pairs, since a model can then learn to prefer answers by their length. `pairs`: of `PairLedger.summary`."""
+    used, longer, shorter = max(pairs["used"], 1), pairs["chosen_longer"], pairs["rejected_longer"]
+    share = longer / max(longer + shorter, 1)
+    text = (
+        f"chosen {pairs['chosen_tokens'] / used:,.0f} tokens on average, rejected {pairs['rejected_tokens'] / used:,.0f}; "
+        f"the chosen one is longer in {longer / used:.0%} of the pairs, shorter in {shorter / used:.0%}"
+    )
+    if abs(share - 0.5) > _LENGTH_BIAS and longer + shorter >= _FEWEST:
+        text += f" (length bias: a model that only learns to write {'more' if share > 0.5 else 'less'} gets most pairs right)"
+    return text
 
 
 def _prompt(row: AuditRow) -> list[int]:

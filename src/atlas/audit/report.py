@@ -11,7 +11,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.audit.spans import IGNORED, KINDS, NOTES, where
+from atlas.audit.pairs import ALL_KINDS, lengths_of_pairs
+from atlas.audit.spans import IGNORED, NOTES, where
 from atlas.audit.tokens import token_bytes
 from atlas.config.schema import TEXT
 from atlas.console import one_line
@@ -22,9 +23,10 @@ from atlas.pages import counted, render, short
 
 if TYPE_CHECKING:
     from atlas.data.labeled import Labeled
+    from atlas.data.tokenize import LabeledRow
 
-AUDIT_FILE = "sft_template_audit.jsonl"
-AUDIT_PAGE = "sft_template_audit.html"
+AUDIT_PAGES = "*_template_audit.html"
+"""Of each phase, as a pattern."""
 # The verdict is a warning where a larger share of the rows lost a part of what is trained. The `max_length` that it then names
 # keeps all other rows whole.
 MOST_SHORTENED = 0.01
@@ -33,54 +35,69 @@ _MARKED = {"leak", "missing", "straddle", "history", "stop", "foreign"}  # findi
 _DIGESTS = 4096  # rows, or blocks of rows, whose digests the summary holds, so that a difference can be placed
 
 
+def _file(labeled: "Labeled", folder: Path, ending: str) -> Path:
+    return folder / f"{labeled.labeler.phase}_template_audit{ending}"
+
+
 def write_audit(labeled: "Labeled", folder: Path) -> Path:
-    """Write `sft_template_audit.jsonl` and `.html` to `folder` and print the short form; returns the first's path.
+    """Write `sft_template_audit.jsonl` and `.html` (with the name of the phase) to `folder` and print the short form; returns the
+    first's path.
 
     One line per recorded row, failing ones first, then one with `summary` for all rows; see docs/audit.md for the fields.
     Raises `RunError` where a file cannot be written; an older file then stays as it is.
     """
     records, summary = list(_records(labeled)), summarize(labeled)
-    path = folder / AUDIT_FILE
+    path, shown = (_file(labeled, folder, ending) for ending in (".jsonl", ".html"))
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in (*records, {"summary": summary})]
-    for file, content in ((path, "".join(lines)), (folder / AUDIT_PAGE, page(records, summary))):
+    for file, content in ((path, "".join(lines)), (shown, page(records, summary))):
         with writing(file):
             write_text(file, content)
     show(records, summary)
-    print(f"audit: {path}, to look at: {folder / AUDIT_PAGE}")
+    print(f"audit: {path}, to look at: {shown}")
     return path
 
 
 def write_page(labeled: "Labeled", folder: Path) -> None:
-    """Write only `sft_template_audit.html` to `folder`. It quotes rows of the data, so it is never pushed."""
-    write_text(folder / AUDIT_PAGE, page(list(_records(labeled)), summarize(labeled)))
+    """Write only the page to `folder`. It quotes rows of the data, so it is never pushed."""
+    write_text(_file(labeled, folder, ".html"), page(list(_records(labeled)), summarize(labeled)))
 
 
 def _records(labeled: "Labeled") -> Iterator[dict[str, Any]]:
-    tokenizer = labeled.labeler.tokenizer
-    table = token_bytes(tokenizer)
+    labeler, table = labeled.labeler, token_bytes(labeled.labeler.tokenizer)
     for place, given, format_name, number in labeled.shown:
-        (row,) = labeled.labeler.label([given], format_name)
-        trained = {"input_ids": row.ids, "labels": row.labels}
+        (row,) = labeler.label([given], format_name)
+        trained = dict(zip(labeler.columns, row.lists, strict=True))
         if number is not None:
             trained = labeled.dataset[number]  # what the trainer gets, not what was just computed
-        ids, mask = trained["input_ids"], [int(label != IGNORED) for label in trained["labels"]]
-        pieces = [table[token] for token in ids]
-        assert row.parsed is not None  # rows of the dataset are good rows
-        yield {
-            "row": number,
-            "place": place,
-            "format": format_name,
-            "text": b"".join(pieces).decode(errors="replace"),
-            "roles": _role_spans(labeled, row.parsed.messages, row.parsed.tools),
-            "length": row.length,
-            "ids": ids,
-            "tokens": tokenizer.convert_ids_to_tokens(ids),
-            "bytes": [piece.hex() for piece in pieces],
-            "mask": mask,
-            "oracle": row.audit.spans if row.audit else None,
-            "findings": [finding.as_json() for finding in row.audit.findings] if row.audit else None,
-            "trained_text": _trained_text(pieces, mask),
-        }
+        of = labeler.trained(trained)
+        sides = {name: _side(labeled, table, side, *of[name]) for name, side in row.sides.items()}
+        yield {"row": number, "place": place, "format": format_name, **sides.pop("", sides)}
+
+
+def _side(
+    labeled: "Labeled", table: dict[int, bytes], row: "LabeledRow", ids: list[int], labels: list[int]
+) -> dict[str, Any]:
+    """The record of a row's conversation; a pair has two."""
+    mask = [int(label != IGNORED) for label in labels]
+    pieces = [table[token] for token in ids]
+    assert row.parsed is not None  # rows of the dataset are good rows
+    return {
+        "text": b"".join(pieces).decode(errors="replace"),
+        "roles": _role_spans(labeled, row.parsed.messages, row.parsed.tools),
+        "length": row.length,
+        "ids": ids,
+        "tokens": labeled.labeler.tokenizer.convert_ids_to_tokens(ids),
+        "bytes": [piece.hex() for piece in pieces],
+        "mask": mask,
+        "oracle": row.audit.spans if row.audit else None,
+        "findings": [finding.as_json() for finding in row.audit.findings] if row.audit else None,
+        "trained_text": _trained_text(pieces, mask),
+    }
+
+
+def _sides(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The conversations of a record, by name: one without a name, or the two of a pair."""
+    return {"": record} if "ids" in record else {name: record[name] for name in ("chosen", "rejected")}
 
 
 def _role_spans(labeled: "Labeled", messages: list[dict[str, Any]], tools: list[Any] | None) -> list[dict[str, Any]]:
@@ -114,7 +131,7 @@ def summarize(labeled: "Labeled") -> dict[str, Any]:
     """
     tokenizer = labeled.labeler.tokenizer
     ledgers = labeled.known
-    findings = Counter(dict.fromkeys(KINDS, 0))
+    findings = Counter(dict.fromkeys(labeled.labeler.kinds, 0))
     for ledger in (*ledgers, *labeled.eval_ledgers):
         findings.update(ledger.findings)
         findings["injected"] += ledger.dropped.get("injected", 0)
@@ -145,6 +162,7 @@ def summarize(labeled: "Labeled") -> dict[str, Any]:
         "supervised_tokens_cut": total("lost_supervised_tokens"),
         "answers_without_stop": total("cut_stops"),
         "answers_lost": total("cut_answers"),
+        **labeled.labeler.ledger.summary(ledgers),
         "sources": [asdict(ledger) for ledger in ledgers],
         "stop_token": labeled.labeler.oracle.stop if labeled.labeler.oracle else None,
         "eos_token": tokenizer.eos_token,
@@ -166,7 +184,7 @@ def _verdict(summary: dict[str, Any]) -> tuple[str, str]:
     notes: list[str] = []
     for kind, count in summary["findings"].items():
         if count and kind != "injected":  # those rows are dropped
-            said = f"stop ({count:,})" if kind == "stop" else f"{kind} in {counted(count, 'row')}"
+            said = f"stop ({count:,})" if kind == "stop" else f"{kind} in {counted(count, _noun(summary))}"
             (notes if kind in NOTES else defects).append(said)
     if summary["mask"] == "all tokens":
         warnings.append(
@@ -174,7 +192,9 @@ def _verdict(summary: dict[str, Any]) -> tuple[str, str]:
         )
     elif not summary["audited"]:
         warnings.append("nothing is audited (audit.gate=off)")
-    if summary["rows_shortened"] > MOST_SHORTENED * summary["rows"]:
+    if long := _too_long(summary):
+        warnings.append(long)
+    elif summary["rows_shortened"] > MOST_SHORTENED * summary["rows"]:
         enough = summary["lengths"]["p99"]
         warnings.append(
             f"{summary['rows_shortened']:,} of {summary['rows']:,} rows lost a part of what is trained at "
@@ -187,6 +207,27 @@ def _verdict(summary: dict[str, Any]) -> tuple[str, str]:
     return "clean", "; ".join([f"the loss falls on {', and on '.join(places)}", *notes])
 
 
+def _noun(summary: dict[str, Any]) -> str:
+    return "pair" if "pairs" in summary else "row"
+
+
+def _too_long(summary: dict[str, Any]) -> str | None:
+    """Of pairs: how many do not fit in `max_length`, where they are too many."""
+    if "pairs" not in summary:
+        return None
+    cut, long, one_side = summary["rows_shortened"], *map(summary["pairs"].get, ("long_prompts", "one_side_cut"))
+    some, total = cut + long + one_side, summary["rows"] + long + one_side
+    if some <= MOST_SHORTENED * total:
+        return None
+    fates = [(cut, "lost the end of both answers"), (one_side, "would lose that of one answer, and are not used")]
+    fates.append((long, "have no room for an answer, and are not used"))
+    return (
+        f"{some:,} of {total:,} pairs are longer than train.max_length={summary['max_length']} ("
+        + ", ".join(f"{count:,} {fate}" for count, fate in fates if count)
+        + f"); train.max_length={summary['pairs']['fits']} would keep 99 % of the pairs whole"
+    )
+
+
 def public(summary: dict[str, Any]) -> dict[str, Any]:
     """What of the summary may leave the machine: nothing that quotes or identifies a row."""
     return {name: value for name, value in summary.items() if name not in ("sources", "digests")}
@@ -197,12 +238,13 @@ def for_manifest(labeled: "Labeled") -> dict[str, Any]:
     summary = summarize(labeled)
     kept = ("verdict", "verdict_text", "mask", "findings", "rows_cut", "rows_shortened", "date")
     rows = summary["rows"] - summary["documents"] if summary["audited"] else 0
-    return {name: summary[name] for name in kept} | {"rows": rows}
+    of_pairs = {"pairs": summary["pairs"]} if "pairs" in summary else {}
+    return {name: summary[name] for name in kept} | {"rows": rows} | of_pairs
 
 
 def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The summary as (name, value) lines, for terminal and page."""
-    dropped: Counter[str] = Counter()
+    noun, dropped = _noun(summary), Counter[str]()
     for source in summary["sources"]:
         dropped.update(source["dropped"])
     rows = f"{summary['rows']:,}" + (" (the first; more are streamed)" if summary["only_first_rows"] else "")
@@ -218,17 +260,19 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
             ("answers_without_stop", "stop token"),
             ("answers_lost", "whole answer"),
         )
-        cut = f"{counted(summary['rows_cut'], 'row')} cut at {summary['max_length']}; lost: "
+        cut = f"{counted(summary['rows_cut'], noun)} cut at {summary['max_length']}; lost: "
         cut += ", ".join(counted(summary[name], what) for name, what in lost)
+    more = [("answers", lengths_of_pairs(summary["pairs"]))] if "pairs" in summary else []
     dated = [("date", f"{summary['date']}, pinned: the template asks for today's")] if summary["date"] else []
     return [
-        ("rows", rows + "".join(f", {count:,} dropped ({reason})" for reason, count in dropped.items())),
+        (f"{noun}s", rows + "".join(f", {count:,} dropped ({reason})" for reason, count in dropped.items())),
         ("labels from", labels),
         (
             "trained",
             f"{summary['supervised_tokens']:,} of {summary['tokens']:,} tokens ({summary['supervised_share']:.1%})",
         ),
-        ("tokens in a row", ", ".join(f"{name} {value:,}" for name, value in summary["lengths"].items())),
+        *more,
+        (f"tokens in a {noun}", ", ".join(f"{name} {value:,}" for name, value in summary["lengths"].items())),
         ("truncation", cut),
         *dated,
         ("stop / eos / pad", f"{summary['stop_token']} / {summary['eos_token']} / {summary['pad_token']}"),
@@ -252,12 +296,13 @@ def show(records: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     console.print(Text(line(summary), style=style))
     for name, value in facts(summary):
         console.print(Text(f"  {name:<17}{one_line(value)}"))
-    if records:
-        text = Text(one_line(f"  {short(records[0]['place'])}: "))
-        for piece, trained in list(zip(records[0]["bytes"], records[0]["mask"], strict=True))[:120]:
+    for name, side in _sides(records[0]).items() if records else ():
+        text = Text(one_line(f"  {name or short(records[0]['place'])}: "))
+        start = max(0, side["mask"].index(1) - 40) if name and 1 in side["mask"] else 0  # of a pair, where it parts
+        for piece, trained in list(zip(side["bytes"], side["mask"], strict=True))[start : start + 120]:
             shown = one_line(bytes.fromhex(piece).decode(errors="replace"))
             text.append(shown, style="green" if trained else "dim")
-        console.print(text.append("…" if len(records[0]["mask"]) > 120 else ""))
+        console.print(text.append("…" if len(side["mask"]) > start + 120 else ""))
 
 
 def page(records: list[dict[str, Any]], summary: dict[str, Any]) -> str:
@@ -267,32 +312,47 @@ def page(records: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         **{name: summary[name] for name in ("verdict", "verdict_text", "tokenizer_findings")},
         colours=_COLOURS,
         facts=facts(summary),
-        kinds=KINDS,
+        kinds=ALL_KINDS,
         rows=[_shown(record) for record in records],
     )
 
 
 def _shown(record: dict[str, Any]) -> dict[str, Any]:
     """A recorded row as the page shows it."""
-    findings = record["findings"] or []
-    cut = record["length"] - len(record["ids"])
+    sides = _sides(record)
+    findings = [finding | {"side": name} for name, side in sides.items() for finding in side["findings"] or []]
+    cut = {name: side["length"] - len(side["ids"]) for name, side in sides.items()}
     tags = [("note" if kind in NOTES else "bad", kind) for kind in sorted({finding["kind"] for finding in findings})]
     if record["format"] == TEXT:
         tags = [("note", TEXT)]
-    elif not findings and not cut:
-        tags = [("note", "not audited") if record["findings"] is None else ("good", "clean")]
-    if cut:
-        tags.append(("warn", f"cut: {len(record['ids']):,} of {record['length']:,} tokens"))
+    elif not findings and not any(cut.values()):
+        tags = [
+            ("note", "not audited") if any(side["findings"] is None for side in sides.values()) else ("good", "clean")
+        ]
+    for name, side in sides.items():
+        if cut[name]:
+            tags.append(("warn", f"{name} cut: {len(side['ids']):,} of {side['length']:,} tokens".lstrip()))
+    first = next(iter(sides.values()))
     about = [f"row {record['row']}" if record["row"] is not None else "outside the data set, or streamed"]
-    about += [", ".join(span["role"] for span in record["roles"])] if record["roles"] else []
-    about += [f"{sum(record['mask'])} of {len(record['mask'])} tokens trained"]
+    about += [", ".join(span["role"] for span in first["roles"])] if first["roles"] else []
+    about += [f"{sum(side['mask'])} of {len(side['mask'])} tokens trained" for side in sides.values()]
     return {
         "place": short(record["place"]),
         "tags": tags,
         "facts": "; ".join(about),
         "findings": [finding | {"where": where(finding)} for finding in findings],
-        "tokens": list(_tokens(record)),
-        "cut": cut,
+        **_parts(sides, cut),
+    }
+
+
+def _parts(sides: dict[str, dict[str, Any]], cut: dict[str, int]) -> dict[str, Any]:
+    """The tokens of a row as the page shows them: all as one `side`; of a pair the `prompt`, then each answer."""
+    shown = {name: list(_tokens(side)) for name, side in sides.items()}
+    starts = {name: side["mask"].index(1) if name and 1 in side["mask"] else 0 for name, side in sides.items()}
+    prompts = [tokens[: starts[name]] for name, tokens in shown.items()]
+    return {
+        "prompt": max(prompts, key=lambda tokens: sum(" f" in token["classes"] for token in tokens)),
+        "sides": [{"name": name, "tokens": tokens[starts[name] :], "cut": cut[name]} for name, tokens in shown.items()],
     }
 
 
@@ -324,16 +384,21 @@ def diff(first: Path, second: Path) -> tuple[bool, str]:
     (rows_a, a), (rows_b, b) = _read(first), _read(second)
     hashes = a["stream_sha256"][:16], b["stream_sha256"][:16]
     if a["stream_sha256"] == b["stream_sha256"]:
-        return True, f"the same {a['rows']:,} rows, token by token with the same mask (stream sha256 {hashes[0]})"
+        what = f"{a['rows']:,} {_noun(a)}s, token by token with the same mask"
+        return True, f"the same {what} (stream sha256 {hashes[0]})"
     lines = [f"different streams: {hashes[0]} and {hashes[1]}"]
     for name in ("rows", "mask", "max_length", "template_sha256", "eos_token"):
         if a[name] != b[name]:
             lines.append(f"  {name}: {a[name]} and {b[name]}")
+    if _noun(a) != _noun(b):
+        return False, "\n".join([*lines, f"  one is of {_noun(a)}s, the other of {_noun(b)}s"])
     others = {row["row"]: row for row in rows_b if row["row"] is not None}
     pairs = [(row, others[row["row"]]) for row in rows_a if row["row"] in others]
     for row_a, row_b in sorted(pairs, key=lambda pair: pair[0]["row"]):
-        if (row_a["ids"], row_a["mask"]) != (row_b["ids"], row_b["mask"]):
-            return False, "\n".join([*lines, _first_difference(row_a, row_b)])
+        for (name, side_a), side_b in zip(_sides(row_a).items(), _sides(row_b).values(), strict=True):
+            if (side_a["ids"], side_a["mask"]) != (side_b["ids"], side_b["mask"]):
+                place = f"row {row_a['row']}, {name}".rstrip(", ")
+                return False, "\n".join([*lines, _first_difference(place, side_a, side_b)])
     size = a["digest_rows"]
     blocks = [[summary["digests"][at : at + 8] for at in range(0, len(summary["digests"]), 8)] for summary in (a, b)]
     differing = [number for number, (x, y) in enumerate(zip_longest(*blocks)) if x != y]
@@ -344,7 +409,7 @@ def diff(first: Path, second: Path) -> tuple[bool, str]:
     return False, "\n".join(lines)
 
 
-def _first_difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+def _first_difference(place: str, a: dict[str, Any], b: dict[str, Any]) -> str:
     tokens = zip_longest(zip(a["ids"], a["mask"], strict=True), zip(b["ids"], b["mask"], strict=True))
     at = next(number for number, (token_a, token_b) in enumerate(tokens) if token_a != token_b)
 
@@ -354,12 +419,12 @@ def _first_difference(a: dict[str, Any], b: dict[str, Any]) -> str:
         return f"{row['tokens'][at]!r} (id {row['ids'][at]}, {'trained' if row['mask'][at] else 'context'})"
 
     before = bytes.fromhex("".join(a["bytes"][max(0, at - 8) : at])).decode(errors="replace")
-    return f"  first difference: row {a['row']}, token {at}, after {before!r}: {token(a)} and {token(b)}"
+    return f"  first difference: {place}, token {at}, after {before!r}: {token(a)} and {token(b)}"
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
-        return [line for line in lines if "ids" in line], next(line["summary"] for line in lines if "summary" in line)
+        return [line for line in lines if "row" in line], next(line["summary"] for line in lines if "summary" in line)
     except (OSError, ValueError, StopIteration, TypeError) as error:
         raise UserError(f"{path} is no template audit: {error or 'it has no summary line'}") from None

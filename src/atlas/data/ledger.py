@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from atlas.audit.pairs import lengths_of_pairs
 from atlas.audit.spans import NOTES, where
 from atlas.errors import UserError
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 EXAMPLES = 3  # rows shown per reason and per kind of finding
 _BINS = 40
-LENGTH_BIAS = 0.1  # said where the longer answer is the chosen one in less than 40 % or more than 60 % of the pairs
-_FEWEST = 20  # pairs; of fewer, such a share may be chance
 EMPTY_MASK = "empty mask"
 FULLY_TRUNCATED = "fully truncated"
 DUPLICATE = "duplicate"
@@ -183,6 +182,11 @@ class SourceLedger:
         """What there is to say of the used rows besides their tokens."""
         return []
 
+    @classmethod
+    def summary(cls, ledgers: Sequence[Any]) -> dict[str, Any]:
+        """What the audit's summary has for such rows alone. `ledgers`: of this class."""
+        return {}
+
     def table(self) -> str:
         """The ledger as a few lines of text."""
         share = self.supervised_tokens / max(self.tokens, 1)
@@ -235,25 +239,25 @@ class PairLedger(SourceLedger):
         }
 
     def more(self) -> list[str]:
-        """The lengths of the answers: a model can learn to prefer them by length alone."""
-        return [lengths_of_pairs([self])] if self.used else []
+        return [f"answers: {lengths_of_pairs(self.summary([self])['pairs'])}"] if self.used else []
 
-
-def lengths_of_pairs(ledgers: Sequence[PairLedger]) -> str:
-    """Mean lengths of chosen and rejected answers, and how often the chosen one is the longer; says so where that is far from
-    half of the pairs."""
-    used, chosen, all_tokens, longer, shorter = (
-        sum(getattr(ledger, name) for ledger in ledgers)
-        for name in ("used", "chosen_tokens", "supervised_tokens", "chosen_longer", "rejected_longer")
-    )
-    share = longer / max(longer + shorter, 1)
-    text = (
-        f"answers: chosen {chosen / max(used, 1):.0f} tokens on average, rejected {(all_tokens - chosen) / max(used, 1):.0f}; "
-        f"the chosen one is longer in {longer / max(used, 1):.0%} of the pairs, shorter in {shorter / max(used, 1):.0%}"
-    )
-    if abs(share - 0.5) > LENGTH_BIAS and longer + shorter >= _FEWEST:
-        text += f" (length bias: a model that only learns to write {'more' if share > 0.5 else 'less'} gets most pairs right)"
-    return text
+    @classmethod
+    def summary(cls, ledgers: Sequence[Any]) -> dict[str, Any]:
+        """Tokens of both sides, how often each is the longer one, which pairs are too long, and what would hold 99 % of them."""
+        names = ("used", "supervised_tokens", "chosen_tokens", "chosen_longer", "rejected_longer")
+        used, supervised, chosen, longer, shorter = (sum(getattr(one, name) for one in ledgers) for name in names)
+        return {
+            "pairs": {
+                "used": used,
+                "chosen_tokens": chosen,
+                "rejected_tokens": supervised - chosen,
+                "chosen_longer": longer,
+                "rejected_longer": shorter,
+                "long_prompts": sum(one.dropped.get(LONG_PROMPT, 0) for one in ledgers),
+                "one_side_cut": sum(one.dropped.get(ONE_SIDE_CUT, 0) for one in ledgers),
+                "fits": max((one.fits for one in ledgers), default=0),
+            }
+        }
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ _SEAL = "<!-- made by atlas, "
 MARKS = {  # a text that only atlas writes into these files, which stand beside an adapter
     "audit_summary.json": '"stream_sha256"',
     "data_report.html": "<title>atlas: the data</title>",
+    "dpo_template_audit.html": "<title>atlas: what is trained</title>",
     "report.html": "<title>atlas: the run",
     "scores.json": '"adapter_sha256"',
     "sft_template_audit.html": "<title>atlas: what is trained</title>",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from atlas.audit.report import AUDIT_PAGE, facts
+from atlas.audit.report import AUDIT_PAGES, facts
 from atlas.cli import command
 from atlas.console import duration, say, visible
 from atlas.data.ledger import HeldOut
@@ -108,8 +108,8 @@ def _run(folder: Folder, scores: Scored, to: Path) -> dict[str, Any]:
         about_log = f"There is no {LOG} (an older version of atlas made this run, or it was removed): "
         about_log += f"the curves are those of {folder.log_file}." if folder.log_file else "there are no curves."
     held_out = manifest.get("data", {}).get("held_out")
-    pages = {"what is trained, token by token": AUDIT_PAGE, "the data": REPORT}
-    there = {name: folder.path / file for name, file in pages.items() if (folder.path / file).is_file()}
+    pages = {"what is trained, token by token": AUDIT_PAGES, "the data": REPORT}
+    there = {name: path for name, pattern in pages.items() for path in folder.path.glob(pattern)}
     return {
         "name": folder.name,
         "colour": colour,
