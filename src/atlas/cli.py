@@ -222,6 +222,7 @@ _CHAT = "a conversation with a tuned model; an empty line or /quit ends it, /res
 COMMANDS = {
     "init": Command("atlas.init", "a commented config for your own data", _init),
     "sft": Command("atlas.train.sft", "supervised fine-tuning: one config -> an adapter with proven labels", _training),
+    "dpo": Command("atlas.train.dpo", "preference tuning (DPO): goes on from an SFT adapter", _training),
     "launch": Command("atlas.train.launcher", "a command on several processes, on one machine or several", _launch),
     "preflight": Command("atlas.train.preflight", "finds in seconds what would make a run fail later", _run),
     "sanity": Command(

@@ -35,7 +35,7 @@ def test_the_function_is_that_of_full_logits(rows: int, bias: bool, trained: boo
     bias_of = torch.randn(97, requires_grad=trained) if bias else None
     learned = [tensor for tensor in (hidden, weight, bias_of) if tensor is not None and tensor.requires_grad]
     share = torch.rand(rows)  # each token its own weight in the loss
-    found, entropy, is_top1 = SupervisedLogProb.apply(hidden, weight, bias_of, targets, 0.7)
+    found, entropy, is_top1, mean = SupervisedLogProb.apply(hidden, weight, bias_of, targets, 0.7)
     gradients = torch.autograd.grad((found * share).sum(), learned)
 
     logits = 0.7 * torch.nn.functional.linear(hidden, weight, bias_of)
@@ -48,6 +48,7 @@ def test_the_function_is_that_of_full_logits(rows: int, bias: bool, trained: boo
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropy, -(log_probs.exp() * log_probs).sum(-1), atol=1e-5, rtol=1e-5)
     assert torch.equal(is_top1, logits.argmax(-1) == targets)
+    torch.testing.assert_close(mean, logits.mean(-1), atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         assert torch.equal(SupervisedLogProb.apply(hidden, weight, bias_of, targets, 0.7)[0], found)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,17 +187,17 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def put_adapter(model: "PreTrainedModel", adapter: Adapter) -> "PeftModel":
-    """`model` with the adapter on it. Raises `UserError` where it does not fit: PEFT alone leaves out the weights that do not fit,
-    so that the bare base would pass for the tuned model."""
+def put_adapter(model: "PreTrainedModel", adapter: Adapter, trainable: bool = False) -> "PeftModel":
+    """`model` with the adapter on it, to be used, or to be trained on. Raises `UserError` where it does not fit: PEFT alone leaves
+    out the weights that do not fit, so that the bare base would pass for the tuned model."""
     from peft import PeftConfig, get_peft_model
 
     unfit = f"{adapter.name} does not fit on {model.name_or_path!r}: "
     try:
         config = PeftConfig.from_pretrained(str(adapter.folder))
-        config.inference_mode, config.base_model_name_or_path = True, model.name_or_path
+        config.inference_mode, config.base_model_name_or_path = not trainable, model.name_or_path
         tuned: PeftModel = get_peft_model(model, config)
-        found = tuned.load_adapter(str(adapter.folder), "default")
+        found = tuned.load_adapter(str(adapter.folder), "default", is_trainable=trainable)
     # names of modules that are not there or a config without meaning, other shapes, a damaged file
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         text = f"unknown name {error}" if isinstance(error, KeyError) else first_line(error)
@@ -204,7 +205,7 @@ def put_adapter(model: "PreTrainedModel", adapter: Adapter) -> "PeftModel":
     for kind, keys in (("lacks", found.missing_keys), ("has unknown", found.unexpected_keys)):
         if keys:
             raise UserError(f"{unfit}{WEIGHTS} {kind} {len(keys)} weights ({min(keys)}, ...)")
-    return tuned.eval()
+    return tuned.train(trainable)
 
 
 def lora_config(settings: LoraSettings) -> "LoraConfig":
@@ -238,13 +239,35 @@ def cast_trainable_to_fp32(model: Any, keep: bool = False) -> int:
     return count
 
 
+def change_of(result: Mapping[str, Any]) -> float | None:
+    """By how much a run has changed what it trains, as its manifest's `result` says; 0.0: not at all."""
+    known = (result[key] for key in ("weights_change", "adapter_change", "lora_b_norm") if key in result)
+    found: float | None = next(known, None)
+    return found
+
+
+def change_from(model: Any, reference: str) -> float:
+    """How far the trained adapter `default` is from the frozen adapter `reference` of the same shape: the Euclidean norm of their
+    difference over that of the reference. Every process has to call it."""
+    from atlas.models.shards import whole
+
+    parameters = dict(model.named_parameters())
+    difference = size = 0.0
+    for name, parameter in parameters.items():
+        if parameter.requires_grad and ".default" in name:
+            before = whole(parameters[name.replace(".default", f".{reference}")]).double()
+            difference += float((whole(parameter).double() - before).pow(2).sum())
+            size += float(before.pow(2).sum())
+    return (difference / size) ** 0.5 if size else difference
+
+
 def lora_b_norm(model: Any) -> float:
-    """The Euclidean norm over all LoRA B matrices, those of embeddings too. They start at zero: 0.0 means that no step changed the
-    model. Every process has to call it."""
+    """The Euclidean norm over all LoRA B matrices that are trained, those of embeddings too. They start at zero: 0.0 means that no
+    step changed the model. Every process has to call it."""
     from atlas.models.shards import whole
 
     total = 0.0
     for name, parameter in model.named_parameters():
-        if "lora_B" in name or "lora_embedding_B" in name:
+        if parameter.requires_grad and ("lora_B" in name or "lora_embedding_B" in name):
             total += float(whole(parameter).double().pow(2).sum())
     return total**0.5

@@ -66,7 +66,12 @@ def fuse_dropout(model: torch.nn.Module) -> int:
     for module in model.modules():
         for name, a in list(getattr(module, "lora_A", {}).items()):
             dropout = module.lora_dropout[name]
-            if type(dropout) is not torch.nn.Dropout or type(a) is not torch.nn.Linear or name in module.lora_variant:
+            if (
+                type(dropout) is not torch.nn.Dropout
+                or not dropout.p
+                or type(a) is not torch.nn.Linear
+                or name in module.lora_variant
+            ):
                 continue
             fused = DroppedLinear(a.in_features, a.out_features, bias=False, device="meta")
             fused.weight, fused.p = a.weight, dropout.p

@@ -410,7 +410,7 @@ def load_model(
     _refuse_other_family(tokenizer, model)
     _refuse_broken(model, tokenizer, repr(str(base)))
     if adapter is not None:
-        _refuse_another_base(adapter, str(base), revision)
+        refuse_another_base(adapter, str(base), revision)
         model = put_adapter(model, adapter)
         _refuse_broken(model, tokenizer, adapter.name)
     return model, tokenizer
@@ -431,7 +431,7 @@ def _refuse_broken(model: Any, tokenizer: "PreTrainedTokenizerBase", name: str) 
     )
 
 
-def _refuse_another_base(adapter: Adapter, name: str, revision: str | None) -> None:
+def refuse_another_base(adapter: Adapter, name: str, revision: str | None) -> None:
     """Raises `UserError` where the base model's files are not those that the adapter was trained on. A base of the same shape takes
     the adapter without an error."""
     trained = adapter.manifest.get("base", {})

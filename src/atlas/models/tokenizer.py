@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from atlas.config import Config
 from atlas.errors import UserError, first_line
+from atlas.models.parent import find_parent
 from atlas.models.template import (
     TemplateRefusedError,
     UnknownTemplateError,
@@ -43,6 +44,8 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     model = config.model
     if model.tokenizer_name:
         key, name, revision = "model.tokenizer_name: ", model.tokenizer_name, model.tokenizer_revision
+    elif (parent := find_parent(config)) and (parent.folder / "tokenizer_config.json").is_file():
+        key, name, revision = "model.adapter: ", str(parent.folder), None
     else:
         key, name, revision = "model.name: ", model.name, model.revision
     tokenizer = read_tokenizer(name, revision, key)

@@ -7,6 +7,7 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 from atlas.console import duration
+from atlas.models.adapters import change_of
 from atlas.report.curves import short
 from atlas.report.folder import Folder
 from atlas.report.scores import Scored
@@ -105,8 +106,12 @@ def _held_out(folder: Folder) -> Iterator[Said]:
 
 def _changed(folder: Folder) -> Iterator[Said]:
     result = folder.manifest.get("result", {})
-    if result.get("lora_b_norm", result.get("weights_change")) == 0.0:
-        yield Said("bad", "nothing was trained", "no step changed the weights: all scores would be the base model's")
+    if change_of(result) == 0.0:
+        yield Said(
+            "bad",
+            "nothing was trained",
+            "no step changed the weights: all scores would be those of the model it began with",
+        )
 
 
 def _warnings(folder: Folder) -> Iterator[Said]:

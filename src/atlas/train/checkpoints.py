@@ -48,14 +48,22 @@ class Identity:
     """An id of this start of the run. A run that resumes keeps the id. Checkpoints of another start are not its own to count."""
     batching: str = ""
     """How rows stand in micro-batches. A run that resumes keeps it, also where `train.batching: auto` would now differ."""
+    parent: str | None = None
+    """SHA-256 of the adapter that it goes on from."""
     over: str | None = None
     """SHA-256 of the manifest of a finished run over which `--resume never` trains."""
 
     @staticmethod
     def of(
-        loaded: LoadedConfig, data: str | None, hardware: str, base: str | None, strategy: str | None = None
+        loaded: LoadedConfig,
+        data: str | None,
+        hardware: str,
+        base: str | None,
+        strategy: str | None = None,
+        parent: str | None = None,
     ) -> "Identity":
-        return Identity(loaded.config_hash, experiment(loaded.config), data, hardware, base, processes(), strategy)
+        found = Identity(loaded.config_hash, experiment(loaded.config), data, hardware, base, processes(), strategy)
+        return replace(found, parent=parent)
 
     def started(self, output_dir: Path, checkpoint: Path | None) -> "Identity":
         """The same with the id of a new start in `output_dir`, or with that of `checkpoint`."""
@@ -162,9 +170,9 @@ def finished_manifest(output_dir: Path, run: Identity) -> dict[str, Any] | None:
 
 def _of_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a finished run that `_difference` compares."""
-    parts = {"data": "fingerprint", "base": "content"}
+    parts = {"data": "fingerprint", "base": "content", "parent": "sha256"}
     known = {key: part.get(name) for key, name in parts.items() if isinstance(part := manifest.get(key), dict)}
-    return {**manifest, "data": None, "base": None, **known}
+    return {**manifest, "data": None, "base": None, "parent": None, **known}
 
 
 def refuse_other_runs(output_dir: Path, run: Identity) -> None:
@@ -292,6 +300,8 @@ def _difference(contents: Mapping[str, Any], run: Identity) -> str | None:
         if there is None:
             return "it is of an earlier version of atlas, which did not record its base model"
         return f"the base model of this name has changed (config and weights: {there[:8]} there, {run.base[:8]} here)"
+    if run.base is not None and contents.get("parent") != run.parent:
+        return "the adapter that it goes on from (model.adapter) has changed since"
     if (number := contents.get("processes")) != run.processes:
         return (
             f"it was trained by {number} processes. This launch has {run.processes}, which would train other rows: start "

@@ -38,6 +38,10 @@ class Halving(Trainer):
     def restore_counts(self, counts: Mapping[str, Any]) -> None:
         """The counts of a checkpoint, or from before an attempt that failed."""
 
+    def halves(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A micro-batch in two parts, or in one where it cannot be parted."""
+        return halves(inputs)
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
@@ -52,7 +56,7 @@ class Halving(Trainer):
             if loss is not None:
                 self._of_step.append(inputs)
                 return loss
-            if not may_split or len(halves(inputs)) == 1:
+            if not may_split or len(self.halves(inputs)) == 1:
                 self._does_not_fit(reason)
             for parameter in trained:
                 parameter.grad = None
@@ -68,12 +72,12 @@ class Halving(Trainer):
             # A backward pass that breaks off has changed some of the gradients. Those of the step's earlier micro-batches are
             # computed again: a copy of them before each backward pass would take 4 bytes for each trained number.
             for earlier in self._of_step:
-                loss, reason = self._attempt(model, halves(earlier), num_items_in_batch)
+                loss, reason = self._attempt(model, self.halves(earlier), num_items_in_batch)
                 if loss is None:
                     self._does_not_fit(reason)
             self.restore_counts(counts)
             restore_metric_sums(self, metrics)
-        loss, reason = self._attempt(model, halves(inputs), num_items_in_batch)
+        loss, reason = self._attempt(model, self.halves(inputs), num_items_in_batch)
         if loss is None:
             self._does_not_fit(reason)
         return loss

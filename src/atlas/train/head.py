@@ -20,7 +20,8 @@ class SupervisedLogProb(torch.autograd.Function):
     """The log-probabilities of target tokens under an LM head.
 
     `apply(hidden, weight, bias, targets, scale)` with hidden states (N, H), weight (V, H), bias (V) or None, targets (N) and the
-    model's factor on the logits -> log-probabilities, entropies in nats, and whether the target is the likeliest token, each (N).
+    model's factor on the logits -> log-probabilities, entropies in nats, whether the target is the likeliest token, and the mean of
+    the logits over the vocabulary, each (N).
     Only the log-probabilities have a gradient. It is exact for any weights of the tokens:
     d log p(t) / d h = scale * (W[t] - sum_v p(v) W[v]) is kept, (N, H), and the backward pass multiplies it.
     """
@@ -33,11 +34,11 @@ class SupervisedLogProb(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = len(hidden)
         logits = _chunk(hidden, weight)
         exponentials = torch.empty_like(logits)
-        log_probs, entropy, log_totals = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(3))
+        log_probs, entropy, log_totals, mean = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(4))
         is_top1 = targets.new_empty(rows, dtype=torch.bool)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, rows, len(logits)):
@@ -52,15 +53,16 @@ class SupervisedLogProb(torch.autograd.Function):
             log_probs[part] = z.gather(-1, target[:, None])[:, 0] - log_total
             entropy[part] = log_total - torch.linalg.vecdot(e, z) / total
             is_top1[part] = likeliest == target
+            mean[part] = z.mean(-1)
             if gradient is not None:
                 expected = e.to(weight.dtype) @ weight
                 gradient[part] = scale * (weight[target] - expected / total[:, None])
         trained = any(ctx.needs_input_grad[1:3])
         ctx.save_for_backward(gradient, *((hidden, weight, bias, targets, log_totals) if trained else ()))
         ctx.scale = scale
-        ctx.mark_non_differentiable(entropy, is_top1)
+        ctx.mark_non_differentiable(entropy, is_top1, mean)
         ctx.set_materialize_grads(False)
-        return log_probs, entropy, is_top1
+        return log_probs, entropy, is_top1, mean
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -101,13 +103,19 @@ def supervised_log_prob(
     logits are bent (Gemma), and one that is trained and that DeepSpeed takes apart between forward and backward pass, is left to
     TRL's function `of_trl`."""
     apart = weight.requires_grad and hasattr(weight, "ds_id")
-    if apart or softcap is not None or not {"entropy", "is_top1"}.issuperset(set(outputs) - {"log_probs"}):
+    if (
+        apart
+        or softcap is not None
+        or not {"entropy", "is_top1", "mean_logits"}.issuperset(set(outputs) - {"log_probs"})
+    ):
         found: tuple[torch.Tensor | None, ...] = of_trl(
             hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
         )
         return found
-    log_probs, entropy, is_top1 = SupervisedLogProb.apply(hidden, weight, bias, targets, scale / temperature)
-    return log_probs, entropy, None, None, is_top1
+    log_probs, entropy, is_top1, mean_logits = SupervisedLogProb.apply(
+        hidden, weight, bias, targets, scale / temperature
+    )
+    return log_probs, entropy, None, mean_logits, is_top1
 
 
 def _chunk(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

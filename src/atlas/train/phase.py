@@ -81,7 +81,7 @@ class Phase:
     """Its own lines of preflight: name -> (status, text)."""
 
 
-PHASES: dict[str, str] = {"sft": "atlas.train.sft:SFT"}
+PHASES: dict[str, str] = {"sft": "atlas.train.sft:SFT", "dpo": "atlas.train.dpo:DPO"}
 """Where each phase's record is, by name. A record is imported only when it is asked for."""
 
 

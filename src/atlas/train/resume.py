@@ -21,6 +21,7 @@ from atlas.console import say
 from atlas.data.batches import Filled, LengthGroups
 from atlas.errors import RunError, first_line
 from atlas.files import write_json
+from atlas.models.adapters import lora_b_norm
 from atlas.models.shards import gathered, own_part
 from atlas.train import checkpoints
 from atlas.train.halving import Halving
@@ -86,6 +87,11 @@ class Resumable(Halving):
     def result(self) -> dict[str, Any]:
         """What a trainer adds to the result in manifest.json; every process has to call it."""
         return {}
+
+    def change(self) -> dict[str, float]:
+        """By how much the run has changed its adapter, under the name that manifest.json has for it (`change_of`); every process
+        has to call it."""
+        return {"lora_b_norm": lora_b_norm(self.model)}
 
     def decided(self) -> dict[str, str]:
         """What a trainer has decided for the user: what, and in words which way and why. Printed once, when the run starts."""

@@ -27,7 +27,7 @@ from atlas.hub.card import write_card
 from atlas.hub.push import push
 from atlas.launch import is_main_process, set_up_torch
 from atlas.lock import held
-from atlas.models.adapters import base_of, cast_trainable_to_fp32, lora_b_norm
+from atlas.models.adapters import base_of, cast_trainable_to_fp32, change_of, put_adapter
 from atlas.models.load import load_base_model_and_tokenizer
 from atlas.models.weights import Sample, weights_sha256
 from atlas.terminal import quiet_libraries, record_in
@@ -44,6 +44,7 @@ from atlas.train.strategy import DDP, DEEPSPEED, SINGLE, begin_deepspeed, refuse
 from atlas.train.timing import Parts
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from atlas.train.callbacks.meter import Meter
@@ -97,10 +98,10 @@ def _one(phase: str, train: Train, arguments: Namespace) -> int:
         audit(loaded)
         return DONE
     run = train(loaded, arguments.resume)
-    if run.manifest["result"].get("lora_b_norm", run.manifest["result"].get("weights_change")) == 0.0:
-        what = "weights" if loaded.config.lora is None else "adapter (LoRA B is zero)"
+    if change_of(run.manifest["result"]) == 0.0:
+        what = "weights" if loaded.config.lora is None else "adapter"
         print(
-            f"error: no step changed the {what}, so all scores would be the base model's. "
+            f"error: no step changed the {what}, so all scores would be those of the model it began with. "
             f"{_why_unchanged(loaded, run.manifest['result']['steps'])}",
             file=sys.stderr,
         )
@@ -134,6 +135,7 @@ def open_run(phase: "Phase", loaded: LoadedConfig, resume: str) -> "Iterator[Run
     ready = preflight(loaded, resume, start)
     say(f"preflight\n{ready.table()}", flush=True)
     ready.refuse_failures()
+    loaded = ready.loaded  # with what follows from the adapter that it goes on from
     folder, config = Path(loaded.config.output.dir), loaded.config
     with watched(config.train_value("ddp_timeout")):
         agree(
@@ -255,7 +257,12 @@ class Run:
         reads each checkpoint whole, and the id of a start is drawn."""
         ready = self.ready
         identity = Identity.of(
-            self.loaded, self.rows.fingerprint, ready.plan.hardware, ready.base.content, ready.strategy.name
+            self.loaded,
+            self.rows.fingerprint,
+            ready.plan.hardware,
+            ready.base.content,
+            ready.strategy.name,
+            ready.parent_sha256,
         )
         if self.resume == "auto" and (manifest := finished_manifest(self.folder, identity)) is not None:
             print(f"this run is finished: {self.folder} (--resume never trains it again)")
@@ -263,8 +270,9 @@ class Run:
         checkpoint = checkpoint_to_resume(self.folder, self.resume, identity)
         return identity.started(self.folder, checkpoint), checkpoint, None
 
-    def load_base_model(self) -> "PreTrainedModel":
-        """The base model of the config, in 4 bits or not; the tokenizer is set to match it."""
+    def load_base_model(self) -> "PreTrainedModel | PeftModel":
+        """The base model of the config, in 4 bits or not, with the adapter that the run goes on from, where there is one; the
+        tokenizer is set to match it."""
         ready = self.ready
         if ready.strategy.name in DEEPSPEED:
             # What DeepSpeed is told is made with the arguments, and the rows have changed some of those.
@@ -276,10 +284,11 @@ class Run:
         )
         if self.loaded.config.lora is None:
             self.sample = Sample(model)
+        found = model if ready.parent is None else put_adapter(model, ready.parent, trainable=True)
         self.start.end("model")
-        return model
+        return found
 
-    def trainer(self, model: "PreTrainedModel") -> "Resumable":
+    def trainer(self, model: "PreTrainedModel | PeftModel") -> "Resumable":
         """The phase's trainer, with the adapter in float32 on `model`, or without one."""
         from transformers import PrinterCallback, ProgressCallback, set_seed
 
@@ -297,7 +306,7 @@ class Run:
                 train_dataset=self.train_dataset,
                 eval_dataset=self.rows.eval_dataset,
                 processing_class=self.tokenizer,
-                peft_config=self.ready.adapter,
+                peft_config=None if self.ready.parent else self.ready.adapter,
                 identity=self.identity,
                 sampler=self.batching.sampler(self.ready.arguments, self.rows.lengths),
                 fillers=self.fillers,
@@ -455,9 +464,7 @@ class Run:
             f"done: {result['steps']} steps",
             *([f"{result['supervised_tokens']:,} supervised tokens"] if "supervised_tokens" in result else []),
             *([f"loss {first:.4f} -> {last:.4f}"] if first is not None else []),
-            f"LoRA B norm {result['lora_b_norm']:.4f}"
-            if self.sample is None
-            else f"weights changed by {result['weights_change']:.3%}",
+            _said_of_change(result),
             *([f"audit {manifest['audit']['verdict']}"] if "audit" in manifest else []),
             duration(time.perf_counter() - self.started),
         ]
@@ -509,7 +516,7 @@ class Run:
 
     def _change(self, trainer: "Resumable") -> dict[str, float]:
         if self.sample is None:
-            return {"lora_b_norm": lora_b_norm(trainer.model)}
+            return trainer.change()
         return {"weights_change": self.sample.change(trainer.model)}
 
     def _save(self, trainer: "Resumable", manifest: dict[str, Any], state: dict[str, Any] | None) -> None:
@@ -569,6 +576,13 @@ class Run:
             f"the {'adapter' if self.ready.adapter else 'model'} could not be saved in {self.folder} ({error}). {whole}: make "
             f"room, then run {again}"
         )
+
+
+def _said_of_change(result: dict[str, Any]) -> str:
+    if "lora_b_norm" in result:
+        return f"LoRA B norm {result['lora_b_norm']:.4f}"
+    what = "weights" if "weights_change" in result else "adapter"
+    return f"{what} changed by {change_of(result):.3%}"
 
 
 def _move(staging: Path, folder: Path) -> None:

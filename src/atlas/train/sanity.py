@@ -31,7 +31,6 @@ from atlas.device import memory_gib
 from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError
 from atlas.eval.decode import decode
 from atlas.launch import processes, set_up_torch
-from atlas.models.adapters import lora_b_norm
 from atlas.models.template import Renderer, chat_prompt
 from atlas.models.tokenizer import stop_ids
 from atlas.train.phase import Phase, Rows, phase_of
@@ -175,7 +174,7 @@ def fitted(run: Run, trainer: "Resumable") -> Trial:
     return Trial(
         broken=broken,
         log=[line for line in trainer.state.log_history if {"loss", "learning_rate"} <= line.keys()],
-        change=run.sample.change(model) if run.sample else lora_b_norm(model),
+        change=run.sample.change(model) if run.sample else next(iter(trainer.change().values())),
         weights=digest.hexdigest(),
         memory_gib=memory_gib(),
     )

@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from trl import SFTTrainer
 
-from atlas.compat import evaluation_metrics, fused_head, head_is_fused
+from atlas.compat import fused_head, head_is_fused
 from atlas.train.head import supervised_log_prob
+from atlas.train.held_out import HeldOutMean
 from atlas.train.resume import Resumable
 
 
-class LabeledSFTTrainer(Resumable, SFTTrainer):
+class LabeledSFTTrainer(Resumable, HeldOutMean, SFTTrainer):
     """Adds `supervised_tokens` (since the start, all processes) to what is logged and saved."""
 
     supervised_tokens = 0
@@ -67,8 +67,7 @@ class LabeledSFTTrainer(Resumable, SFTTrainer):
         count = _supervised(inputs)
         with self._head():
             found = super().compute_loss(model, inputs, *args, **kwargs)
-        mean = found[0] if isinstance(found, tuple) else found
-        self._held_out.append(torch.stack([mean.detach().double() * count, count.double()]))
+        self.count_held_out(found[0] if isinstance(found, tuple) else found, count)
         return found
 
     def _head(self) -> contextlib.AbstractContextManager[None]:
@@ -76,26 +75,7 @@ class LabeledSFTTrainer(Resumable, SFTTrainer):
         return contextlib.nullcontext() if head_is_fused(self.args.device) else fused_head(supervised_log_prob)
 
     def _mask_repeated_rows(self, inputs: dict[str, Any]) -> None:
-        """With several processes accelerate fills the last batches with rows from the start, which must not count twice."""
-        last, rows = self.accelerator.gradient_state, self.args.per_device_eval_batch_size
-        if self.args.world_size == 1 or not last.end_of_dataloader or last.remainder < 1:
-            return
-        inputs["labels"][max(last.remainder - rows * self.args.process_index, 0) :] = -100
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers averages the means of the batches, so that the batch size changes the result. Here each supervised token
-        counts once, as in training."""
-        self._held_out: list[torch.Tensor] = []
-        outcome = super().evaluation_loop(*args, **kwargs)
-        sums = self.accelerator.reduce(torch.stack(self._held_out), reduction="sum")
-        total, count = sums.sum(0).tolist()
-        key = next(name for name in outcome.metrics if name.endswith("_loss"))
-        outcome.metrics[key] = total / max(count, 1)
-        weights = sums[:, 1].cpu().numpy() / max(count, 1)
-        metrics = evaluation_metrics(self)
-        for name in ("entropy", "mean_token_accuracy"):
-            metrics[name] = [float(weights @ np.array(metrics[name]))]
-        return outcome
+        inputs["labels"][self.counted_of(len(inputs["labels"])) :] = -100
 
 
 def _supervised(inputs: Mapping[str, Any]) -> torch.Tensor:

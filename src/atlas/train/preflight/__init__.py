@@ -35,9 +35,14 @@ def main(arguments: Namespace) -> int:
 def preflight(loaded: LoadedConfig, resume: str = "auto", start: Parts | None = None) -> Ready:
     """Do all checks. Nothing is loaded, written or created, except `output.hub_repo` if it does not exist yet. `start` is told
     when the libraries are imported."""
-    config, phase = loaded.config, phase_of(loaded.config)
+    phase = phase_of(loaded.config)
     ready = Ready(loaded, phase, resume)
-    ready.check("config", lambda: f"hash {loaded.config_hash}")
+    if loaded.config.train_schema.continues:
+        ready.check("adapter", model.parent, ready)
+        if ready.failures:  # what else is looked at depends on it
+            return ready
+    config = ready.loaded.config
+    ready.check("config", lambda: f"hash {ready.loaded.config_hash}")
     ready.check("launch", machine.launch)
     ready.check("device", machine.device, ready)
     ready.check("libraries", machine.libraries, ready)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+    from atlas.models.adapters import Adapter
     from atlas.models.load import BaseFiles
 
 GIB = 2**30
@@ -50,6 +51,10 @@ class Ready:
     tokenizer: "PreTrainedTokenizerBase" = field(init=False)
     adapter: "LoraConfig | None" = field(init=False)
     """None: full fine-tuning."""
+    parent: "Adapter | None" = None
+    """The adapter that the run goes on from."""
+    parent_sha256: str | None = None
+    """Of its weights."""
     empty: "PeftModel | PreTrainedModel" = field(init=False)
     """Base model and adapter without weights."""
     shape: Shape = field(init=False)

@@ -167,12 +167,12 @@ def sent_bytes(config: Config, plan: DevicePlan, shape: Shape, strategy: str, pr
 def largest_batch(
     config: Config, way: str | None = None, lengths: np.ndarray | None = None, rows: int | None = None
 ) -> tuple[int, int]:
-    """Rows and tokens a row of the largest micro-batch, as the model gets it: the rows of a pack are one.
+    """Rows and tokens a row of the largest micro-batch, as the model gets it: the rows of a pack are one, those of a pair two.
 
     `way` to batch (None: as the config says so far), `lengths` in tokens of all rows (None: each may have max_length), `rows` of a
     micro-batch (None: as in the config).
     """
-    rows = rows or int(config.train_value("per_device_train_batch_size"))
+    rows = (rows or int(config.train_value("per_device_train_batch_size"))) * config.train_schema.sequences
     way = way or open_ways(config)[0][0]
     known = config.train_value("max_length") if "max_length" in config.train_schema.fields() else None
     most = int(known or LENGTH_IF_OPEN)

@@ -3,20 +3,42 @@
 from typing import TYPE_CHECKING
 
 from atlas.errors import UserError, first_line
-from atlas.models.adapters import lora_config
-from atlas.models.load import check_weights, empty_model
+from atlas.files import digest, sha256
+from atlas.models.adapters import MANIFEST, lora_config, refuse_unloadable
+from atlas.models.load import check_weights, empty_model, refuse_another_base
+from atlas.models.parent import find_parent, parents_lora_config, refuse_unfit, with_parents_settings
 from atlas.models.tokenizer import load_tokenizer
+from atlas.models.weights import ADAPTER as WEIGHTS
 from atlas.train.checkpoints import Identity, refuse_other_runs
 from atlas.train.preflight.checklist import Ready
 from atlas.train.preflight.estimate import Shape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from atlas.models.adapters import Adapter
+
+
+def parent(ready: Ready) -> str:
+    """Is the adapter that the run goes on from there, and whole? Its settings take the place of those of `lora:`."""
+    found = find_parent(ready.loaded.config)
+    if found is None:
+        return "a new one: the reference is the base model"
+    refuse_unloadable(found)
+    ready.loaded = with_parents_settings(ready.loaded, found)
+    ready.parent = found
+    ready.parent_sha256 = sha256(found.folder / WEIGHTS)
+    by = f", trained by phase {found.manifest['phase']}" if found.manifest else f", without {MANIFEST}"
+    settings = ready.loaded.config.lora
+    assert settings is not None  # by the schema
+    return f"{found.name}: r={settings.r} alpha={settings.lora_alpha}{by}; policy and reference begin with it"
 
 
 def tokenizer(ready: Ready) -> str:
-    """Can the tokenizer be loaded?"""
+    """Can the tokenizer be loaded, and is it that of the adapter that the run goes on from?"""
     loaded = ready.tokenizer = load_tokenizer(ready.loaded.config)
+    if ready.parent is not None:
+        _refuse_another_template(ready.parent, loaded)
     return f"{loaded.name_or_path}: {len(loaded):,} tokens, stops with {loaded.eos_token}"
 
 
@@ -30,16 +52,33 @@ def base(ready: Ready) -> str:
     _choose_attention(ready, model)
     ready.base = check_weights(config)
     if ready.resume != "never" and hasattr(ready, "folder"):
-        refuse_other_runs(ready.folder, Identity.of(ready.loaded, None, "", ready.base.content))
-    ready.adapter = None if config.lora is None else lora_config(config.lora)
+        identity = Identity.of(ready.loaded, None, "", ready.base.content, parent=ready.parent_sha256)
+        refuse_other_runs(ready.folder, identity)
+    if ready.parent is not None:
+        ready.adapter = parents_lora_config(ready.parent)
+        refuse_another_base(ready.parent, config.model.name, config.model.revision)
+    else:
+        ready.adapter = None if config.lora is None else lora_config(config.lora)
     try:
         with torch.device("meta"):
             ready.empty = get_peft_model(model, ready.adapter) if ready.adapter else model
     except ValueError as error:
         raise UserError(f"lora.target_modules: {first_line(error)}") from None
+    if ready.parent is not None:
+        refuse_unfit(ready.parent, ready.empty)
     shape = ready.shape = Shape.of(ready.empty)
     trained = f"{shape.trained / 1e6:,.2f} M in the adapter" if ready.adapter else "all trained (lora: null)"
     return f"{config.model.name}: {(shape.linear + shape.other) / 1e6:,.1f} M parameters, {trained}"
+
+
+def _refuse_another_template(parent: "Adapter", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises `UserError` where the rows would be written in another way than those that the adapter was trained on."""
+    before = parent.manifest.get("chat_template_sha256")
+    if before not in (None, digest(tokenizer.get_chat_template())):
+        raise UserError(
+            f"model.tokenizer_name: {tokenizer.name_or_path!r} has another chat template than the one that {parent.name} was "
+            "trained with: take model.tokenizer_name out, and the adapter's own tokenizer is used"
+        )
 
 
 def _choose_attention(ready: Ready, model: "PreTrainedModel") -> None:

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from atlas.config import Config
 from atlas.data.batches import PACK
@@ -62,6 +62,17 @@ def trainer(ready: Ready) -> str:
     return f"{getattr(optimizer, 'value', optimizer)}, {getattr(schedule, 'value', schedule)} schedule"
 
 
+def _with_numbers(model: Any) -> Any:
+    """A trainer may copy the adapter, which is not possible on the meta device."""
+    import torch
+
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                module.register_parameter(name, torch.nn.Parameter(torch.zeros(parameter.shape)))
+    return model
+
+
 def _try_trainer(ready: Ready, config: Config) -> "TrainingArguments":
     import torch
     from datasets import Dataset
@@ -77,7 +88,7 @@ def _try_trainer(ready: Ready, config: Config) -> "TrainingArguments":
     with tempfile.TemporaryDirectory() as folder:
         arguments.output_dir, arguments.report_to = folder, []
         trainer = trial(
-            model=copy.deepcopy(ready.empty),
+            model=_with_numbers(copy.deepcopy(ready.empty)) if ready.adapter else copy.deepcopy(ready.empty),
             args=arguments,
             train_dataset=phase.arrange(rows, arguments),
             eval_dataset=rows if held_out(config) else None,
