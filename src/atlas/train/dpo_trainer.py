@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class PairTrainer(Resumable, HeldOutMean, DPOTrainer):
     _proven = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # TRL's own has been switched off, with a warning.
+        self.computes_padding, kwargs["args"].padding_free = not kwargs["args"].padding_free, False
         super().__init__(*args, **kwargs)
         if REFERENCE in self.model.peft_config:
             # TRL rounds the policy of a 4-bit base to bf16 after it has made the reference: the first loss was 0.693037.
@@ -98,6 +101,7 @@ class PairTrainer(Resumable, HeldOutMean, DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        model = model if self.computes_padding else WithoutPadding(model)
         with contextlib.nullcontext() if head_is_fused(self.args.device) else fused_head(supervised_log_prob):
             if not self.model.training:
                 return self._evaluate_pairs(model, inputs)
@@ -163,6 +167,32 @@ class PairTrainer(Resumable, HeldOutMean, DPOTrainer):
         with use_adapter(self.accelerator.unwrap_model(self.model), adapter), self.accelerator.autocast():
             found: torch.Tensor = model(**given, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(1)
         return found
+
+
+class WithoutPadding:
+    """A model with TRL's fused LM head, called with padded sequences: it computes them one after the other in one row, as
+    `train.batching: pack` says, and gives its results for each token their padded places back."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, **more: Any
+    ) -> SimpleNamespace:
+        """All (sequences, tokens); results (sequences, tokens - 1), as TRL has them. A sequence's first token is of a prompt, so
+        that nothing is scored from the sequence before."""
+        real = attention_mask.bool()
+        positions = (attention_mask.cumsum(1) - 1)[real][None]
+        found = self.model(input_ids=input_ids[real][None], position_ids=positions, labels=labels[real][None], **more)
+        scored, inside = positions[0, 1:] > 0, real[:, 1:]
+        return SimpleNamespace(
+            **{
+                name: value.new_zeros(inside.shape).masked_scatter(inside, value[0][scored])
+                if isinstance(value, torch.Tensor) and value.dim() == 2
+                else value
+                for name, value in found.items()
+            }
+        )
 
 
 def _pairs(inputs: Mapping[str, Any]) -> int:

@@ -56,6 +56,8 @@ class Resumable(Halving):
     """Called with each entry of the log's history that is not a line of numbers (`note`)."""
     step_skipped = False
     """Did the loss scaler leave out the last step?"""
+    computes_padding = True
+    """Does the model see the padding of its batches?"""
     keep_last: Callable[[], None] | None = None
     """Called before the best weights take the place of the last ones."""
     seconds_aside = 0.0

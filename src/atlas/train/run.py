@@ -99,7 +99,8 @@ def _one(phase: str, train: Train, arguments: Namespace) -> int:
         return DONE
     run = train(loaded, arguments.resume)
     if change_of(run.manifest["result"]) == 0.0:
-        what = "weights" if loaded.config.lora is None else "adapter"
+        fresh = "lora_b_norm" in run.manifest["result"]
+        what = "weights" if loaded.config.lora is None else "adapter (LoRA B is zero)" if fresh else "adapter"
         print(
             f"error: no step changed the {what}, so all scores would be those of the model it began with. "
             f"{_why_unchanged(loaded, run.manifest['result']['steps'])}",

@@ -22,10 +22,11 @@ class PaddingShare(Meter):
         self._held = 0
 
     def took(self, inputs: Mapping[str, Any]) -> None:
-        tokens = inputs["input_ids"].numel()
-        mask = inputs.get("attention_mask")
-        self._real = self._real + (tokens if mask is None else mask.sum())
-        self._held += tokens
+        held = tokens = inputs["input_ids"].numel()
+        if (mask := inputs.get("attention_mask")) is not None:
+            tokens = mask.sum()
+            held = held if self.trainer.computes_padding else int(tokens)
+        self._real, self._held = self._real + tokens, self._held + held
 
     def read(self, state: TrainerState, logs: Mapping[str, float]) -> dict[str, float]:
         if "loss" not in logs:

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from atlas.config import Config
 from atlas.data.batches import PACK
@@ -62,17 +62,6 @@ def trainer(ready: Ready) -> str:
     return f"{getattr(optimizer, 'value', optimizer)}, {getattr(schedule, 'value', schedule)} schedule"
 
 
-def _with_numbers(model: Any) -> Any:
-    """A trainer may copy the adapter, which is not possible on the meta device."""
-    import torch
-
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.requires_grad:
-                module.register_parameter(name, torch.nn.Parameter(torch.zeros(parameter.shape)))
-    return model
-
-
 def _try_trainer(ready: Ready, config: Config) -> "TrainingArguments":
     import torch
     from datasets import Dataset
@@ -84,11 +73,14 @@ def _try_trainer(ready: Ready, config: Config) -> "TrainingArguments":
     arguments = build_arguments(phase, config, ready.plan, ready.strategy)
     if open_ways(config)[0] == [PACK]:
         Batching(PACK, "", follows=PADDING_FREE).apply(arguments)
-    rows = Dataset.from_list(phase.sample(ready.tokenizer))
+    rows, model = Dataset.from_list(phase.sample(ready.tokenizer)), copy.deepcopy(ready.empty)
+    if continues := config.train_schema.continues:  # an adapter that is there would be copied, which needs numbers
+        model = model.unload()
     with tempfile.TemporaryDirectory() as folder:
         arguments.output_dir, arguments.report_to = folder, []
         trainer = trial(
-            model=_with_numbers(copy.deepcopy(ready.empty)) if ready.adapter else copy.deepcopy(ready.empty),
+            model=model,
+            peft_config=ready.adapter if continues else None,
             args=arguments,
             train_dataset=phase.arrange(rows, arguments),
             eval_dataset=rows if held_out(config) else None,
