@@ -88,7 +88,7 @@ def test_replies_are_those_of_each_prompt_alone(make: Any, lab: base.PocketPaths
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    for rows in (1, 4, 16, 64):
+    for rows in (1, 5, 64):
         passes.clear()
         assert decode(model, prompts, limit=LIMIT, stops=stops, rows=rows) == wanted
         assert max(passes) == min(rows, len(prompts))

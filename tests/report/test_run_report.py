@@ -211,10 +211,10 @@ def test_a_run_that_diverges_has_a_report(sft_args: list[str], tmp_path: Path, c
 
 def test_a_run_that_was_stopped_is_not_taken_for_the_finished_one_below_it(sft_args: list[str], tmp_path: Path, capsys):
     train(sft_args)
-    again = [*sft_args, "--resume", "never", "train.max_steps=1000000", "checkpoint.stop_after_hours=0.0014"]
+    again = [*sft_args, "--resume", "never", "train.max_steps=1000000", "checkpoint.stop_after_hours=0.0006"]
     assert sft.main(again) == 142
     shown = read(tmp_path / "out").text
-    assert shown.count("Stopped") == 1 and "stopped by checkpoint.stop_after_hours=0.0014 after step" in shown
+    assert shown.count("Stopped") == 1 and "stopped by checkpoint.stop_after_hours=0.0006 after step" in shown
     (tmp_path / "out" / LOG).unlink()
     assert page.main([str(tmp_path / "out")]) == 0
     shown = read(tmp_path / "out").text

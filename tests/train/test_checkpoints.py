@@ -145,7 +145,7 @@ def test_what_a_kill_leaves_of_a_checkpoint_is_written_again_whole(
 def test_a_stop_in_the_last_step_keeps_the_best_adapter(sft_args: list[str], rows_file: Path, tmp_path: Path):
     """The evaluation that is made up for finds that the last step is the best one; no save follows that could note it."""
     arguments = [
-        *[*sft_args, "train.max_steps=2", "train.gradient_accumulation_steps=40", f"data.train={rows_file}:240"],
+        *[*sft_args, "train.max_steps=2", "train.gradient_accumulation_steps=12", f"data.train={rows_file}:72"],
         *["train.save_strategy=steps", "train.save_steps=1", "train.load_best_model_at_end=true"],
         *["train.eval_strategy=steps", "train.eval_steps=1", f"data.eval={rows_file}:8", "train.warmup_steps=0"],
     ]

@@ -212,6 +212,7 @@ def test_what_it_can_be_used_for(full_run: Path, lab: PocketPaths, tmp_path: Pat
     assert evaluation.main(asked) == 2 and "are not those that its manifest.json names" in capsys.readouterr().err
 
 
+@pytest.mark.xdist_group("processes")
 def test_pushed_and_pulled_whole_or_in_parts(full_run: Path, trained_run, hub: HubServer, tmp_path: Path):
     folder = shutil.copytree(full_run, tmp_path / "run")
     for source in (trained_run.folder, folder):  # an adapter first: nothing of it stays

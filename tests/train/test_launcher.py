@@ -112,16 +112,27 @@ def test_a_wrong_value_is_said_once(sft_args: list[str]):
 
 @pytest.mark.slow
 @linux
-def test_a_process_that_is_killed_ends_the_run_with_its_name(sft_args: list[str], tmp_path: Path):
-    process = launch([*sft_args, *LONG])
+@pytest.mark.parametrize(
+    ("number", "seconds", "said"),
+    [
+        (signal.SIGKILL, 20, "process 1 of 2 (pid {pid} on {host}) was ended by SIGKILL"),
+        (signal.SIGSTOP, 80, "process 1 of 2 does not answer"),
+    ],
+    ids=["killed", "hangs"],
+)
+def test_a_process_that_is_lost_ends_the_run_with_its_name(
+    number: signal.Signals, seconds: int, said: str, sft_args: list[str], tmp_path: Path
+):
+    limit = ["train.ddp_timeout=5"] if number == signal.SIGSTOP else []
+    process = launch([*sft_args, *LONG, *limit])
     until(process, "step3/")
     worker = of_rank(process.pid, 1)
-    os.kill(worker, signal.SIGKILL)
+    os.kill(worker, number)
     began = time.monotonic()
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 1 and time.monotonic() - began < 20, error
-    assert f"process 1 of 2 (pid {worker} on {socket.gethostname()}) was ended by SIGKILL" in error
-    assert "Traceback" not in error
+    assert process.returncode == 1 and time.monotonic() - began < seconds, error
+    assert said.format(pid=worker, host=socket.gethostname()) in error and "Traceback" not in error
+    assert "train.ddp_timeout" in error or not limit
     assert any(damage(path) is None for path in checkpoints(tmp_path / "out"))
 
 
@@ -240,20 +251,6 @@ def test_another_version_on_another_machine(sft_args: list[str], tmp_path: Path)
     assert 2 in {status for status, _ in ends}, ends
     text = "install the same versions for each process"
     assert any("versions: process 1 (on " in error and "accelerate" in error and text in error for _, error in ends)
-
-
-@pytest.mark.slow
-@linux
-def test_a_process_that_hangs_is_named(sft_args: list[str], tmp_path: Path):
-    process = launch([*sft_args, *LONG, "train.ddp_timeout=5"])
-    until(process, "step3/")
-    worker = of_rank(process.pid, 1)
-    os.kill(worker, signal.SIGSTOP)
-    began = time.monotonic()
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 1 and time.monotonic() - began < 80, error
-    assert "process 1 of 2 does not answer" in error and "train.ddp_timeout" in error and "Traceback" not in error
-    assert any(damage(path) is None for path in checkpoints(tmp_path / "out"))
 
 
 @pytest.mark.slow

@@ -93,26 +93,21 @@ def stopped(arguments: list[str], line: str, seconds: float, number: signal.Sign
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGHUP))]
 )
-def test_a_stop_signal_saves_and_leaves(number: signal.Signals, sft_args: list[str], rows_file: Path, tmp_path: Path):
+def test_a_stop_signal_saves_and_leaves(number: signal.Signals, sft_args: list[str], tmp_path: Path):
     """In the middle of a step, which is finished first."""
-    # A step of 30 micro-batches takes a second or more; no checkpoint is written but by the signal.
-    slow = [
-        "train.gradient_accumulation_steps=30",
-        "train.max_steps=4",
-        f"data.train={rows_file}:400",
-        "lora.lora_dropout=0.1",
-    ]
+    # A step of 16 micro-batches takes 0.3 s or more; no checkpoint is written but by the signal.
+    slow = ["train.gradient_accumulation_steps=16", "train.max_steps=3", "lora.lora_dropout=0.1"]
     whole = train([*sft_args, *slow])
     arguments = [*sft_args, *slow, f"output.dir={tmp_path / 'stopped'}"]
-    out, err = stopped(arguments, "step 2/4", 0.2, number)
-    assert "step 3/4" in out and "step 4/4" not in out and "Traceback" not in err
+    out, err = stopped(arguments, "step 1/3", 0.05, number)
+    assert "step 2/3" in out and "step 3/3" not in out and "Traceback" not in err
     assert f"{number.name}: this step is finished and saved, then the run stops\n" in out  # at once
     folder = tmp_path / "stopped"
-    assert f"stopped by {number.name} after step 3/4: {folder / 'checkpoint-3'} is whole" in err
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-3"]
+    assert f"stopped by {number.name} after step 2/3: {folder / 'checkpoint-2'} is whole" in err
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
     assert not (folder / "manifest.json").exists()
     resumed = train(arguments)
-    assert resumed.manifest["result"]["resumed_from"] == "checkpoint-3"
+    assert resumed.manifest["result"]["resumed_from"] == "checkpoint-2"
     assert trace(resumed) == trace(whole)
 
 
@@ -122,7 +117,7 @@ def test_a_stop_signal_cuts_an_evaluation_which_the_resumed_run_makes_up(
 ):
     from atlas.pocket import world
 
-    held_out = write_rows(tmp_path / "held_out.jsonl", world.conversations(2, 250))
+    held_out = write_rows(tmp_path / "held_out.jsonl", world.conversations(2, 120))
     slow = [
         f"data.eval={held_out}",
         "train.eval_strategy=epoch",
@@ -131,7 +126,7 @@ def test_a_stop_signal_cuts_an_evaluation_which_the_resumed_run_makes_up(
     ]
     arguments = [*sft_args, *slow, "train.max_steps=-1", "lora.lora_dropout=0.1"]
     folder = tmp_path / "stopped"
-    out, err = stopped([*arguments, f"output.dir={folder}"], "step 4/8", 0.2, signal.SIGTERM)
+    out, err = stopped([*arguments, f"output.dir={folder}"], "step 4/8", 0.1, signal.SIGTERM)
     assert "held-out loss" not in out.partition("step 4/8")[2] and f"{folder / 'checkpoint-4'} is whole" in err
     resumed, whole = train(arguments, f"output.dir={folder}"), train(arguments)
     assert trace(resumed) == trace(whole) and sum("eval_loss" in line for line in trace(whole)[1]) == 2
@@ -148,7 +143,7 @@ def test_a_run_stops_after_so_many_hours_and_goes_on(sft_args: list[str], capsys
     """For machines with a limit: the clock is a stop signal with an exit status of its own."""
     arguments = [*sft_args, "train.max_steps=1000000", "train.logging_steps=1000"]
     folder, steps = Path(sft_args[4].partition("=")[2]), []
-    for seconds in (10, 0.001):  # of the second nothing is left when training begins
+    for seconds in (3, 0.001):  # of the second nothing is left when training begins
         assert sft.main([*arguments, f"checkpoint.stop_after_hours={seconds / 3600}"]) == 142
         out, err = capsys.readouterr()
         found = re.search(r"stopped by checkpoint.stop_after_hours=\S+ after step (\d+)/1000000: (\S+) is whole", err)
