@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons test test-slow test-notebook lint sanity sft sft-smoke data audit eval compare config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs clean
+.PHONY: help setup pocket lessons test test-slow test-notebook lint sanity sft sft-smoke data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,9 @@ eval: setup             ## score the adapter in output.dir with lm-eval (ARGS=--
 
 compare: setup          ## is a gain luck? ARGS="A B": names of runs in results/metrics.json
 	$(RUN) -m atlas.eval.compare $(ARGS)
+
+winrate: setup          ## which of two models answers better? ARGS="A B --prompts FILE": adapters, runs or models, and a judge
+	$(RUN) -m atlas.eval.winrate $(ARGS)
 
 config: setup           ## print the config with the source of each value
 	@$(RUN) -m atlas.train.sft --config $(CONFIG) --print-config $(ARGS)

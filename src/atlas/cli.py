@@ -146,6 +146,43 @@ def _compare(parser: ArgumentParser) -> None:
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N prompts on which the two differ")
 
 
+def _winrate(parser: ArgumentParser) -> None:
+    for label in ("a", "b"):
+        what = "an adapter, a run's folder, or a base or merged model"
+        parser.add_argument(label, metavar=label.upper(), help=f"{what} ({_MODEL})")
+    rows = "JSONL: `prompt` as text or messages, preference rows, or rows of IFEval"
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help=rows)
+    parser.add_argument("--limit", type=_number_from_1, metavar="N", help="only the first N prompts")
+    parser.add_argument(
+        "--max-new-tokens", type=_number_from_1, default=1280, metavar="N", help="of a reply (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=_number_from_1, default=16, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--load-in-4bit", action="store_true", help="answer on the 4-bit base, as QLoRA has it")
+    parser.add_argument(
+        "--reward-model", metavar="FOLDER|REPO[@REVISION]", help="judge: a sequence classifier with one output"
+    )
+    url = "judge: an OpenAI-compatible endpoint, http://HOST:PORT/v1; the key comes from ATLAS_JUDGE_API_KEY"
+    parser.add_argument("--judge-url", metavar="URL", help=url)
+    parser.add_argument("--judge-model", metavar="NAME", help="the endpoint's name of its model")
+    parser.add_argument(
+        "--judge-parallel",
+        type=_number_from_1,
+        default=4,
+        metavar="N",
+        help="requests at a time (default: %(default)s)",
+    )
+    parser.add_argument("--judge-timeout", type=float, default=300, metavar="SECONDS", help="(default: %(default)s)")
+    parser.add_argument(
+        "--judge-max-tokens", type=_number_from_1, default=1024, metavar="N", help="of an answer (default: %(default)s)"
+    )
+    price = "per million tokens, for the estimate"
+    parser.add_argument("--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help=price)
+    parser.add_argument("--estimate", action="store_true", help="say what it would take, and stop")
+    where = "results, replies and the judge's answers (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path("results/winrate"), metavar="DIR", help=where)
+    _loudness(parser)
+
+
 def _report(parser: ArgumentParser) -> None:
     about = "output.dir of a run, finished or not; several are shown side by side"
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help=about)
@@ -236,6 +273,9 @@ COMMANDS = {
     "eval": Command("atlas.eval.run", "score base, adapter or merged model with lm-eval; keep every reply", _eval),
     "compare": Command(
         "atlas.eval.compare", "is one run better than another on the same prompts, or is it luck?", _compare
+    ),
+    "winrate": Command(
+        "atlas.eval.winrate", "which of two models answers better, by a judge? or is it luck?", _winrate
     ),
     "report": Command("atlas.report.page", "report.html: how a run went; several runs side by side", _report),
     "generate": Command("atlas.eval.generate", "one reply of a tuned model", _generate),

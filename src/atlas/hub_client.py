@@ -61,7 +61,7 @@ class HubError(Exception):
 
 def ask(action: Callable[[], Result], repo: str, *, tries: int = 3, write: bool = False) -> Result:
     """The result of `action`, which talks to the Hub about `repo`; `write`: it changes the repo. Raises `HubError`."""
-    began, wait, number = time.monotonic(), _first_wait(), 1
+    began, wait, number = time.monotonic(), first_wait(), 1
     while True:
         try:
             with _one_try():
@@ -77,7 +77,7 @@ def ask(action: Callable[[], Result], repo: str, *, tries: int = 3, write: bool 
         time.sleep(pause)
 
 
-def _first_wait() -> float:
+def first_wait() -> float:
     text = os.environ.get("ATLAS_RETRY_SECONDS", "2")
     if not re.fullmatch(r"\d{1,2}(\.\d+)?", text):
         raise UserError(f"ATLAS_RETRY_SECONDS={text!r} is not a number of seconds from 0 to 99")
@@ -96,7 +96,7 @@ def _one_try() -> Iterator[None]:
         disable_progress_bars()
     session, verbosity = get_session(), logging.get_verbosity()
     hooks, timeout = session.event_hooks, session.timeout
-    session.event_hooks = {**hooks, "response": [*hooks["response"], _raise_what_may_pass]}
+    session.event_hooks = {**hooks, "response": [*hooks["response"], _raise_whatmay_pass]}
     session.timeout = ANSWER_SECONDS
     logging.set_verbosity_error()  # our own message says what its warnings would say
     try:
@@ -106,14 +106,14 @@ def _one_try() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _raise_what_may_pass(response: "httpx2.Response") -> None:
+def _raise_whatmay_pass(response: "httpx2.Response") -> None:
     from huggingface_hub.errors import HfHubHTTPError
 
-    if _may_pass(response.status_code):
+    if may_pass(response.status_code):
         raise HfHubHTTPError(str(response.status_code), response=response)
 
 
-def _may_pass(status: int) -> bool:
+def may_pass(status: int) -> bool:
     return status in (408, 429) or status >= 500
 
 
@@ -153,7 +153,7 @@ def _refusal(status: int, url: str, headers: Mapping[str, str], repo: str, write
     """What an HTTP status means. `url` is what answered: the Hub, or the storage to which it sends large files."""
     from huggingface_hub import constants, get_token
 
-    if _may_pass(status):
+    if may_pass(status):
         # The Hub says `RateLimit: "api";r=0;t=55` (https://huggingface.co/docs/hub/rate-limits), a proxy `Retry-After: 55`.
         asked = f"{headers.get('RateLimit')} t={headers.get('Retry-After')};"
         limit = re.search(r"(?:r=0;| )t=(\d+);?", asked)

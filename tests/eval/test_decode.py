@@ -110,7 +110,7 @@ def test_a_text_ends_a_reply_too_and_each_reply_is_told(lab: base.PocketPaths) -
     model, tokenizer = load_model(lab.base)
     prompts = random_prompts(len(tokenizer), 8)
     whole = alone(model, prompts, [tokenizer.eos_token_id])
-    told: list[None] = []
+    told: dict[int, list[int]] = {}
     found = decode(
         model,
         prompts,
@@ -118,6 +118,7 @@ def test_a_text_ends_a_reply_too_and_each_reply_is_told(lab: base.PocketPaths) -
         stops=[tokenizer.eos_token_id],
         ended=lambda reply: len(reply) == 1 + reply[0] % 7,
         rows=3,
-        done=lambda: told.append(None),
+        done=told.__setitem__,
     )
-    assert found == [reply[: 1 + reply[0] % 7] for reply in whole] and len(told) == len(prompts)
+    assert found == [reply[: 1 + reply[0] % 7] for reply in whole]
+    assert [told[row] for row in range(8)] == found and len(told) == 8

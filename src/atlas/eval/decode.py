@@ -23,12 +23,13 @@ def decode(
     stops: Collection[int],
     ended: Callable[[list[int]], bool] = lambda reply: False,
     rows: int = 16,
-    done: Callable[[], object] = lambda: None,
+    done: Callable[[int, list[int]], object] = lambda row, reply: None,
 ) -> list[list[int]]:
     """The reply to each prompt: its tokens up to the first of `stops` (which it includes), to `ended`, or to `limit` tokens.
 
     `rows` is the number of prompts that are decoded at once. It changes the shapes of the matrices, and so the rounding, but
-    nothing else: a row attends to itself alone, whatever stands in the other rows. `done` is called for each finished reply.
+    nothing else: a row attends to itself alone, whatever stands in the other rows. `done` is called for each finished reply, with
+    the number of its prompt.
     """
     import torch
 
@@ -52,8 +53,8 @@ def decode(
             }
             if over:
                 batch.keep([row for row in batch.rows if row not in over])
-                for _ in over:
-                    done()
+                for row in over:
+                    done(row, replies[row])
     return replies
 
 

@@ -126,7 +126,7 @@ def _language_model(
                     stops=model.generation_config.eos_token_id,
                     ended=ended,
                     rows=batch_size,
-                    done=bar.step,
+                    done=lambda row, reply: bar.step(),
                 )
             self.seconds += time.perf_counter() - began
             self.replies = dict(zip(texts, replies, strict=True))

@@ -124,7 +124,9 @@ def _evaluate(config: Config, target: Target, ready: Sequence[LoadedTask], repla
     results, adapter = Path(config.output.results_dir), target.adapter
     plan = choose_device(config, Machine.from_torch())
     dtype = str(plan.dtype if config.eval.dtype == "auto" else config.eval.dtype)
-    revision, tokenizer, quantization = _revision(target), _tokenizer(config, target), _quantization(config, target)
+    key = "--merged" if target.method == "merged" else "model.name"
+    revision = revision_of(target.model, target.model_revision, key)
+    tokenizer, quantization = _tokenizer(config, target), _quantization(config, target)
     template = tokenizer.get_chat_template() if config.eval.chat_template else None
     run = Run(
         name=target.name,
@@ -212,10 +214,10 @@ def _quantization(config: Config, target: Target) -> QuantizationConfig | None:
     return trained if trained is not None and trained.load_in_4bit else config.quantization
 
 
-def _revision(target: Target) -> str | None:
-    """The commit of a Hub model, or the sha256 of a local one's weights. Raises `UserError` where there is no such model."""
-    model, asked, folder = target.model, target.model_revision, Path(target.model)
-    key = "--merged" if target.method == "merged" else "model.name"
+def revision_of(model: str, asked: str | None, key: str) -> str | None:
+    """The commit of a Hub model, or the sha256 of a local one's weights. Raises `UserError`, which begins with `key`, where there
+    is no such model."""
+    folder = Path(model)
     if not folder.exists():
         from transformers.utils import cached_file
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ALPHA, POWER = 0.05, 0.8
 _Z_ALPHA, _Z_POWER = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(POWER)
+_LEAST_DECIDED = 10  # prompts for a regression with two coefficients
 _LEAST_DISCORDANT = 6  # five one-sided pairs give p = 0.0625 in the exact test, six 0.031
 
 
@@ -119,6 +120,46 @@ def paired_difference(a: Sequence[float], b: Sequence[float], of: Sequence[int] 
         by_t = ((_Z_ALPHA + _Z_POWER) * spread / abs(value)) ** 2
         needed = ceil(max(by_t, _LEAST_DISCORDANT / abs(value) / float(k.mean())))
     return Difference(value, interval, p, smallest, needed)
+
+
+def length_controlled(scores: Sequence[float], longer_by: Sequence[int]) -> Estimate | None:
+    """The win rate at equal length, by the idea of AlpacaEval 2's length-controlled one (https://arxiv.org/abs/2404.04475).
+
+    A logistic regression of the win on tanh(difference in length / its standard deviation), read off at a difference of 0. That
+    paper's term for how hard each prompt is, which needs many models, is left out.
+
+    `scores` are 1 for a win, 0.5 for a tie, 0 for a loss; `longer_by` is how much longer the reply of that side is, in any unit.
+    Wins and losses are regressed, and ties count half, as many as there are. A win and a loss at equal length are added, as in
+    `estimate`, and the slope has a normal prior of standard deviation 5: where only longer replies win it would be infinite. The
+    interval is that of the robust (sandwich) variance, and of the share of ties. None where it cannot be told: fewer than 10 wins
+    and losses, or no difference in length.
+    """
+    import numpy as np
+
+    decided = np.asarray(scores, float) != 0.5
+    y, d, n = np.asarray(scores, float)[decided], np.asarray(longer_by, float)[decided], len(scores)
+    if len(y) < _LEAST_DECIDED or not d.std():
+        return None
+    x = np.stack([np.ones(len(y) + 2), np.append(np.tanh(d / d.std()), (0.0, 0.0))], axis=1)
+    y, found, prior = np.append(y, (1.0, 0.0)), np.zeros(2), np.diag((0.0, 1 / 5**2))
+    for _ in range(100):  # Newton's method with short steps; the likelihood is concave
+        p = 1 / (1 + np.exp(-x @ found))
+        curvature = (x * (p * (1 - p))[:, None]).T @ x + prior
+        step = np.linalg.solve(curvature, x.T @ (y - p) - prior @ found)
+        found = found + step * min(1.0, 2 / max(float(np.abs(step).max()), 1e-12))
+        if np.abs(step).max() < 1e-10:
+            break
+    scatter = x * (y - p)[:, None]
+    spread = np.linalg.solve(curvature, np.linalg.solve(curvature, scatter.T @ scatter).T)
+    reach = _Z_ALPHA * (float(spread[0, 0]) * len(y) / (len(y) - 2)) ** 0.5
+    middle, low, high = (1 / (1 + np.exp(-(found[0] + z))) - 0.5 for z in (0.0, -reach, reach))
+    share = float(decided.mean())
+    of_ties = _Z_ALPHA * abs(middle) * (share * (1 - share) / n) ** 0.5
+    below, above = (((share * (end - middle)) ** 2 + of_ties**2) ** 0.5 for end in (low, high))
+    score = 0.5 + share * middle
+    return Estimate(
+        score=score, stderr=(below + above) / 2 / _Z_ALPHA, interval=(max(0.0, score - below), min(1.0, score + above))
+    )
 
 
 @cache

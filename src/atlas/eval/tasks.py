@@ -75,7 +75,7 @@ class Known:
     """Check the local rows, if there are any, and what scoring needs; returns changes of lm-eval's definition."""
 
 
-def _prepare_ifeval(rows: Rows | None, place: str) -> dict[str, Any]:
+def prepare_ifeval(rows: Rows | None, place: str) -> dict[str, Any]:
     """Import lm-eval's checkers without their download, check that all that are needed are there, and make them repeatable."""
     try:
         import langdetect
@@ -137,7 +137,7 @@ KNOWN: dict[TaskName, Known] = {
         max_gen_toks=1280,  # lm-eval's
         question="prompt",
         groups=_ifeval_groups,
-        prepare=_prepare_ifeval,
+        prepare=prepare_ifeval,
     ),
     "gsm8k": Known(
         "gsm8k",
@@ -279,7 +279,7 @@ def _local_rows(name: TaskName, path: Path, num_fewshot: int) -> tuple[Rows, Row
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist")
     tests = path / "test.jsonl" if path.is_dir() else path
-    rows = _read(tests, known.columns, key)
+    rows = read_rows(tests, known.columns, key)
     examples = path / f"{known.fewshot_split}.jsonl"
     if not num_fewshot:
         return rows, [], str(tests)
@@ -288,10 +288,10 @@ def _local_rows(name: TaskName, path: Path, num_fewshot: int) -> tuple[Rows, Row
             f"{key}: {num_fewshot} few-shot examples are asked for, but {path} has only test rows: give a folder with test.jsonl "
             f"and {known.fewshot_split}.jsonl, or set num_fewshot: 0 for this task"
         )
-    return rows, _read(examples, known.columns, key), str(tests)
+    return rows, read_rows(examples, known.columns, key), str(tests)
 
 
-def _read(path: Path, columns: tuple[str, ...], key: str) -> Rows:
+def read_rows(path: Path, columns: tuple[str, ...], key: str) -> Rows:
     """The rows of a JSONL file, each with the task's columns."""
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
