@@ -61,7 +61,7 @@ def test_texts_depend_on_the_seed_alone() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same build with a few steps on a few texts."""
-    for name, value in {"DOCUMENTS": 300, "STEPS": 12, "TRAINING_ROWS": 20, "HELD_OUT_PROMPTS": 8}.items():
+    for name, value in {"DOCUMENTS": 300, "STEPS": 4, "TRAINING_ROWS": 20, "HELD_OUT_PROMPTS": 8}.items():
         monkeypatch.setattr(base, name, value)
 
 
