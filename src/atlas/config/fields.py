@@ -221,7 +221,8 @@ SCHEMAS = {
             "sync_ref_model": "the reference is the adapter that the run starts from; TRL does not move one with PEFT",
             "ref_model_mixup_alpha": "the reference is the adapter that the run starts from",
         },
-        recipe=COMMON_RECIPE,
+        recipe=COMMON_RECIPE
+        | {"loss_type": ["sigmoid"], "beta": 0.1},  # TRL's defaults, so that they are in the manifest
         metrics=("loss", "rewards/accuracies", "rewards/margins"),
         own=_WITH_BATCHING,
         continues=True,

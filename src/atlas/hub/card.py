@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,7 +124,8 @@ def card(manifest: dict[str, Any], repo: str, runs: list[PublicRun], audit: dict
     config, name, full = manifest["config"], repo.rpartition("/")[2], manifest["config"].get("lora", ()) is None
     local = set(manifest.get("local", ()))
     base, revision = config["model"]["name"], config["model"]["revision"]
-    sources = [{"rows": 0, "used": 0, "supervised_tokens": 0, "cut": 0} | s for s in manifest["data"]["sources"]]
+    sources = _sources(manifest)
+    earlier = list(_ancestors(manifest))
     scores = list(rows(runs))
     evaluations = [
         EvalResult(
@@ -136,6 +138,9 @@ def card(manifest: dict[str, Any], repo: str, runs: list[PublicRun], audit: dict
         for row in scores
         if row.interval
     ]
+
+    for before in earlier:
+        local |= set(before.get("local", ()))
 
     def on_hub(name: str) -> bool:
         return name not in local and _HUB_ID.fullmatch(name) is not None
@@ -151,11 +156,13 @@ def card(manifest: dict[str, Any], repo: str, runs: list[PublicRun], audit: dict
         library_name="transformers" if full else "peft",
         pipeline_tag="text-generation",
         tags=["atlas", "full-fine-tuning" if full else "lora", config.get("phase", "sft"), "trl"],
-        datasets=sorted({s["name"] for s in config["data"]["train"] if on_hub(s["name"])}) or None,
+        datasets=sorted(
+            {s["name"] for one in (manifest, *earlier) for s in one["config"]["data"]["train"] if on_hub(s["name"])}
+        )
+        or None,
         model_name=name if evaluations else None,
         eval_results=evaluations or None,
     )
-    shown = _RECIPE | {"train": (*_RECIPE["train"], *manifest.get("recipe", ()))}
     unpinned = "at a revision that was not pinned" if on_hub(base) else "local"
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -186,14 +193,33 @@ def card(manifest: dict[str, Any], repo: str, runs: list[PublicRun], audit: dict
         config=config,
         full=full,
         result=manifest["result"],
-        sources=sources,
         cut=sum(source["cut"] for source in sources),
         audit=audit,
         scores=scores,
-        recipe=[
-            (f"{part}.{k}", config[part][k]) for part, keys in shown.items() for k in keys if k in (config[part] or ())
-        ],
+        recipe=_recipe(manifest),
+        parent=manifest.get("parent"),
+        earlier=[{"method": one["method"], "result": one["result"], "recipe": _recipe(one)} for one in earlier],
+        tables=[("", sources), *((one["method"], _sources(one)) for one in earlier)],
     )
+
+
+def _ancestors(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The manifests of the phases before, the last one first, as far as they are known."""
+    found = (manifest.get("parent") or {}).get("manifest")
+    if found:
+        yield found
+        yield from _ancestors(found)
+
+
+def _sources(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    none = {"rows": 0, "used": 0, "supervised_tokens": 0, "cut": 0}
+    return [none | source for source in manifest["data"]["sources"]]
+
+
+def _recipe(manifest: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What of a phase's config the card shows; a phase may name further keys of `train:`."""
+    config, shown = manifest["config"], _RECIPE | {"train": (*_RECIPE["train"], *manifest.get("recipe", ()))}
+    return [(f"{part}.{k}", config[part][k]) for part, keys in shown.items() for k in keys if k in (config[part] or ())]
 
 
 def _last_part(name: str) -> str:

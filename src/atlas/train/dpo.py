@@ -46,6 +46,9 @@ class Pairs(LabeledRows):
     def prompt_of(self, row: dict[str, Any]) -> tuple[list[int], list[int]] | None:
         return row["prompt_ids"], row["chosen_ids"]
 
+    def manifest(self) -> dict[str, Any]:
+        return {**super().manifest(), "recipe": ["beta", "loss_type", "label_smoothing"]}
+
 
 def _arguments() -> type["DPOConfig"]:
     from trl import DPOConfig
@@ -68,7 +71,7 @@ def _audit(loaded: LoadedConfig) -> Path:
 def _loss(config: Config) -> tuple[str, str]:
     from atlas.errors import UserError
 
-    losses = config.train.get("loss_type") or ["sigmoid"]
+    losses = config.train["loss_type"]
     if unknown := [name for name in losses if name not in LOSSES]:
         raise UserError(f"train.loss_type={unknown[0]}: TRL has no such loss ({', '.join(LOSSES)})")
     said = f"{' + '.join(losses)}, beta {config.train_value('beta'):g}, on content and stop token of both answers"

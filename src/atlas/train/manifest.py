@@ -13,6 +13,7 @@ from atlas.files import digest
 from atlas.launch import command_line, processes
 
 if TYPE_CHECKING:
+    from atlas.models.adapters import Adapter
     from atlas.models.load import BaseFiles
 
 
@@ -24,9 +25,15 @@ def build_manifest(
     rows: dict[str, Any],
     chat_template: str,
     result: dict[str, Any],
+    parent: "tuple[Adapter, str] | None" = None,
 ) -> dict[str, Any]:
     """The manifest as plain JSON types. `rows` is what there is to say of the data, `result` what the run found out (steps, losses,
-    tokens, times)."""
+    tokens, times), `parent` the adapter that it goes on from and the SHA-256 of its weights; its own manifest is kept within."""
+    gone_on_from = {}
+    if parent is not None:
+        adapter, sha256 = parent
+        known = {"name": adapter.name, "revision": adapter.revision, "sha256": sha256}
+        gone_on_from = {"parent": {**known, "manifest": adapter.manifest or None}}
     return {
         "format": 2,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -39,6 +46,7 @@ def build_manifest(
         "experiment": experiment(loaded.config),
         "local": local_names(loaded.config),
         "base": {"content": base.content, "commit": base.commit},
+        **gone_on_from,
         "processes": processes(),
         "strategy": plan.decided["train.strategy"][0],
         "device": {"hardware": plan.hardware, **{key: value for key, (value, _) in plan.decided.items()}},
@@ -52,8 +60,9 @@ def build_manifest(
 
 def local_names(config: Config) -> list[str]:
     """Which names of models and sources are paths on this machine; elsewhere they could pass for Hub ids."""
-    names = {config.model.name, config.model.tokenizer_name or config.model.name, *(s.name for s in config.data.train)}
-    return sorted(name for name in names if Path(name).exists())
+    model = config.model
+    names = {model.name, model.tokenizer_name, model.adapter, *(s.name for s in config.data.train)}
+    return sorted(name for name in names if name is not None and Path(name).exists())
 
 
 def git_state() -> dict[str, Any] | None:

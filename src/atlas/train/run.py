@@ -483,6 +483,7 @@ class Run:
             {**self.rows.manifest(), "batching": self.batching.manifest()},
             self.tokenizer.get_chat_template(),
             result,
+            (self.ready.parent, str(self.ready.parent_sha256)) if self.ready.parent else None,
         )
 
     def _result(self, trainer: "Resumable") -> dict[str, Any]:
