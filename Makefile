@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons test test-slow test-notebook lint sanity sft sft-smoke data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs clean
+.PHONY: help setup pocket lessons test test-slow test-notebook lint sanity sft sft-smoke dpo dpo-smoke data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,13 @@ sft-smoke: sanity       ## the sanity check, then 50 steps of the real run; noth
 
 sft: setup              ## the whole run; pushes to output.hub_repo if it is set
 	$(RUN) -m atlas.train.sft --config $(CONFIG) $(ARGS)
+
+dpo-smoke dpo: CONFIG = configs/dpo_qwen05b.yaml
+dpo-smoke: setup        ## 50 steps of DPO from the newest SFT adapter in outputs/; nothing is pushed
+	$(RUN) -m atlas.train.dpo --config $(CONFIG) --max-steps 50 --no-push-to-hub --resume never $(ARGS) output.dir=outputs/dpo_smoke
+
+dpo: setup              ## the whole run of DPO, after `make sft`; pushes to output.hub_repo if it is set
+	$(RUN) -m atlas.train.dpo --config $(CONFIG) $(ARGS)
 
 preflight: setup        ## check in seconds what would make the run fail later
 	$(RUN) -m atlas.train.preflight --config $(CONFIG) $(ARGS)

@@ -28,6 +28,9 @@ from atlas.scores import score_table
 PAGE, PAGE_OF_SEVERAL = "report.html", "reports.html"
 _CHARTS: tuple[tuple[str, dict[str, str], bool], ...] = (  # title, key of the log -> label, may it be logarithmic?
     ("loss", {"loss": "training", "eval_loss": "held-out"}, True),
+    ("pairs the right way round", {"rewards/accuracies": "training", "eval_rewards/accuracies": "held-out"}, False),
+    ("margin of the rewards", {"rewards/margins": "training", "eval_rewards/margins": "held-out"}, False),
+    ("drift from the reference, nats a token", {"drift/chosen": "chosen", "drift/rejected": "rejected"}, False),
     ("learning rate", {"learning_rate": "learning rate"}, False),
     ("gradient norm", {"grad_norm": "gradient norm"}, True),
     ("tokens per second", {"tokens_per_second": "all", "supervised_tokens_per_second": "trained"}, False),

@@ -9,6 +9,7 @@ push. Exit status: 0 done, 1 the run failed, 2 the input is wrong.
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from atlas.train.run import FinishedRun, open_run, phase_command
 if TYPE_CHECKING:
     from transformers import Trainer
     from trl import DPOConfig
+
+    from atlas.train.callbacks.meter import Meter
 
 LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -80,6 +83,12 @@ def _loss(config: Config) -> tuple[str, str]:
     return "ok", f"{said}, proven by the audit (gate {config.audit.gate})"
 
 
+def _meters() -> "Sequence[Callable[[Any], Meter]]":
+    from atlas.train.callbacks.preference import Preference
+
+    return (Preference,)
+
+
 DPO = Phase(
     name="dpo",
     method="direct preference optimisation (DPO)",
@@ -89,6 +98,7 @@ DPO = Phase(
     sample=lambda tokenizer: (
         [{name: [tokenizer.eos_token_id] * 16 for name in ("prompt_ids", "chosen_ids", "rejected_ids")}] * 2
     ),
+    meters=_meters,
     audit=_audit,
     checks={"loss": _loss},
 )

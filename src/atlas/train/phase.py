@@ -1,6 +1,6 @@
 """What is special to one way of training. All else (preflight, checkpoints, stops, saving, push) is the same for each phase."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
     from atlas.data.labeled import Labeled
+    from atlas.train.callbacks.meter import Meter
 
 
 class Rows(Protocol):
@@ -73,6 +74,8 @@ class Phase:
     empty_row: Callable[[Any], dict[str, Any]] | None = None
     """Makes a row that adds nothing to the loss from one of the dataset's; None: there is no such row, and with several processes
     rows that do not fill a batch for each are left out."""
+    meters: Callable[[], Sequence[Callable[[Any], "Meter"]]] = tuple
+    """Imports what measures this phase alone, each made from the trainer."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that are the same in each run of the phase."""
     audit: Callable[[LoadedConfig], Path] | None = None

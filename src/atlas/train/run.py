@@ -440,7 +440,11 @@ class Run:
 
         work = Work.of(self.ready.shape, self.ready.plan, full=self.loaded.config.lora is None)
         watching = (PaddingShare, SkippedSteps, HeldOutGap, LossSpike)
-        return [Throughput(trainer, work), PeakMemory(), *(meter(trainer) for meter in watching)]
+        return [
+            Throughput(trainer, work),
+            PeakMemory(),
+            *(meter(trainer) for meter in (*watching, *self.phase.meters())),
+        ]
 
     def _again(self, checkpoint: Path) -> str:
         """The command that resumes from a checkpoint: `--resume never` would begin anew once more."""

@@ -1,6 +1,7 @@
 """One line of progress per `train.logging_steps`."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -9,8 +10,8 @@ from atlas.console import duration
 
 
 class LogLine(TrainerCallback):
-    """Prints loss, learning rate, gradient norm, tokens per second (supervised ones too, where they are logged), memory and time
-    left, which counts from `begin`."""
+    """Prints loss, of pairs what the rewards say, learning rate, gradient norm, tokens per second (supervised ones too, where they
+    are logged), memory and time left, which counts from `begin`."""
 
     def begin(self, state: TrainerState) -> None:
         """Training begins, or goes on from a checkpoint that has been restored."""
@@ -32,7 +33,10 @@ class LogLine(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if "eval_loss" in logs:
-            print(f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}", flush=True)
+            print(
+                f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}{_rewards(logs, 'eval_')}",
+                flush=True,
+            )
         if "loss" not in logs:
             return
         steps = max(state.global_step - self._began[1], 1)
@@ -41,7 +45,7 @@ class LogLine(TrainerCallback):
         width = len(str(state.max_steps))
         parts = [
             f"step {state.global_step:>{width}}/{state.max_steps}",
-            f"loss {logs['loss']:.4f}",
+            f"loss {logs['loss']:.4f}{_rewards(logs)}",
             f"lr {logs['learning_rate']:.2e}",
             f"grad {logs['grad_norm']:.3f}" if "grad_norm" in logs else "grad skipped",  # by the loss scaler
             *(f"{logs[name]:,.0f}{unit}" for unit, name in rates.items() if logs.get(name, 0) > 0),
@@ -49,3 +53,10 @@ class LogLine(TrainerCallback):
             f"{duration(left)} left",
         ]
         print("  ".join(parts), flush=True)
+
+
+def _rewards(logs: Mapping[str, float], prefix: str = "") -> str:
+    """Of pairs: how many are the right way round, and by how much."""
+    if f"{prefix}rewards/margins" not in logs:
+        return ""
+    return f"  pairs right {logs[f'{prefix}rewards/accuracies']:.0%}  margin {logs[f'{prefix}rewards/margins']:+.3f}"
