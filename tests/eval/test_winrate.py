@@ -16,6 +16,8 @@ from atlas.eval.endpoint import parse, position_bias
 from atlas.eval.judge import Verdict
 from atlas.eval.stats import length_controlled
 from atlas.pocket import base, world
+from hub_commands import atlas
+from hub_server import Entry, HubServer
 from judge_server import JudgeServer, Seen
 from rows import ROOT, write_rows
 from runs import Started
@@ -134,16 +136,20 @@ def test_prompts_are_read_from_each_kind_of_row(tmp_path: Path):
         {"prompt": whole, "chosen": [said("assistant", "2.")], "rejected": [said("assistant", "3.")]},  # stood before
         {"chosen": [said("user", "Same?"), said("assistant", "x")]}
         | {"rejected": [said("user", "Same?"), said("assistant", "x")]},
+        {"prompt": "Ranked?", "responses": ["a", "b"], "scores": [1, 2]},
+        {"chosen": "\n\nHuman: HH?\n\nAssistant: a", "rejected": "\n\nHuman: HH?\n\nAssistant: b"},
         {"prompt": "Checked?", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
         {"prompt": "Plain?"},  # stood before
     ]
-    read, twice = replies.read_prompts(write_rows(tmp_path / "p.jsonl", rows))
-    assert twice == 2
+    file = write_rows(tmp_path / "p.jsonl", rows)
+    read, notes = replies.read_prompts(file)
+    told = f"3 rows of {file} are left out: prompt stands there before 2, chosen equals rejected 1"
+    assert notes == [told]
     assert [prompt.messages[-1]["content"] for prompt in read] == [
-        *("Plain?", "As messages?", "A pair?", "Ultra?", "Two?", "Same?", "Checked?")
+        *("Plain?", "As messages?", "A pair?", "Ultra?", "Two?", "Ranked?", "HH?", "Checked?")
     ]
     assert read[1].messages[0] == said("system", "Be brief.") and read[4].messages == whole
-    assert [prompt.row is not None for prompt in read] == [False] * 6 + [True]
+    assert [prompt.row is not None for prompt in read] == [False] * 7 + [True]
     assert len(replies.read_prompts(tmp_path / "p.jsonl", 2)[0]) == 2
 
 
@@ -155,10 +161,6 @@ def test_prompts_are_read_from_each_kind_of_row(tmp_path: Path):
         ({"prompt": "  "}, "row 2: its prompt does not end with a question"),
         ({"prompt": [said("user", "a"), said("assistant", "b")]}, "row 2: its prompt does not end with a question"),
         ({"prompt": [{"role": "tool", "content": "x"}]}, "row 2: a message of its prompt is no object with role"),
-        (
-            {"chosen": [said("user", "a"), said("assistant", "b")], "rejected": [said("user", "c"), said("user", "d")]},
-            "row 2",
-        ),
         ("{", "line 2 is not JSON"),
         ({"prompt": "Nothing to check"}, "1 of the 2 prompts in"),
     ],
@@ -245,6 +247,30 @@ def test_what_is_no_model_is_refused(models: Models, prompts: Path, tmp_path: Pa
     ):
         assert winrate.main([a, *asked[1:]]) == 2, told
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.xdist_group("processes")
+def test_models_come_from_the_hub_too(
+    hub: HubServer, generated: Path, models: Models, prompts: Path, tmp_path: Path, capsys
+):
+    revisions = []
+    for name, folder in (("plain", models.base), ("tuned", models.folder)):
+        hub.make_repo(f"ann/{name}", private=True)
+        files = {path.name: Entry(path.read_bytes()) for path in folder.iterdir() if path.is_file()}
+        revisions.append(hub.repos[f"ann/{name}"].add(files))
+        hub.repos[f"ann/{name}"].add({})  # what is newest has no model
+    asked = command(models, prompts, tmp_path / "out")
+    done = atlas(hub, "winrate", f"ann/plain@{revisions[0]}", f"ann/tuned@{revisions[1]}", *asked[2:])
+    assert done.status == 0, done.message
+    summary, records = found(tmp_path / "out")
+    assert records == found(generated)[1]
+    assert summary["a"]["content"] == revisions[0] and summary["b"]["adapter_revision"] == revisions[1]
+    (tmp_path / "moved").mkdir()
+    moved = shutil.copytree(models.folder, tmp_path / "moved" / "tuned")
+    noted = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(noted | {"base_model_name_or_path": "./outputs/base"}))
+    assert winrate.main([asked[0], str(moved), *asked[2:]]) == 2
+    assert "was trained on ./outputs/base, and there is no such folder here" in capsys.readouterr().err
 
 
 # The reward model

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from pydantic_core import from_json
 
 from atlas.config import QuantizationConfig
 from atlas.console import say
+from atlas.data.formats import BadRowError
+from atlas.data.pairs import PAIRS, pair
 from atlas.device import DevicePlan, return_memory
 from atlas.errors import UserError
 from atlas.eval.decode import decode
@@ -50,41 +53,44 @@ class Prompt:
         return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in self.messages)
 
 
-def read_prompts(path: Path, limit: int | None = None) -> tuple[list[Prompt], int]:
-    """The prompts of a JSONL file, each once, and how many rows had one that had stood there before. Raises `UserError` with the
-    line."""
+def read_prompts(path: Path, limit: int | None = None) -> tuple[list[Prompt], list[str]]:
+    """The prompts of a JSONL file, each once, and notes on the rows that were left out. Raises `UserError` with the row."""
     rows = read_rows(path, (), "--prompts")
     own_keys = all(isinstance(row.get("key"), str | int) for row in rows) and len({r["key"] for r in rows}) == len(rows)
     found: dict[str, Prompt] = {}
+    left_out: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
         key = row["key"] if own_keys else number - 1
         try:
             messages = _messages(row)
+        except BadRowError as error:
+            left_out[error.reason] += 1
+            continue
         except ValueError as error:
             raise UserError(f"--prompts: {path}, row {number}: {error}") from None
         checked = isinstance(row.get("instruction_id_list"), list) and isinstance(row.get("kwargs"), list)
         prompt = Prompt(key, messages, {**row, "key": key} if checked and isinstance(row["prompt"], str) else None)
         known = digest(json.dumps([messages, prompt.row and [row["instruction_id_list"], row["kwargs"]]]))
+        left_out["prompt stands there before"] += known in found
         found.setdefault(known, prompt)
-    return list(found.values())[:limit], len(rows) - len(found)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items() if count)
+    if not found:
+        raise UserError(f"--prompts: {path} has no prompt that can be asked: {reasons}")
+    notes = [f"{left_out.total()} rows of {path} are left out: {reasons}"] if reasons else []
+    return list(found.values())[:limit], notes
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The prompt of a row as messages. Of preference rows it is what both conversations begin with, where they are whole ones."""
-    prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
-    are_whole = isinstance(chosen, list) and isinstance(rejected, list) and min(len(chosen), len(rejected)) > 1
-    if not isinstance(prompt, list) and are_whole:
-        prompt = []
-        for one, other in zip(chosen or (), rejected or (), strict=False):
-            if one != other:
-                break
-            prompt.append(one)
-        if prompt and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":  # equal answers
-            prompt.pop()
-    if isinstance(prompt, str):
+    """The prompt of a row as messages; of a preference row as training reads it. Raises `ValueError`, and `BadRowError` where
+    training would leave out the pair."""
+    of_pairs = next((known for known in PAIRS.values() if all(column in row for column in known.columns)), None)
+    prompt = row.get("prompt")
+    if of_pairs is not None:
+        prompt = pair(row, of_pairs.name).messages[:-1]
+    elif isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt:
-        raise ValueError("it has no `prompt`, as text or as messages, and no conversations with a common beginning")
+        raise ValueError("it has no `prompt`, as text or as messages, and is no preference row")
     for message in prompt:
         is_message = isinstance(message, dict) and message.get("role") in _ROLES
         if not is_message or not isinstance(message.get("content"), str):
@@ -150,7 +156,7 @@ class Side:
     """Of the base: the commit of a Hub model, or the sha256 of a local one's weights."""
     adapter_sha256: str | None
     tokenizer: "PreTrainedTokenizerBase | None"
-    """Its own; None until `pair` has found one for a base model without a chat template."""
+    """Its own; None until `find_tokenizers` has found one for a base model without a chat template."""
     quantization: QuantizationConfig | None
     settings: dict[str, Any] = field(default_factory=dict)
     """All that a reply depends on besides the prompt's tokens."""
@@ -197,7 +203,12 @@ def find_side(label: str, name: str, in_4bit: bool) -> Side:
     there is none, and `RunError` where the Hub does not answer."""
     target = _found(label, name)
     adapter = target.adapter
-    content = revision_of(target.model, target.model_revision, f"{label} ({name})")
+    if adapter is not None and is_no_folder(target.model):
+        raise UserError(
+            f"{label}: {name} was trained on {target.model}, and there is no such folder here. If that path is relative, run "
+            "the command where it was trained"
+        )
+    content = revision_of(target.model, target.model_revision, f"{label}: the model of {name}")
     own = adapter.folder if adapter and (adapter.folder / "tokenizer_config.json").is_file() else None
     trained = adapter.quantization if adapter else None
     quantization = trained if trained is not None and trained.load_in_4bit else QuantizationConfig()
@@ -235,7 +246,7 @@ def _found(label: str, name: str) -> Target:
     return Target(called, model, "model", revision)
 
 
-def pair(a: Side, b: Side) -> None:
+def find_tokenizers(a: Side, b: Side) -> None:
     """Give each side its tokenizer. The base model of the other's adapter is asked in the same words as the adapter; so is a model
     without a chat template, if the vocabulary is the same. Raises `UserError` where a side cannot be asked."""
     for side, other in ((a, b), (b, a)):

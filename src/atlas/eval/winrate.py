@@ -32,8 +32,8 @@ from atlas.eval.replies import (
     ask_in_words,
     file_name,
     find_side,
+    find_tokenizers,
     longest_prompt,
-    pair,
     read_prompts,
 )
 from atlas.eval.stats import ALPHA, Difference, length_controlled, paired_difference
@@ -105,15 +105,12 @@ def main(arguments: Namespace) -> int:
     quiet_libraries()
     out = arguments.out
     plan, judged = _plan(), out / "judged"
-    prompts, twice = read_prompts(arguments.prompts, arguments.limit)
+    prompts, notes = read_prompts(arguments.prompts, arguments.limit)
     judge = _judge(arguments, prompts, plan, judged)
     can_write(out, "--out", "choose another folder with --out")
     a, b = (find_side(label, name, arguments.load_in_4bit) for label, name in (("A", arguments.a), ("B", arguments.b)))
-    pair(a, b)
+    find_tokenizers(a, b)
     limit = arguments.max_new_tokens
-    notes = [f"{twice} rows of {arguments.prompts} have a prompt that stands there before: each counts once"] * bool(
-        twice
-    )
     prompts, left_out = _that_fit(prompts, (a, b), plan, limit)
     notes += left_out
     if a.asked != b.asked:
