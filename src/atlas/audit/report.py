@@ -313,6 +313,7 @@ def page(records: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         colours=_COLOURS,
         facts=facts(summary),
         kinds=ALL_KINDS,
+        has_pairs="pairs" in summary,
         rows=[_shown(record) for record in records],
     )
 
@@ -335,7 +336,9 @@ def _shown(record: dict[str, Any]) -> dict[str, Any]:
     first = next(iter(sides.values()))
     about = [f"row {record['row']}" if record["row"] is not None else "outside the data set, or streamed"]
     about += [", ".join(span["role"] for span in first["roles"])] if first["roles"] else []
-    about += [f"{sum(side['mask'])} of {len(side['mask'])} tokens trained" for side in sides.values()]
+    about += [
+        f"{name} {sum(side['mask'])} of {len(side['mask'])} tokens trained".lstrip() for name, side in sides.items()
+    ]
     return {
         "place": short(record["place"]),
         "tags": tags,

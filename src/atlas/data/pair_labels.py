@@ -105,6 +105,8 @@ class PairLabeler(Labeler):
         for row, ((prompt, _), (chosen, _), (rejected, _)) in zip(good, filter(None, encoded), strict=True):
             shorter, longer = sorted((len(chosen), len(rejected)))
             row.length = len(prompt) + longer
+            for side, answer in zip(row.sides.values(), (chosen, rejected), strict=True):
+                side.length = len(prompt) + len(answer)
             room = longer if self.max_length is None else self.max_length - len(prompt)
             if room <= 0:
                 row.reason, row.detail = LONG_PROMPT, f"{len(prompt)} tokens; max_length is {self.max_length}"

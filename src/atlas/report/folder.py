@@ -169,4 +169,6 @@ def ledgers(manifest: Mapping[str, Any], which: str) -> list[dict[str, Any]]:
     """What became of the rows of each source, as the manifest has it; `which`: sources or eval_sources."""
     from atlas.data.ledger import SourceLedger
 
-    return [asdict(SourceLedger("")) | source for source in manifest.get("data", {}).get(which, ())]
+    sources = manifest.get("data", {}).get(which, ())
+    nouns = ("pair" if "chosen_tokens" in source else "row" for source in sources)
+    return [asdict(SourceLedger("")) | {"noun": noun} | source for noun, source in zip(nouns, sources, strict=True)]
