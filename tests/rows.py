@@ -40,6 +40,24 @@ def label(tokenizer: Path, data: object, *overrides: str) -> tuple[Labeled, Any]
     return prepare(settings, loaded), loaded
 
 
+def pairs_file(folder: Path, tokenizer: Path) -> Path:
+    """The config file of a phase that trains on pairs."""
+    path = folder / "pairs.yaml"
+    model = {"name": "none", "tokenizer_name": str(tokenizer), "adapter": "none"}
+    results = {"dir": str(folder / "out"), "results_dir": str(folder / "results")}
+    path.write_text(json.dumps({"phase": "dpo", "model": model, "output": results}), encoding="utf-8")
+    return path
+
+
+def label_pairs(tokenizer: Path, folder: Path, data: object, *overrides: str) -> tuple[Labeled, Any]:
+    """`data`: rows, or what `data.train` says."""
+    if isinstance(data, list):
+        data = write_rows(folder / "pairs.jsonl", data)
+    settings = load_config(pairs_file(folder, tokenizer), [f"data.train={data}", *overrides]).config
+    loaded = load_tokenizer(settings)
+    return prepare(settings, loaded), loaded
+
+
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "é <b>", "parameters": {"type": "object"}}}]
 
 

@@ -194,10 +194,11 @@ class Oracle:
         """The rendered `prompt` of inference with the answer that ends the messages, and what has to be generated in it. Raises
         `TemplateRefusedError`."""
         rendered = self.renderer.text(messages, tools)
-        turn = self._turn(len(messages) - 1, rendered, prompt, rendered)
-        return prompt + rendered[turn.start :], turn._replace(
-            start=len(prompt), end=len(prompt) + turn.end - turn.start
-        )
+        index, start, end, problem = self._turn(len(messages) - 1, rendered, prompt, rendered)
+        if problem == "history" and self.header and self.header in rendered:
+            start = rendered.rindex(self.header) + len(self.header)  # the best guess: what follows the last header
+            end = rendered.find(self.stop, start) + len(self.stop) if self.stop in rendered[start:] else len(rendered)
+        return prompt + rendered[start:], Turn(index, len(prompt), len(prompt) + end - start, problem)
 
     def turns(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, text: str) -> list[Turn]:
         """What has to be generated in each assistant turn of a conversation that is rendered as `text`. Raises
