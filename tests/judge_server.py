@@ -42,7 +42,8 @@ class JudgeServer:
 
     `faults` are taken one for each request: "" (none), a status ("500", or "429" with `retry_after`), "drop" (the connection is
     reset), "half" (the body ends in the middle), "page" (HTML), "no json" (broken JSON), "late" (no answer within `late` seconds),
-    "nonsense", "cut" (the verdict is cut in the middle), "echo" (the answer repeats the key), "both" (two verdicts).
+    "nonsense", "parts" (a content that is no text), "cut" (the verdict is cut in the middle), "echo" (the answer repeats the key),
+    "both" (two verdicts).
     """
 
     def __init__(
@@ -131,6 +132,7 @@ def _handler(judge: JudgeServer) -> type[BaseHTTPRequestHandler]:
             verdict = json.dumps({"better": judge.verdict(seen)})
             said = {
                 "nonsense": "Both have their merits.",
+                "parts": [{"type": "text", "text": verdict}],
                 "cut": verdict[:-4],
                 "echo": f"I was called with {sent}.",
                 "both": '{"better": "first"} or {"better": "second"}',

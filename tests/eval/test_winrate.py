@@ -202,6 +202,15 @@ def test_checks_decide_and_nothing_is_generated_twice(generated: Path, models: M
     assert "wins minus losses" in capsys.readouterr().out
 
 
+def test_two_models_of_one_name_are_told_apart(out: Path, models: Models, prompts: Path, tmp_path: Path, capsys):
+    """The other one is a copy, so its replies are known."""
+    other = shutil.copytree(models.folder, tmp_path / "other" / "tuned")
+    assert winrate.main([str(models.folder), str(other), *command(models, prompts, out)[2:]]) == 0
+    summary, _ = found(out)
+    assert summary["a"]["name"] != summary["b"]["name"] and summary["b"]["name"].endswith("other-tuned")
+    assert summary["ties"] == 40
+
+
 def test_the_same_adapter_twice_is_no_difference(out: Path, models: Models, prompts: Path, capsys):
     twice = [str(models.folder)] * 2 + command(models, prompts, out)[2:]
     assert winrate.main(twice) == 0
@@ -269,7 +278,7 @@ def test_models_come_from_the_hub_too(
     moved = shutil.copytree(models.folder, tmp_path / "moved" / "tuned")
     noted = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps(noted | {"base_model_name_or_path": "./outputs/base"}))
-    assert winrate.main([asked[0], str(moved), *asked[2:]]) == 2
+    assert winrate.main([str(models.folder), str(moved), *asked[2:], "--estimate"]) == 2
     assert "was trained on ./outputs/base, and there is no such folder here" in capsys.readouterr().err
 
 
@@ -425,7 +434,7 @@ def test_without_a_bias_none_is_found(out: Path, models: Models, prompts: Path, 
 
 def test_nonsense_is_asked_again_once_and_is_no_win(out: Path, models: Models, prompts: Path, capsys):
     few = command(models, prompts, out, "--limit", "6")
-    with JudgeServer(by_hash, faults=["nonsense", "nonsense", "nonsense"]) as judge:
+    with JudgeServer(by_hash, faults=["nonsense", "parts", "nonsense"]) as judge:
         asked = of_the_judge(judge, "--judge-parallel", "1")
         assert winrate.main([*few, *asked]) == 0
         summary, records = found(out)
@@ -547,7 +556,7 @@ def test_one_message_says_what_is_wrong_with_address_or_key(
         asked(1, "does not answer (status 500: planted). Check --judge-url", *of_the_judge(judge))
     assert len(judge.asked) == 3
     with JudgeServer(faults=["", "429"], retry_after="3600") as judge:
-        asked(1, "1 of the ", *of_the_judge(judge, "--judge-parallel", "1"))
+        asked(1, "asks to wait 3600 s). 1 of the ", *of_the_judge(judge, "--judge-parallel", "1"))
 
 
 def test_the_key_is_in_no_file_and_no_message(
@@ -570,7 +579,7 @@ def test_a_judge_that_likes_length_is_told_by_the_figure_at_equal_length(
     """The replies of B in the journal are given other lengths: most of them are longer than those of A."""
     with JudgeServer() as judge:
         assert winrate.main(command(models, prompts, out, *of_the_judge(judge))) == 0
-    (of_b,) = (path for path in (out / "replies").iterdir() if path.name.startswith("tuned-"))
+    of_b = out / "replies" / found(out)[0]["b"]["replies_file"]
     lines = [json.loads(line) for line in of_b.read_text().splitlines()]
     for number, line in enumerate(lines):
         line["text"] = "x" * (30 + number) if number % 8 else "x"

@@ -248,9 +248,8 @@ class Endpoint:
                     while waiting:
                         await one()
 
-                while (
-                    waiting and not self._answered
-                ):  # alone: what is wrong with address, key or model shows with the first
+                # Alone: what is wrong with address, key or model shows with the first.
+                while waiting and not self._answered:
                     await one()
                 tasks = [asyncio.create_task(work()) for _ in range(self.parallel)]
                 try:
@@ -314,9 +313,9 @@ class Endpoint:
             raise _PassingError(late, f"{self.timeout:g} s (--judge-timeout)" * (late[0] == "n")) from None
         except httpx2.ConnectError as error:
             raise _PassingError("the server cannot be reached", self._hidden(str(error))) from None
-        except httpx2.UnsupportedProtocol as error:
+        except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
             raise UserError(f"--judge-url: {self._hidden(str(error))}") from None
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise _PassingError(
                 "a broken connection", f"{type(error).__name__} {self._hidden(str(error))}".strip()
             ) from None
@@ -326,7 +325,8 @@ class Endpoint:
             raise self._refusal(response)
         try:
             choice = response.json()["choices"][0]
-            return choice["message"].get("content") or "", choice.get("finish_reason") == "length"
+            said = choice["message"].get("content")
+            return said if isinstance(said, str) else "", choice.get("finish_reason") == "length"
         except (ValueError, LookupError, TypeError, AttributeError):
             raise _PassingError(_NO_COMPLETION, self._hidden(response.text)[:100]) from None
 
@@ -343,11 +343,12 @@ class Endpoint:
 
     def _refusal(self, response: "httpx2.Response") -> Exception:
         """What an HTTP status means."""
-        status, details = response.status_code, self._hidden(_details(response))
+        status, details = response.status_code, self._hidden(_details(response))[:300]
         said = f"{details} ({status})" if details else f"status {status}"
         if may_pass(status):
             wait = _retry_after(response.headers.get("Retry-After", ""))
-            return _PassingError(f"status {status}", details, wait, of_all=status in (429, 503))
+            asks = f"{details}, and asks to wait {wait:g} s" if wait else details
+            return _PassingError(f"status {status}", asks, wait, of_all=status in (429, 503))
         if status in (400, 413, 422):
             return _RefusedError(said)
         if status == 401:
@@ -380,7 +381,7 @@ def _details(response: "httpx2.Response") -> str:
         text = error.get("message", "") if isinstance(error, dict) else str(error)
     except (ValueError, AttributeError):
         text = response.text
-    return one_line(" ".join(str(text).split()))[:300]
+    return one_line(" ".join(str(text).split()))
 
 
 def _retry_after(text: str) -> float:

@@ -172,14 +172,17 @@ class Side:
     def adapter(self) -> Adapter | None:
         return self.target.adapter
 
+    @property
+    def replies_file(self) -> str:
+        return digest(json.dumps(self.settings, sort_keys=True))[:16] + ".jsonl"
+
     def key(self, index: int) -> str:
         """Of its reply to a prompt, in the journal."""
         return digest(json.dumps(self.ids[index]))
 
     def journal(self, folder: Path) -> Journal:
-        """Where its replies lie. The name tells what they depend on."""
-        settings = digest(json.dumps(self.settings, sort_keys=True))[:12]
-        return Journal(folder / f"{file_name(self.name)}-{settings}.jsonl", frozenset(Reply.__annotations__))
+        """Where its replies lie: the name is a hash of what they depend on, so another name for the same model finds them."""
+        return Journal(folder / self.replies_file, frozenset(Reply.__annotations__))
 
     def as_json(self) -> dict[str, Any]:
         """For the result."""
@@ -190,12 +193,13 @@ class Side:
             "adapter": adapter.name if adapter else None,
             "adapter_revision": adapter.revision if adapter else None,
             **self.settings,
+            "replies_file": self.replies_file,
         }
 
 
 def file_name(text: str) -> str:
     """A name as a part of a file name."""
-    return re.sub(r"[^\w.-]+", "-", text).strip(".-")[:60] or "model"
+    return re.sub(r"[^\w.-]+", "-", text)[-60:].strip(".-") or "model"
 
 
 def find_side(label: str, name: str, in_4bit: bool) -> Side:

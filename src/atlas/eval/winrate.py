@@ -9,7 +9,7 @@ import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
@@ -109,6 +109,9 @@ def main(arguments: Namespace) -> int:
     judge = _judge(arguments, prompts, plan, judged)
     can_write(out, "--out", "choose another folder with --out")
     a, b = (find_side(label, name, arguments.load_in_4bit) for label, name in (("A", arguments.a), ("B", arguments.b)))
+    if a.name == b.name and arguments.a != arguments.b:  # checkpoint-100 of two runs
+        for side, given in ((a, arguments.a), (b, arguments.b)):
+            side.target = replace(side.target, name=file_name(given))
     find_tokenizers(a, b)
     limit = arguments.max_new_tokens
     prompts, left_out = _that_fit(prompts, (a, b), plan, limit)
