@@ -248,7 +248,10 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     for source in summary["sources"]:
         dropped.update(source["dropped"])
     rows = f"{summary['rows']:,}" + (" (the first; more are streamed)" if summary["only_first_rows"] else "")
-    labels = {"markers": "the template's markers", "rendered": "rendering each turn"}.get(summary["mask"], "")
+    labels = {
+        "markers": "the template's markers",
+        "rendered": f"rendering each {'answer' if noun == 'pair' else 'turn'}",
+    }.get(summary["mask"], "")
     if summary["documents"] == summary["rows"] or summary["mask"] == "all tokens":
         labels = "all tokens"
     elif summary["documents"]:
