@@ -2,7 +2,7 @@
 
     PYTHON benchmarks/contender.py '{"contender": "trl", "model": ..., "rows": ..., ...}'
 
-Contenders: `trl` (a script as TRL's documentation writes it), `atlas` (the command `python -m atlas.train.sft`), `factory`
+Contenders: `trl` (a script as TRL's documentation writes it), `atlas` (the command `python -m atlas.train.PHASE`), `factory`
 (LLaMA-Factory, in its own environment) and `unsloth`. Only the standard library is imported at the top, so that a contender's own
 order of imports counts. What it measured goes into the file `out`.
 """
@@ -72,12 +72,15 @@ class Meter:
         training_step = trainer.training_step
 
         def measured(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            ids, labels = inputs["input_ids"], inputs["labels"]
+            ids = inputs["input_ids"]
+            scored = inputs["completion_mask"] if "completion_mask" in inputs else inputs["labels"][:, 1:] != -100
             counts = {
                 "tokens": (ids != pad).sum(),  # no contender's rows hold the pad token
-                "supervised": (labels[:, 1:] != -100).sum(),
+                "supervised": scored.sum(),
                 "positions": torch.tensor(ids.numel()),
             }
+            if not getattr(trainer, "computes_padding", True):
+                counts["positions"] = counts["tokens"]
             counts["loss"] = training_step(model, inputs, *args, **kwargs).detach()
             for name, value in counts.items():
                 of_step[name] = of_step.get(name, 0) + value
@@ -177,10 +180,12 @@ def _dtype(job: dict[str, Any]) -> Any:
 def _arguments(job: dict[str, Any]) -> Any:
     """TRL's arguments: the recipe's numbers, and what has to be said of the machine."""
     import torch
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
     options, dtype = job["options"], _dtype(job)
-    return SFTConfig(
+    # Unsloth masks the prompts by itself, and sets checkpointing with its adapter.
+    own = {"dataset_text_field": "text"} if job["contender"] == "unsloth" else {"assistant_only_loss": True}
+    return (DPOConfig if job["phase"] == "dpo" else SFTConfig)(
         output_dir=job["folder"],
         max_length=job["max_length"],
         per_device_train_batch_size=job["batch"],
@@ -195,8 +200,7 @@ def _arguments(job: dict[str, Any]) -> Any:
         use_cpu=not torch.cuda.is_available(),
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        # Unsloth masks the prompts by itself, and sets checkpointing with its adapter.
-        **({"assistant_only_loss": True} if job["contender"] == "trl" else {"dataset_text_field": "text"}),
+        **(own if job["phase"] == "sft" else {}),
         **({"gradient_checkpointing": False} if "nockpt" in options else {}),
         **({"packing": True} if "pack" in options else {}),
         **({"use_liger_kernel": True} if "liger" in options else {}),
@@ -205,11 +209,12 @@ def _arguments(job: dict[str, Any]) -> Any:
 
 def trl(job: dict[str, Any], meter: Meter) -> None:
     """Stock TRL. Its defaults, but for: float32 on a CPU, as the others have it (its own is bf16), the recipe's numbers, and no log
-    to wandb. Options: `nockpt` (gradient checkpointing is its default), `fp32` (the adapter), `bf16`, `pack`, `16bit`, `liger`."""
+    to wandb. Options: `nockpt` (gradient checkpointing is its default), `fp32` (the adapter), `bf16`, `pack`, `16bit`, `liger`. For
+    pairs `model`: the reference is a second model in 4 bits, instead of TRL's frozen copy of the adapter."""
     from datasets import load_dataset
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
-    from trl import SFTTrainer
+    from trl import DPOTrainer, SFTTrainer
 
     options, dtype = job["options"], _dtype(job)
     with meter.part("model"):
@@ -219,22 +224,30 @@ def trl(job: dict[str, Any], meter: Meter) -> None:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        model = AutoModelForCausalLM.from_pretrained(
+        load = functools.partial(
+            AutoModelForCausalLM.from_pretrained,
             job["model"],
             quantization_config=None if "16bit" in options else quantization,
             dtype=dtype,
             attn_implementation=job["attention"],
         )
+        model, more = load(), {}
+        if job["adapter"]:
+            model = PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
+            # Its adapter merged into it would take as much memory and time.
+            more = {"ref_model": load()} if "model" in options else {}
+        else:
+            more = {"peft_config": LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")}
     meter.loaded()
     arguments = _arguments(job)
     with meter.part("data"):
         set_seed(job["seed"])  # the adapter is initialised in the constructor
-        trainer = SFTTrainer(
-            model,
-            arguments,
+        trainer = (DPOTrainer if job["phase"] == "dpo" else SFTTrainer)(
+            model=model,
+            args=arguments,
             train_dataset=load_dataset("json", data_files=job["rows"], split="train"),
             processing_class=AutoTokenizer.from_pretrained(job["tokenizer"]),
-            peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM"),
+            **more,
         )
     if "fp32" in options:  # TRL trains the adapter of a 4-bit model in bf16, atlas in float32
         for parameter in trainer.model.parameters():
@@ -246,10 +259,11 @@ def trl(job: dict[str, Any], meter: Meter) -> None:
 def atlas(job: dict[str, Any], meter: Meter) -> None:
     """The command of atlas. Options: `pad`, `group`, `pack` (train.batching), `ckpt`, `nockpt`, `16bit`, `liger`, `own` (its own
     LM head on a GPU too)."""
-    from atlas.train.run import Run
-    from atlas.train.sft import main
+    from importlib import import_module
 
-    options = job["options"]
+    from atlas.train.run import Run
+
+    options, main = job["options"], import_module(f"atlas.train.{job['phase']}").main
     meter.around(Run, "prepare", "data")
     meter.around(Run, "load_base_model", "model")
     meter.around(Run, "trainer", "trainer")
@@ -257,9 +271,7 @@ def atlas(job: dict[str, Any], meter: Meter) -> None:
 
     def measured_fit(run: Run, trainer: Any) -> None:
         if "own" in options:  # where TRL's Triton head would run, atlas' own takes its place
-            from atlas.train import sft_trainer
-
-            sft_trainer.head_is_fused = lambda device: False
+            import_module(f"atlas.train.{job['phase']}_trainer").head_is_fused = lambda device: False
         fit(run, meter.attach(trainer))
 
     Run.fit = measured_fit  # type: ignore[method-assign]
@@ -267,7 +279,9 @@ def atlas(job: dict[str, Any], meter: Meter) -> None:
         "model.name": job["model"],
         "model.tokenizer_name": job["tokenizer"],
         "model.attn_implementation": job["attention"],
-        "lora.lora_dropout": 0.0,  # PEFT's default and LLaMA-Factory's
+        **(
+            {"model.adapter": job["adapter"]} if job["adapter"] else {"lora.lora_dropout": 0.0}
+        ),  # PEFT's, LLaMA-Factory's
         "data.train": job["rows"],
         "train.max_length": job["max_length"],
         "train.per_device_train_batch_size": job["batch"],
@@ -394,7 +408,7 @@ def unsloth(job: dict[str, Any], meter: Meter) -> None:
 
 
 OPTIONS = {
-    "trl": {"nockpt", "fp32", "bf16", "pack", "16bit", "liger", "fa2"},
+    "trl": {"nockpt", "fp32", "bf16", "pack", "16bit", "liger", "fa2", "model"},
     "atlas": {"pad", "group", "pack", "auto", "ckpt", "nockpt", "16bit", "liger", "own", "fa2"},
     "factory": {"pack", "neat", "nockpt"},
     "unsloth": {"nockpt", "16bit"},

@@ -3,8 +3,9 @@
 Each trial is a run of its own with checkpoints, evaluations, dropout, NF4 and a push to a stand-in of the Hub. It is killed at a
 moment of a given kind (any, while a checkpoint is written, around its seal, in an evaluation, in the push), started again with
 the same command until it ends, and its adapter, log and pushed files are compared with those of the run that was left alone. A
-third of the trials streams its rows, or groups them by length, and is killed when it has begun to see them again. The result goes
-into outputs/figures/kills.json.
+third of the trials streams its rows, or groups them by length, and is killed when it has begun to see them again. With
+`--phase dpo` the runs train on pairs, from the adapter of a short SFT run. The result goes into outputs/figures/kills.json or
+kills_dpo.json.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from atlas.files import read_object
 from atlas.train.checkpoints import PROGRESS, SEAL
 from hub_server import HubServer, User
-from measured import record
+from measured import record, this_command
 
 LAB = Path("outputs/pocket/lab")
 CONFIG = Path(__file__).parent.parent / "configs" / "sft_pocket.yaml"
@@ -34,18 +36,23 @@ TOKEN = "hf_" + "k" * 34
 STEPS, SAVE_STEPS, EVAL_STEPS = 30, 3, 5
 KINDS = ("any moment", "save", "seal", "evaluation", "push")
 FEW = 40  # rows: a pass has 10 steps
-DATA = {  # the rows of a trial, and the step after which it is killed
-    "": (["data.train={lab}/train.jsonl:600", "data.eval_rows=100"], 1),
-    ", streamed, past the first pass": (["data.train={few}", "data.eval={held}", "data.streaming=true"], 12),
-    ", by length, past the first epoch": (
-        ["data.train={few}", "data.eval={held}", "train.train_sampling_strategy=group_by_length"],
-        12,
-    ),
+BY_LENGTH = "train.train_sampling_strategy=group_by_length"
+DATA = {  # of each phase: the rows of a trial, and the step after which it is killed
+    "sft": {
+        "": (["data.train={lab}/train.jsonl:600", "data.eval_rows=100"], 1),
+        ", streamed, past the first pass": (["data.train={few}", "data.eval={held}", "data.streaming=true"], 12),
+        ", by length, past the first epoch": (["data.train={few}", "data.eval={held}", BY_LENGTH], 12),
+    },
+    "dpo": {
+        "": (["data.train={pairs}:600", "data.eval_rows=100"], 1),
+        ", by length, past the first epoch": (["data.train={few_pairs}", "data.eval={held_pairs}", BY_LENGTH], 12),
+    },
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--phase", choices=DATA, default="sft")
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="trials at a time")
@@ -58,32 +65,48 @@ def main() -> None:
         rows = (LAB / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (Path(folder) / "few.jsonl").write_text("".join(rows[:FEW]), encoding="utf-8")
         (Path(folder) / "held.jsonl").write_text("".join(rows[-100:]), encoding="utf-8")
+        if arguments.phase == "dpo":
+            parent(Path(folder), [json.loads(row)["messages"] for row in rows])
         trials: list[dict[str, Any]] = []
-        counts = (arguments.trials - 2 * (arguments.trials // 6), *[arguments.trials // 6] * 2)
-        for data, count in zip(DATA, counts, strict=True):
-            with Trial(Path(folder) / f"after{len(trials)}", *DATA[data]) as alone:
+        others = len(DATA[arguments.phase]) - 1
+        counts = (arguments.trials - others * (arguments.trials // 6), *[arguments.trials // 6] * others)
+        for data, count in zip(DATA[arguments.phase], counts, strict=True):
+            with Trial(Path(folder) / f"after{len(trials)}", arguments.phase, data) as alone:
                 alone.run()
             print(f"left alone{data}: {alone.seconds:.0f} s", flush=True)
             with ThreadPoolExecutor(arguments.jobs) as pool:
                 trials += pool.map(partial(attempt, alone, data, arguments.seed), range(count))
+    trained = "NF4, dropout" if arguments.phase == "sft" else "NF4, pairs"
     report = {
-        "what": f"{STEPS} steps, a checkpoint every {SAVE_STEPS}, an evaluation every {EVAL_STEPS}, NF4, dropout, a push",
+        "what": f"{STEPS} steps, a checkpoint every {SAVE_STEPS}, an evaluation every {EVAL_STEPS}, {trained}, a push",
         "trials": trials,
         "seconds": round(time.monotonic() - began),
     }
-    record(
-        "kills",
-        report,
-        f"python benchmarks/kills.py --trials {arguments.trials} --seed {arguments.seed} --jobs {arguments.jobs}",
-    )
+    record("kills" if arguments.phase == "sft" else f"kills_{arguments.phase}", report, this_command())
     if not all(trial["same"] for trial in trials):
         raise SystemExit("an adapter differs from that of the run that was left alone")
+
+
+def parent(folder: Path, talks: list[list[dict[str, Any]]]) -> None:
+    """The adapter that the runs go on from, and their pairs: the chosen answer is the row's own, the rejected one another row's."""
+    rows = [
+        {"prompt": mine[:-1], "chosen": mine[-1:], "rejected": other[-1:]}
+        for mine, other in pairwise(talks)
+        if mine[-1] != other[-1]
+    ]
+    for name, part in (("pairs", rows), ("few_pairs", rows[:FEW]), ("held_pairs", rows[-100:])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    (folder / "dpo.yaml").write_text("phase: dpo\nbase: null\n", encoding="utf-8")
+    command = [sys.executable, "-m", "atlas.train.sft", "--config", str(CONFIG), f"model.name={LAB / 'base'}"]
+    command += [f"data.train={LAB / 'train.jsonl'}:600", "train.max_steps=20", f"output.dir={folder / 'sft'}"]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def attempt(alone: "Trial", data: str, seed: int, number: int) -> dict[str, Any]:
     """One trial: killed, resumed, compared with the run that was left alone."""
     kind = KINDS[number % len(KINDS)]
-    with Trial(alone.folder.with_name(f"{alone.folder.name}-{number}"), *DATA[data]) as trial:
+    with Trial(alone.folder.with_name(f"{alone.folder.name}-{number}"), alone.phase, data) as trial:
         trial.kill(kind, random.Random(f"{seed} {number}{data}"))
         trial.run()
     found = {"kind": kind + data, "killed": trial.moment, "resumed": trial.resumed, "same": trial.same(alone)}
@@ -94,9 +117,11 @@ def attempt(alone: "Trial", data: str, seed: int, number: int) -> dict[str, Any]
 class Trial:
     """A run in a folder of its own, with a Hub of its own, which is killed at step `first` or later."""
 
-    def __init__(self, folder: Path, data: list[str], first: int = 1) -> None:
-        files = {"lab": LAB, "few": folder.parent / "few.jsonl", "held": folder.parent / "held.jsonl"}
-        self.data, self.first = [text.format(**files) for text in data], first
+    def __init__(self, folder: Path, phase: str, data: str) -> None:
+        names = ("few", "held", "pairs", "few_pairs", "held_pairs")
+        files = {"lab": LAB} | {name: folder.parent / f"{name}.jsonl" for name in names}
+        given, self.first = DATA[phase][data]
+        self.phase, self.data = phase, [text.format(**files) for text in given]
         self.folder, self.out, self.hub = folder, folder / "out", HubServer(folder / "hub")
         self.hub.users[TOKEN] = User("ann")
         self.moment, self.resumed, self.seconds = "", "", 0.0
@@ -118,7 +143,9 @@ class Trial:
         }
         overrides = {
             "model.name": LAB / "base",
-            "lora.lora_dropout": 0.1,
+            **({"lora.lora_dropout": 0.1} if self.phase == "sft" else {"model.adapter": self.folder.parent / "sft"}),
+            "train.max_length": 256,
+            "train.report_to": "none",
             "train.max_steps": STEPS,
             "train.per_device_train_batch_size": 2,
             "train.gradient_accumulation_steps": 2,
@@ -133,7 +160,8 @@ class Trial:
         }
         return subprocess.Popen(
             [
-                *(sys.executable, "-u", "-m", "atlas.train.sft", "--config", str(CONFIG)),
+                *(sys.executable, "-u", "-m", f"atlas.train.{self.phase}"),
+                *("--config", str(CONFIG if self.phase == "sft" else self.folder.parent / "dpo.yaml")),
                 *(f"{key}={value}" for key, value in overrides.items()),
                 *self.data,
             ],

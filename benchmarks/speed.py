@@ -2,6 +2,7 @@
 
     make speed                                              at toy size, the pocket lab's rows and tokenizer (minutes)
     make speed ROWS="A.jsonl B.jsonl" TOKENIZER=FOLDER      the shape of Qwen2.5-0.5B on real rows (hours on two cores)
+    make speed ARGS="--phase dpo"                           pairs: atlas against stock DPOTrainer, from the same adapter
     make factory                                            first: LLaMA-Factory's environment, so that it takes part
 
 The base model has random weights: speed and memory do not depend on them, and nothing has to be downloaded. Each contender runs in
@@ -14,6 +15,7 @@ After each run the figures so far are written to outputs/figures/benchmarks.json
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -27,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from contender import CONTENDERS
+from contender import ALPHA, CONTENDERS, RANK, TARGETS
 from measured import record_benchmark, this_command
 from prepare import conversations, pocket_tokenizer
 
@@ -38,7 +40,10 @@ FACTORY = Path("outputs/factory/bin/python")
 WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {"pocket": (128, 384, 4, 4, 4), "60m": (640, 1728, 12, 10, 10), "qwen05b": (896, 4864, 24, 14, 2)}
 QWEN_VOCABULARY = 151_936
-DEFAULT = ["trl", "trl+nockpt", "trl+nockpt+fp32", "atlas+pad", "atlas"]
+DEFAULT = {
+    "sft": ["trl", "trl+nockpt", "trl+nockpt+fp32", "atlas+pad", "atlas"],
+    "dpo": ["trl", "trl+nockpt", "trl+model", "atlas+pad", "atlas"],
+}
 WITH_FACTORY = ["factory", "factory+nockpt", "factory+pack+nockpt", "factory+neat+nockpt"]
 LOSSES = [
     ("atlas+pad", "trl+nockpt+fp32"),
@@ -55,10 +60,13 @@ class Job:
     """The model's own; `marked` is the same with markers in its chat template."""
     marked: str
     rows: str
-    """JSONL with `messages`."""
+    """JSONL with `messages`, or pairs with `prompt`, `chosen` and `rejected`."""
     row_tokens: float
-    """Tokens of a row, on average."""
+    """Tokens of a row, on average; of a pair both sides."""
     steps: int
+    phase: str = "sft"
+    adapter: str | None = None
+    """Folder of the adapter that both train on."""
     batch: int = 4
     accumulation: int = 4
     max_length: int = 1024
@@ -73,8 +81,9 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data_arguments(parser)
+    parser.add_argument("--phase", choices=DEFAULT, default="sft", help="what is trained (default: %(default)s)")
     parser.add_argument(
-        "--contenders", nargs="+", help=f"default: {' '.join(DEFAULT)}, and LLaMA-Factory if it is there"
+        "--contenders", nargs="+", help=f"default: {' '.join(DEFAULT['sft'])}, and LLaMA-Factory if it is there"
     )
     parser.add_argument(
         "--steps", type=int, default=6, help="of each run; the first is not counted (default: %(default)s)"
@@ -89,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--{name} must be at least 1")
     if unknown := [name for name in arguments.contenders or () if name.split("+")[0] not in CONTENDERS]:
         parser.error(f"--contenders: {', '.join(unknown)} is none of {', '.join(CONTENDERS)}")
-    names = arguments.contenders or DEFAULT + (WITH_FACTORY if FACTORY.exists() else [])
+    names = arguments.contenders or DEFAULT[arguments.phase]
+    if not arguments.contenders and arguments.phase == "sft" and FACTORY.exists():
+        names = names + WITH_FACTORY
     job, source = make_job(arguments, steps=arguments.steps, batch=arguments.batch, accumulation=arguments.accumulation)
     found: dict[str, list[dict[str, Any]]] = {}
     for turn in range(arguments.rounds):
@@ -110,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "contenders": summary(found),
             }
             entry |= {"losses": losses(found, LOSSES)}
-            record_benchmark(f"speed, {arguments.shape}, {source}", entry, this_command(), show=False)
+            name_of = "speed" if arguments.phase == "sft" else f"speed of {arguments.phase}"
+            record_benchmark(f"{name_of}, {arguments.shape}, {source}", entry, this_command(), show=False)
     print(json.dumps(entry, indent=1))
 
 
@@ -134,19 +146,57 @@ def make_job(arguments: argparse.Namespace, **given: Any) -> tuple[Job, str]:
 
     model, marked = base_model(arguments.shape, arguments.tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows, source = conversations(arguments.rows)
+    phase = getattr(arguments, "phase", "sft")
+    rows, source = (pairs if phase == "dpo" else conversations)(arguments.rows)
     low, high = arguments.tokens
     random.Random(0).shuffle(rows)
-    kept, lengths = [], []
+    kept, tokens = [], []
     for row in rows:
-        length = len(tokenizer.apply_chat_template(row["messages"], return_dict=False))
-        if low <= length <= high:
+        sides = [row["prompt"] + row[side] for side in ("chosen", "rejected")] if phase == "dpo" else [row["messages"]]
+        lengths = [len(tokenizer.apply_chat_template(side, return_dict=False)) for side in sides]
+        if low <= max(lengths) <= high:
             kept.append(row)
-            lengths.append(length)
+            tokens.append(sum(lengths))
         if len(kept) == arguments.count:
             break
-    mean = statistics.mean(lengths)
-    return Job(model, model, marked, write_rows("rows", kept), mean, max_length=arguments.max_length, **given), source
+    given |= {"phase": phase, "max_length": arguments.max_length, "row_tokens": statistics.mean(tokens)}
+    if phase == "dpo":
+        (WORK / "dpo.yaml").write_text("phase: dpo\nbase: null\n", encoding="utf-8")
+        given |= {"adapter": some_adapter(model), "config": str((WORK / "dpo.yaml").absolute())}
+    return Job(model, model, marked, write_rows("rows", kept), **given), source
+
+
+def pairs(files: Sequence[Path] | None) -> tuple[list[dict[str, Any]], str]:
+    """Rows with prompt, chosen and rejected as messages, which TRL reads too."""
+    if files:
+        lines = [line for file in files for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+        columns = ("prompt", "chosen", "rejected")
+        rows = [{name: row[name] for name in columns} for row in map(json.loads, lines)]
+        return rows, " + ".join(file.stem for file in files)
+    talks, source = conversations(None)
+    return [
+        {"prompt": mine["messages"][:-1], "chosen": mine["messages"][-1:], "rejected": other["messages"][-1:]}
+        for mine, other in itertools.pairwise(talks)
+        if mine["messages"][-1] != other["messages"][-1]
+    ], source
+
+
+def some_adapter(model: str) -> str:
+    """The folder of an adapter with random numbers on a model: as large as those of a trained one, and none of them zero."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(f"{model}-adapter")
+    if not (folder / "adapter_model.safetensors").exists():
+        torch.manual_seed(1)
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+        tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.01)
+        tuned.save_pretrained(folder)
+    return str(folder)
 
 
 def base_model(shape: str, tokenizer_name: str | None) -> tuple[str, str]:
@@ -308,7 +358,7 @@ def shown_job(job: Job) -> dict[str, Any]:
     return {
         name: value
         for name, value in asdict(job).items()
-        if name not in ("model", "tokenizer", "marked", "rows", "config")
+        if name not in ("model", "tokenizer", "marked", "rows", "config", "adapter")
     }
 
 

@@ -13,6 +13,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from atlas.eval.stats import wilson
 from atlas.pocket.lab import score_rows
 from atlas.scores import markdown_cell, markdown_table, shown
 from lessons import score_rows as lesson_rows
+from lessons_dpo import start_rows
 from measured import MEASURED
 
 FIGURES = Path("figures")
@@ -78,9 +80,17 @@ def lessons(figures: Path) -> str:
     return "\n".join(lines)
 
 
-def kills(figures: Path) -> str:
+def lessons_dpo(figures: Path) -> str:
+    """Ways to begin DPO wrongly."""
+    report = _read(figures / "lessons_dpo.json")
+    merged = report["merged"]
+    table = [["measured", ""], *([name, f"{value:.4g}"] for name, value in merged.items())]
+    return f"{markdown_table(start_rows(report['starts']))}\n\n{_captioned(table, report)}"
+
+
+def kills(figures: Path, name: str = "kills") -> str:
     """Runs broken off with SIGKILL and resumed."""
-    report = _read(figures / "kills.json")
+    report = _read(figures / f"{name}.json")
     table = [["killed", "at", "resumed", "same adapter, log and push"]]
     for trial in report["trials"]:
         table.append([trial["kind"], trial["killed"], trial["resumed"], "yes" if trial["same"] else "**no**"])
@@ -158,15 +168,16 @@ OPTIONS = {
     "16bit": "16 bit",
     "fa2": "flash attention 2",
     "own": "atlas' head",
+    "model": "the reference is a second model",
     "liger": "Liger's head and kernels",
 }
 NAMES = {"trl": "TRL", "atlas": "atlas", "factory": "LLaMA-Factory", "unsloth": "Unsloth"}
 
 
-def speed(figures: Path) -> str:
+def speed(figures: Path, of: str = "speed") -> str:
     """atlas against TRL and LLaMA-Factory on the same work."""
     known = _read(figures / "benchmarks.json")
-    measured = [entry for name, entry in sorted(known.items()) if name.startswith("speed, ")]
+    measured = [entry for name, entry in sorted(known.items()) if name.startswith(f"{of}, ")]
     return "\n\n".join(_speed_of(entry) for entry in measured) or NOT_YET.format("speed")
 
 
@@ -488,10 +499,13 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "pocket-table": pocket_table,
     "pocket-seeds": pocket_seeds,
     "lessons": lessons,
+    "lessons-dpo": lessons_dpo,
     "kills": kills,
+    "kills-dpo": partial(kills, name="kills_dpo"),
     "audit-cost": audit_cost_table,
     "prepare-speed": prepare_speed,
     "speed": speed,
+    "speed-dpo": partial(speed, of="speed of dpo"),
     "growth": growth,
     "generate": generate,
     "gpu": gpu,

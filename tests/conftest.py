@@ -1,6 +1,7 @@
 """Fixtures that the project makes itself: tiny real models and tokenizers, no network, no data from outside."""
 
 import gc
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from filelock import FileLock  # noqa: E402
 from hub_commands import serving  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 from rows import ROOT, write_rows  # noqa: E402
-from runs import QWEN_SYSTEM, TrainedRun, run_arguments  # noqa: E402
+from runs import QWEN_SYSTEM, TrainedRun, pair_arguments, run_arguments  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -93,6 +94,19 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 pairs of the pocket world: the chosen answer is the right one, the rejected one is that of another row."""
+    from atlas.pocket import world
+
+    rows = world.conversations(7, 61)
+    pairs = [
+        {"prompt": row["messages"][:-1], "chosen": row["messages"][-1:], "rejected": other["messages"][-1:]}
+        for row, other in itertools.pairwise(rows)
+    ]
+    return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", pairs)
+
+
+@pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> "PocketPaths":
     """A small pocket lab: a base model that has begun to learn words, rows and prompts. The workers of a run share it."""
     from atlas.pocket import base
@@ -115,6 +129,11 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
 @pytest.fixture
 def sft_args(base_folder: Path, rows_file: Path, tmp_path: Path) -> list[str]:
     return run_arguments(base_folder, rows_file, tmp_path)
+
+
+@pytest.fixture
+def dpo_args(trained_run: TrainedRun, pairs_file: Path, tmp_path: Path) -> list[str]:
+    return pair_arguments(trained_run, pairs_file, tmp_path)
 
 
 @pytest.fixture(scope="session")

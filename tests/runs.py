@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from atlas.config import load_config
 from atlas.models.weights import weight_files
-from atlas.train import sft
+from atlas.train import dpo, sft
 from atlas.train.callbacks import samples
 from atlas.train.run import FinishedRun
 from rows import ROOT
@@ -44,12 +44,29 @@ def run_arguments(base: Path, rows: Path, folder: Path) -> list[str]:
     ]
 
 
+def pair_arguments(parent: "TrainedRun", rows: Path | str, folder: Path) -> list[str]:
+    """Arguments of a run on pairs that goes on from the adapter of another one; more overrides may follow."""
+    folder.mkdir(exist_ok=True)
+    config = folder / "dpo.yaml"
+    config.write_text("phase: dpo\nbase: null\ntrain: {report_to: none, logging_steps: 1, max_steps: 3}\n")
+    return [
+        *["--config", str(config), f"model.name={parent.base}", f"model.adapter={parent.folder}"],
+        *[f"data.train={rows}", f"output.dir={folder / 'dpo'}", f"output.results_dir={folder / 'results'}"],
+        *["train.per_device_train_batch_size=2", "train.learning_rate=1e-3", "train.max_length=256"],
+        "train.sample_steps=0",
+    ]
+
+
 def loaded(arguments: list[str]):
     return load_config(arguments[1], arguments[2:])
 
 
 def train(arguments: list[str], *more: str) -> FinishedRun:
     return sft.train(load_config(arguments[1], [*arguments[2:], *more]))
+
+
+def train_pairs(arguments: list[str], *more: str) -> FinishedRun:
+    return dpo.train(load_config(arguments[1], [*arguments[2:], *more]))
 
 
 def trace(run: FinishedRun) -> tuple[bytes, list[dict]]:

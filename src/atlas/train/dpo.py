@@ -29,6 +29,8 @@ LOSSES = (
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
 """Those of trl/trainer/dpo_trainer.py, which says a wrong name only in the first step."""
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+"""Those that `train.label_smoothing` changes."""
 
 
 def train(loaded: LoadedConfig, resume: str = "auto") -> FinishedRun:
@@ -77,6 +79,11 @@ def _loss(config: Config) -> tuple[str, str]:
     losses = config.train["loss_type"]
     if unknown := [name for name in losses if name not in LOSSES]:
         raise UserError(f"train.loss_type={unknown[0]}: TRL has no such loss ({', '.join(LOSSES)})")
+    if (smoothing := config.train_value("label_smoothing")) and not {*SMOOTHED} & {*losses}:
+        raise UserError(
+            f"train.label_smoothing={smoothing:g}: the loss {' + '.join(losses)} takes no notice of it: take it out, or set "
+            f"train.loss_type to one that does ({', '.join(SMOOTHED)})"
+        )
     said = f"{' + '.join(losses)}, beta {config.train_value('beta'):g}, on content and stop token of both answers"
     if config.audit.gate == "off":
         return "warn", f"{said}; not audited: audit.gate is off"
