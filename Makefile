@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons test test-slow test-notebook lint sanity sft sft-smoke dpo dpo-smoke data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs clean
+.PHONY: help setup pocket lessons lessons-dpo test test-slow test-notebook lint sanity sft sft-smoke dpo dpo-smoke data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ pocket: setup           ## the pocket lab on two CPU cores: base model, audit, S
 
 lessons: setup          ## five lessons of the recipe on the pocket lab, each with a verdict (about 20 minutes)
 	$(RUN) benchmarks/lessons.py $(ARGS)
+
+lessons-dpo: setup      ## wrong ways to begin DPO, as numbers on the pocket lab (about two minutes)
+	$(RUN) benchmarks/lessons_dpo.py
 
 sanity: setup           ## a few steps of the run, and what they prove: a verdict line each (about a minute on the pocket lab)
 	$(RUN) -m atlas.train.sanity --config $(CONFIG) $(ARGS)
@@ -95,7 +98,7 @@ bench: setup            ## benchmarks of audit, preparation (ROWS, TOKENIZER: al
 # With ROWS and TOKENIZER: real rows on the exact shape of Qwen2.5-0.5B.
 REAL = $(if $(ROWS),--shape qwen05b --rows $(ROWS) --tokenizer $(TOKENIZER))
 
-speed: setup            ## benchmark: atlas against stock TRL (and LLaMA-Factory after `make factory`) on the same work
+speed: setup            ## benchmark: atlas against stock TRL (LLaMA-Factory after `make factory`; ARGS="--phase dpo": on pairs)
 	$(RUN) benchmarks/speed.py $(REAL) $(ARGS)
 
 growth: setup           ## benchmark: time and memory against rows, length, batch, model; 5,000 pocket steps stay flat
@@ -121,7 +124,7 @@ outputs/factory/.installed: constraints.txt
 	touch "$$(outputs/factory/bin/python -c 'import site; print(site.getsitepackages()[0])')/torchaudio.py"
 	@touch $@
 
-kill: setup             ## kill thirty runs with SIGKILL, resume them, and compare each with a run left alone (about 25 minutes)
+kill: setup             ## kill thirty runs with SIGKILL, resume them, compare each with a run left alone (25 minutes; ARGS="--phase dpo")
 	$(RUN) benchmarks/kills.py $(ARGS)
 
 strategies: setup       ## two processes under each strategy against one: losses, weights, resumed after SIGKILL (about 15 minutes)

@@ -44,7 +44,7 @@ DATA = {  # of each phase: the rows of a trial, and the step after which it is k
         ", by length, past the first epoch": (["data.train={few}", "data.eval={held}", BY_LENGTH], 12),
     },
     "dpo": {
-        "": (["data.train={pairs}:600", "data.eval_rows=100"], 1),
+        "": (["data.train={pairs}:600", "data.eval_rows=20"], 1),
         ", by length, past the first epoch": (["data.train={few_pairs}", "data.eval={held_pairs}", BY_LENGTH], 12),
     },
 }
@@ -94,7 +94,7 @@ def parent(folder: Path, talks: list[list[dict[str, Any]]]) -> None:
         for mine, other in pairwise(talks)
         if mine[-1] != other[-1]
     ]
-    for name, part in (("pairs", rows), ("few_pairs", rows[:FEW]), ("held_pairs", rows[-100:])):
+    for name, part in (("pairs", rows), ("few_pairs", rows[:FEW]), ("held_pairs", rows[-20:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     (folder / "dpo.yaml").write_text("phase: dpo\nbase: null\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from measured import record, this_command
 
 HOME, LAB = Path("outputs/pocket/lessons_dpo"), Path("outputs/pocket/lab")
 CONFIG = Path(__file__).parent.parent / "configs" / "sft_pocket.yaml"
-PAIRS, STEPS = 64, 20
+PAIRS, STEPS = 16, 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:

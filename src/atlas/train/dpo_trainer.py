@@ -89,7 +89,8 @@ class PairTrainer(Resumable, HeldOutMean, DPOTrainer):
 
     def halves(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
         pairs = _pairs(inputs)
-        if pairs == 1 or {"aot", "aot_unpaired"} & {*self.loss_types}:  # those sort all pairs of a micro-batch
+        # Those sort all pairs of a micro-batch, or take the mean over all its chosen tokens.
+        if pairs == 1 or {"aot", "aot_unpaired", "sft"} & {*self.loss_types}:
             return [dict(inputs)]
         middle = (pairs + 1) // 2
         return [_of_pairs(inputs, part) for part in (slice(0, middle), slice(middle, pairs))]

@@ -237,7 +237,8 @@ class Run:
         with all_or_none():
             self.train_dataset = self.phase.arrange(self.rows.dataset, arguments)
         if lengths is not None:
-            print(self.batching.line(arguments, lengths, len(lengths if config.data.streaming else self.train_dataset)))
+            count = len(lengths if config.data.streaming else self.train_dataset)
+            print(self.batching.line(arguments, lengths * config.train_schema.sequences, count))
         if self.ready.plan.gradient_checkpointing is None:
             # Of a stream only the first rows are known.
             choose_checkpointing(self.ready, way=self.batching.way, lengths=None if config.data.streaming else lengths)

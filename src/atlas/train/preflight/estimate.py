@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from atlas.config import Config
+from atlas.config.schema import NONE
 from atlas.data.batches import PACK
 from atlas.device import DevicePlan
 from atlas.train.batching import PACKS, open_ways
@@ -120,6 +121,8 @@ def per_device_bytes(
     each = 0.5 + (1 + 4 / 256 if config.quantization.bnb_4bit_use_double_quant else 4) / 64
     linear = shape.linear * (each if config.quantization.load_in_4bit else width)
     frozen = 0 if full else linear + shape.other * width
+    if config.model.adapter not in (None, NONE):
+        frozen += 4 * numbers  # the reference: the same adapter, frozen
     parts = processes if strategy in SHARDED else 1
 
     kept, gradient, of_optimizer, stepping = 4.0 * numbers / parts, 4 * numbers / parts, parts, 0.0
