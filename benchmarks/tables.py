@@ -82,6 +82,8 @@ def lessons(figures: Path) -> str:
 
 def lessons_dpo(figures: Path) -> str:
     """Ways to begin DPO wrongly."""
+    if not (figures / "lessons_dpo.json").is_file():
+        return NOT_YET.format("lessons-dpo")
     report = _read(figures / "lessons_dpo.json")
     merged = report["merged"]
     table = [["measured", ""], *([name, f"{value:.4g}"] for name, value in merged.items())]
@@ -90,6 +92,8 @@ def lessons_dpo(figures: Path) -> str:
 
 def kills(figures: Path, name: str = "kills") -> str:
     """Runs broken off with SIGKILL and resumed."""
+    if not (figures / f"{name}.json").is_file():
+        return NOT_YET.format("kill")
     report = _read(figures / f"{name}.json")
     table = [["killed", "at", "resumed", "same adapter, log and push"]]
     for trial in report["trials"]:
