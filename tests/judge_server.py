@@ -54,7 +54,7 @@ class JudgeServer:
         faults: Iterable[str] = (),
         key: str | None = None,
         delay: float = 0.0,
-        retry_after: str = "0.5",
+        retry_after: str = "1",
         late: float = 3.0,
         refused_fields: tuple[str, ...] = (),
     ) -> None:
