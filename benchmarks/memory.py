@@ -35,6 +35,7 @@ NO_NF4, RECOMPUTE, FULL = (
     "lora.lora_dropout=0",
 )
 WHOLE = "lora=null"
+PAIRS = "phase=dpo"  # of two sequences each
 KEEP, EAGER, BF16 = "train.activation_checkpointing=false", "model.attn_implementation=eager", "model.dtype=bfloat16"
 CASES: list[tuple[str, int, int, list[str]]] = [
     ("1M", 16, 256, [KEEP]),
@@ -60,6 +61,12 @@ CASES: list[tuple[str, int, int, list[str]]] = [
     ("60M", 2, 512, [RECOMPUTE, NO_NF4, WHOLE]),
     ("60M", 1, 256, [KEEP, NO_NF4, WHOLE, "train.gradient_accumulation_steps=2"]),
     ("0.5B", 1, 256, [KEEP, NO_NF4, WHOLE]),
+    ("1M", 16, 256, [KEEP, PAIRS]),
+    ("1M", 16, 512, [KEEP, PAIRS, NO_NF4]),
+    ("60M", 2, 512, [KEEP, PAIRS]),
+    ("60M", 2, 512, [KEEP, PAIRS, NO_NF4]),
+    ("60M", 4, 1024, [RECOMPUTE, PAIRS]),
+    ("0.5B", 1, 512, [KEEP, PAIRS]),
 ]
 
 
@@ -127,11 +134,24 @@ def make(shape: str, batch: int, length: int, overrides: list[str], folder: Path
     tokenizer.save_pretrained(folder / "base")
     config = Qwen2Config(**SHAPES[shape], tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id)
     torch.set_default_dtype(torch.bfloat16)
-    Qwen2ForCausalLM(config).save_pretrained(folder / "base")
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder / "base")
     torch.set_default_dtype(torch.float32)
-    turns = [{"role": "user", "content": "Say it. "}, {"role": "assistant", "content": "red and blue " * length}]
+    prompt, said, other = "Say it. ", "red and blue " * length, "blue and red " * length
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": said}]
+    row: dict[str, Any] = {"messages": turns}
+    if PAIRS in overrides:
+        from peft import get_peft_model
+
+        from atlas.config import LoraSettings
+        from atlas.models.adapters import lora_config
+
+        row = {"prompt": prompt, "chosen": said, "rejected": other}
+        model.name_or_path = str(folder / "base")
+        get_peft_model(model, lora_config(LoraSettings())).save_pretrained(folder / "adapter")
+        overrides = [*overrides, f"model.adapter={folder / 'adapter'}"]
     with (folder / "rows.jsonl").open("w") as file:
-        file.writelines(json.dumps({"messages": turns}) + "\n" for _ in range(2 * batch))
+        file.writelines(json.dumps(row) + "\n" for _ in range(2 * batch))
     given = {
         "model.name": folder / "base",
         "data.train": folder / "rows.jsonl",
@@ -152,13 +172,13 @@ def measure(shape: str, batch: int, length: int, overrides: list[str], folder: P
     """Train for two steps, and print what preflight has estimated and what the steps took, in bytes, as JSON."""
     from atlas.config import load_config
     from atlas.launch import set_up_torch
+    from atlas.train.phase import phase_of
     from atlas.train.run import open_run
-    from atlas.train.sft import SFT
 
     set_up_torch()  # as the commands do
     (folder / "run.yaml").write_text("base: null")
     loaded = load_config(folder / "run.yaml", json.loads((folder / "run.json").read_text()))
-    with open_run(SFT, loaded, "never") as run:
+    with open_run(phase_of(loaded.config), loaded, "never") as run:
         run.prepare()
         before = resident()
         trainer = run.trainer(run.load_base_model())

@@ -49,6 +49,10 @@ PRIVATE: dict[str, dict[str, tuple[str, ...]]] = {
         "_move_model_to_device": ("model", "device"),
         "_issue_warnings_after_load": ("load_result",),
     },
+    "trl.trainer.dpo_trainer:DPOTrainer": {  # overridden in train/dpo_trainer.py
+        "_prepare_dataset": ("dataset",),
+        "_precompute_ref_logps": ("dataset", "name", "batch_size"),
+    },
     "trl.trainer.utils": {  # what TRL's fused LM head is made of; replaced while atlas' own computes
         "_use_triton": ("device",),
         "_ChunkedLogProbFunction": (),

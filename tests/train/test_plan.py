@@ -5,16 +5,18 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import SchedulerType
 
 from atlas.config import load_config
 from atlas.device import Gpu, Machine, choose_device
 from atlas.train import plan, usual
+from atlas.train.callbacks import throughput
 from atlas.train.curve import curve
-from atlas.train.preflight.estimate import per_device_bytes, sent_bytes
+from atlas.train.preflight.estimate import largest_batch, per_device_bytes, sent_bytes
 from rows import ROOT
-from runs import train
+from runs import train, train_pairs
 
 # Parameters in billions: https://arxiv.org/abs/2412.15115 (Qwen2.5), the model cards, and `metadata` of the safetensors files.
 PUBLISHED = {"0.5B": 0.494, "1.5B": 1.544, "3B": 3.086, "7B": 7.616, "14B": 14.77, "32B": 32.764, "72B": 72.706}
@@ -203,4 +205,59 @@ def test_the_documented_table_is_that_of_the_code():
         ranges = [f"{low:g} to {high:g}" for low, high in (size.full, size.lora, size.batch)]
         assert f"| {' | '.join([size.name, *ranges])} |" in text
     (low, high), (_, most), (_, decay) = usual.EPOCHS, usual.WARM_UP, usual.WEIGHT_DECAY
+    assert f"takes a learning rate of {usual.AFTER_SFT[0]:g} to {usual.AFTER_SFT[1]:g}, for all sizes" in text
     assert f"{low} to {high} epochs, a warm-up of 0 to {most} of the steps, a weight decay of 0 to {decay}" in text
+
+
+PAIRS = ROOT / "configs" / "dpo_qwen05b.yaml"
+
+
+def test_the_plan_of_pairs_needs_no_adapter_yet(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    given = ["--shape", "Qwen2.5-0.5B", "--gpu", "T4", f"output.dir={tmp_path / 'dpo'}"]
+    out = planned(capsys, "--config", str(PAIRS), *given)
+    assert re.search(
+        r"^  adapter not there yet \(model.adapter=last: .*\): planned with lora.r=16 of the config", out, re.MULTILINE
+    )
+    assert "4 x 8 sequences of 1,024 tokens" in out and "16 pairs = 4 on each device x 4 micro-batches" in out
+    assert "warning: train.learning_rate" not in out and "single" in out
+    odd = planned(capsys, "--config", str(PAIRS), *given, "train.learning_rate=2e-4")
+    assert "train.learning_rate 0.0002 is unusual: 1e-06 to 5e-05 (LoRA, after SFT)" in odd
+
+
+def test_a_reference_takes_its_adapter_and_a_forward_pass():
+    """4 bytes for each number of the frozen adapter. Of 4 W + 6 T operations for a token become 6 W + 8 T."""
+    own, new, sft = load_config(PAIRS).config, load_config(PAIRS, ["model.adapter=none"]).config, config()
+    shape = plan.shape_of(own, "Qwen2.5-0.5B")
+    device = choose_device(own, Machine(gpus=(Gpu("T4", (7, 5), 16.0),)))
+    frozen = [per_device_bytes(settings, device, shape).frozen for settings in (own, new, sft)]
+    assert frozen[0] - frozen[1] == 4 * shape.trained and frozen[1] == frozen[2]
+    works = [throughput.Work.of(shape, device, settings, 1.0) for settings in (own, new, sft)]
+    assert [(work.token, work.predicted) for work in works] == [
+        (6 * shape.linear + 8 * shape.trained, 6 * shape.vocabulary * shape.hidden),
+        (6 * shape.linear + 6 * shape.trained, 6 * shape.vocabulary * shape.hidden),
+        (4 * shape.linear + 6 * shape.trained, 4 * shape.vocabulary * shape.hidden),
+    ]
+    assert largest_batch(own, "pad", np.array([10, 30, 20, 5, 40]), 2) == (4, 40)
+    assert largest_batch(own, "pack", np.array([10, 30, 20, 5, 40]), 2) == (1, 2 * 70)
+
+
+def test_steps_and_tokens_of_pairs_are_those_of_the_run(dpo_args: list[str], capsys: pytest.CaptureFixture[str]):
+    """A step's line counts both sides, and so does the plan."""
+    given = [*dpo_args, "train.max_steps=-1", "train.gradient_accumulation_steps=3", "train.num_train_epochs=1"]
+    run = train_pairs([*given, "train.batching=pad"])
+    assert run.trainer is not None
+    said = capsys.readouterr().out
+    source = run.manifest["data"]["sources"][0]
+    rows = [*run.trainer.train_dataset]
+    both = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    assert source["tokens"] == both and source["used"] == len(rows) == 60
+    assert f"a step holds 6 pairs, {both / 10:,.0f} tokens of both sides on average" in said
+    out = planned(capsys, *given)
+    assert f"{both:,} an epoch, {source['supervised_tokens']:,} of them supervised, from 60 pairs" in out
+    assert "10 an epoch, 10 in all" in out and "policy and reference begin with it" in out
+    longest = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    loader = run.trainer.get_train_dataloader().batch_sampler
+    padded = sum(2 * len(batch) * max(longest[n] for n in batch) for batch in loader)
+    assert run.manifest["batching"]["padding"] == pytest.approx(
+        1 - both / padded, abs=0.02
+    )  # another order, as the seed has it

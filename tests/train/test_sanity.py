@@ -18,8 +18,9 @@ from atlas.models.tokenizer import load_tokenizer
 from atlas.pocket import world
 from atlas.pocket.base import PocketPaths
 from atlas.train import sanity
+from atlas.train.canary import FAIL, PASS, SKIP, Reply, garbled
 from atlas.train.phase import Phase
-from atlas.train.sanity import FAIL, PASS, SKIP, Reply, Trial, fallen, garbled, gradients, sound
+from atlas.train.sanity import Trial, fallen, gradients, sound
 from atlas.train.sft import SFT
 from rows import chat, write_rows
 from runs import FULL

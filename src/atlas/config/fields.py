@@ -105,6 +105,10 @@ class TrainSchema:
     """Can its rows be read while it trains (`data.streaming`)?"""
     sequences: int = 1
     """How many sequences the model sees of one row: two of a pair."""
+    rows: str = "rows"
+    """What its rows are called."""
+    reference: bool = False
+    """Does a frozen copy of the adapter, or the base model, see each row before what is trained does?"""
 
     def fields(self) -> dict[str, TrainField]:
         """Every init field of the installed config class, by name, in source order, then atlas' own."""
@@ -228,6 +232,8 @@ SCHEMAS = {
         continues=True,
         streams=False,
         sequences=2,
+        rows="pairs",
+        reference=True,
     ),
 }
 """The phases, by the name of their command and of `phase:` in a config."""

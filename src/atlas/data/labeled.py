@@ -85,6 +85,8 @@ class Labeled:
     """A 64-bit hash of each row's ids and labels, in the dataset's order; empty where rows are streamed."""
     tokens_of_rows: np.ndarray
     """Of each row as it is trained, in the dataset's order; of a stream's first rows. Of a pair: its prompt and longer answer."""
+    read_of_rows: np.ndarray
+    """The same, as the model reads them: of a pair its prompt twice, and both answers."""
     eval_dataset: "Dataset | None" = None
     eval_ledgers: tuple[SourceLedger, ...] = ()
     """Of the sources of `data.eval`."""

@@ -12,7 +12,17 @@ from atlas.config import Config, Source
 from atlas.data import mixture, sources
 from atlas.data.cache import cached
 from atlas.data.labeled import Labeled, Part, all_good, shown
-from atlas.data.ledger import DUPLICATE, HELD_OUT, SHARED_PROMPT, UNWEIGHTED, HeldOut, percentiles
+from atlas.data.ledger import (
+    DUPLICATE,
+    FULLY_TRUNCATED,
+    HELD_OUT,
+    LONG_PROMPT,
+    ONE_SIDE_CUT,
+    SHARED_PROMPT,
+    UNWEIGHTED,
+    HeldOut,
+    percentiles,
+)
 from atlas.data.pair_labels import PairLabeler
 from atlas.data.stream import BATCH_ROWS, stream
 from atlas.data.tokenize import Labeler
@@ -103,7 +113,9 @@ def _mixed(parts: list[Part], eval_parts: list[Part], labeler: Labeler, config: 
     for part in parts:
         part.settle(labeler.max_length)
         if not len(part.good):
-            raise UserError(f"data.train: nothing is left of {part.name} to train on:\n{part.ledger.table()}")
+            long = part.ledger.dropped.keys() & {LONG_PROMPT, ONE_SIDE_CUT, FULLY_TRUNCATED}
+            remedy = "\n  raise train.max_length" if long else ""
+            raise UserError(f"data.train: nothing is left of {part.name} to train on:\n{part.ledger.table()}{remedy}")
     lengths = _joined(parts, "length")
     order = mixture.order(lengths, len(parts), data.curriculum, data.seed)
     rows, digests = all_good(parts)[order], _joined(parts, "digest")[order]
@@ -117,6 +129,7 @@ def _mixed(parts: list[Part], eval_parts: list[Part], labeler: Labeler, config: 
         shown=tuple(shown(parts, eval_parts, rows, config.audit.rows)),
         digests=digests,
         tokens_of_rows=_joined(parts, "size")[order],
+        read_of_rows=_joined(parts, "tokens")[order],
     )
 
 

@@ -66,6 +66,7 @@ def stream(config: Config, labeler: Labeler, held_out: np.ndarray) -> Labeled:
         previews=tuple(head.ledger for head in heads),
         digests=np.zeros(0, np.int64),
         tokens_of_rows=np.concatenate([head.of("size") for head in heads]),
+        read_of_rows=np.concatenate([head.of("tokens") for head in heads]),
         fetched=fetched,
     )
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from atlas.audit.pairs import lengths_of_pairs
 from atlas.files import digest, read_object, write_json, write_text
 from atlas.models.weights import weights_sha256
 from atlas.scores import PublicRun, Stored, rows
@@ -194,7 +195,9 @@ def card(manifest: dict[str, Any], repo: str, runs: list[PublicRun], audit: dict
         full=full,
         result=manifest["result"],
         cut=sum(source["cut"] for source in sources),
+        what="pairs" if any("chosen_tokens" in source for source in sources) else "conversations",
         audit=audit,
+        lengths=lengths_of_pairs(audit["pairs"]) if audit.get("pairs") else "",
         scores=scores,
         recipe=_recipe(manifest),
         parent=manifest.get("parent"),

@@ -192,6 +192,7 @@ def _facts_of(folder: Folder) -> dict[str, str]:
     found = {
         "model": config.get("model.name"),
         "method": manifest.get("method"),
+        "goes on from": _parent(manifest.get("parent")),
         "trained parameters": _count(result.get("trainable_parameters")),
         "trained tokens": _count(result.get("supervised_tokens")),
         "steps": _count(folder.step),
@@ -206,6 +207,15 @@ def _facts_of(folder: Folder) -> dict[str, str]:
         "command": manifest.get("command"),
     }
     return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _parent(parent: dict[str, Any] | None) -> str | None:
+    """The adapter that the run goes on from."""
+    if not parent:
+        return None
+    revision = f"@{parent['revision']}" if parent.get("revision") else ""
+    method = f", by {parent['manifest']['method']}" if parent.get("manifest") else ""
+    return f"{parent['name']}{revision} (SHA-256 {parent['sha256'][:16]}{method})"
 
 
 def _count(value: Any) -> str | None:

@@ -28,7 +28,7 @@ class Said(NamedTuple):
 
 def verdict(folder: Folder, scores: Scored) -> tuple[str, str, list[Said]]:
     """(the worst colour, the headline, the lines)."""
-    said = [_end(folder), _loss(folder), *_held_out(folder), *_changed(folder), *_warnings(folder)]
+    said = [_end(folder), _loss(folder), *_held_out(folder), *_preferred(folder), *_changed(folder), *_warnings(folder)]
     said += [*_audit(folder), *_scores(folder, scores)]
     colours = {one.colour for one in said}
     colour = next((name for name in ("bad", "warn", "good") if name in colours), "note")
@@ -102,6 +102,39 @@ def _held_out(folder: Folder) -> Iterator[Said]:
         text += f"; the weights are those of step {result['best_step']:,}, the best"
         text += f" (of the last step: {result['last_weights']}/)" if result.get("last_weights", ".") != "." else ""
     yield Said("note", "", text)
+
+
+def _preferred(folder: Folder) -> Iterator[Said]:
+    """Of a run on pairs: how it began, and which share of the pairs it has the right way round."""
+    first = next((entry for entry in folder.log if _is_finite(entry.get("rewards/margins"))), None)
+    if first is None:
+        return
+    if first["step"] == 1 and first["rewards/margins"] == 0 and "loss" in first:
+        loss = first["loss"]
+        ln2 = " (ln 2)" if abs(loss - math.log(2)) < 1e-5 else ""
+        yield Said(
+            "good", "", f"policy and reference began alike: the first rewards were 0, the first loss {loss:.4f}{ln2}"
+        )
+    last = {}
+    for part, name in (("", "training"), ("eval_", "held-out")):
+        keys = [f"{part}rewards/{key}" for key in ("accuracies", "margins")]
+        found = [
+            (entry[keys[0]], entry[keys[1]]) for entry in folder.log if all(_is_finite(entry.get(k)) for k in keys)
+        ]
+        last.update({name: found[-1]} if found else {})
+    shown = [f"{share:.0%} of the {name} pairs (mean margin {margin:+.3g})" for name, (share, margin) in last.items()]
+    text = f"the chosen answer has the higher reward in {' and '.join(reversed(shown))} when last logged"
+    if "held-out" not in last:
+        yield Said("note", "", text)
+        return
+    share, pairs = last["held-out"][0], (folder.manifest.get("data", {}).get("held_out") or {}).get("rows", 0)
+    chance = 0.5 + (1 / math.sqrt(pairs) if pairs else 0.0)  # two standard errors of a coin's share
+    if share <= chance:
+        yield Said(
+            "warn", "pairs no better than chance", f"{text}: chance alone reaches {chance:.0%} of the held-out ones"
+        )
+    else:
+        yield Said("good", f"{share:.0%} of held-out pairs right", text)
 
 
 def _changed(folder: Folder) -> Iterator[Said]:

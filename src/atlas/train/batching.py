@@ -118,11 +118,14 @@ class Batching:
     """What follows for the trainer's arguments. Rows are cut already, so TRL need not know max_length, which it refuses beside
     padding_free."""
     streamed: bool = False
+    what: str = "rows"
+    """What the phase's rows are."""
 
     @staticmethod
-    def of(ready: "Ready", lengths: np.ndarray | None, kept: str) -> "Batching":
+    def of(ready: "Ready", lengths: np.ndarray | None, kept: str, read: np.ndarray | None = None) -> "Batching":
         """The one way for a run. `lengths`: tokens of each row in the dataset's order, or of a stream's first rows. `kept`: the way
-        of the checkpoint from which the run resumes, or nothing. Raises `UserError` where it cannot be had."""
+        of the checkpoint from which the run resumes, or nothing. `read`: tokens of all sequences of a row, where it has several.
+        Raises `UserError` where it cannot be had."""
         config, arguments = ready.loaded.config, ready.arguments
         ways, reason = open_ways(config)
         apart = packs_apart(base_of(ready.empty))
@@ -135,11 +138,13 @@ class Batching:
                 raise UserError(f"{reason}: the lengths of the rows of phase {config.phase} are not known")
             return Batching(ways[0], reason or "the lengths of the rows are not known")
         ways = [way for way in ways if way != PACK or apart]
-        rows, model = arguments.per_device_train_batch_size, work(ready)
+        rows, model, sequences = arguments.per_device_train_batch_size, work(ready), config.train_schema.sequences
+        read = lengths if read is None else read
         order = np.arange(len(lengths))
         if arguments.train_sampling_strategy != "sequential":
             order = np.random.default_rng(arguments.seed).permutation(order)
-        orders = dict.fromkeys((PAD, PACK), lengths[order])
+        # Of one sequence: padded it is as long as the longest one of its row, in a pack as long as it is.
+        orders = {PAD: lengths[order], PACK: read[order] / sequences}
         orders[GROUP] = lengths[sampler(lengths, arguments).order()]
         # Of a stream only the first rows are known.
         may_join = model.by_row and not arguments.dataloader_drop_last and not config.data.streaming
@@ -168,16 +173,19 @@ class Batching:
             )
         multiple = getattr(arguments, "pad_to_multiple_of", None)
         multiple = multiple if isinstance(multiple, int) else 1
-        before = 1 - lengths.sum() / padded(orders[PAD], rows, multiple)
-        after = 1 - lengths.sum() / padded(orders.get(way, orders[PAD]), rows, multiple, packed=way in (PACK, PACKS))
+        tokens = read.sum()
+        before = 1 - tokens / padded(orders[PAD], rows, multiple) / sequences
+        after = 1 - tokens / padded(orders.get(way, orders[PAD]), rows, multiple) / sequences
+        if way in (PACK, PACKS):
+            after = 1 - tokens / padded(read[order], rows, multiple, packed=True)
         follows = dict(PADDING_FREE if way == PACK else {})
         if way == GROUP:
             follows["shuffle_dataset"] = False  # each epoch is
         if way == PACK:
             follows |= joined
-        return Batching(
-            way, reason, round(float(before), 4), round(float(after), 4), follows, streamed=config.data.streaming
-        )
+        what = config.train_schema.rows
+        shares = round(float(before), 4), round(float(after), 4)
+        return Batching(way, reason, *shares, follows, streamed=config.data.streaming, what=what)
 
     def apply(self, arguments: "TrainingArguments") -> None:
         for name, value in self.follows.items():
@@ -190,19 +198,20 @@ class Batching:
     def sampler(self, arguments: "TrainingArguments", lengths: np.ndarray | None) -> LengthGroups | None:
         return sampler(lengths, arguments) if self.way == GROUP and lengths is not None else None
 
-    def line(self, arguments: "TrainingArguments", lengths: np.ndarray, count: int) -> str:
-        """What was chosen and what a step holds. `count`: of rows, or of TRL's packs."""
+    def line(self, arguments: "TrainingArguments", read: np.ndarray, count: int) -> str:
+        """What was chosen and what a step holds. `read`: tokens of each row, of both sides of a pair. `count`: of rows, or of TRL's
+        packs."""
         step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        what, most = "rows", int(np.sort(lengths)[-step:].sum())
+        what, most = self.what, int(np.sort(read)[-step:].sum())
         if self.way == PACKS:
-            what, most = "packs", min(step * arguments.max_length, int(lengths.sum()))
+            what, most = "packs", min(step * arguments.max_length, int(read.sum()))
         step = step if self.streamed else min(step, count)
-        joined = ""
+        joined, sides = "", " of both sides" if self.what == "pairs" else ""
         if "gradient_accumulation_steps" in self.follows:
-            joined = f", in micro-batches of {arguments.per_device_train_batch_size} rows"
+            joined = f", in micro-batches of {arguments.per_device_train_batch_size} {self.what}"
         return (
             f"batching {self.way} ({self.reason}): padding {self.before:.1%} -> {self.after:.1%}; a step holds {step:,} {what}, "
-            f"{step * lengths.sum() / count:,.0f} tokens on average, at most {most:,}{joined}"
+            f"{step * read.sum() / count:,.0f} tokens{sides} on average, at most {most:,}{joined}"
         )
 
 

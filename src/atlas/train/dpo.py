@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trl import DPOConfig
 
     from atlas.train.callbacks.meter import Meter
+    from atlas.train.canary import Canary
 
 LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -96,6 +97,12 @@ def _meters() -> "Sequence[Callable[[Any], Meter]]":
     return (Preference,)
 
 
+def _canary() -> "Canary":
+    from atlas.train.canary import PairCanary
+
+    return PairCanary()
+
+
 DPO = Phase(
     name="dpo",
     method="direct preference optimisation (DPO)",
@@ -107,6 +114,7 @@ DPO = Phase(
     ),
     meters=_meters,
     audit=_audit,
+    canary=_canary,
     checks={"loss": _loss},
 )
 

@@ -49,6 +49,10 @@ class PairTrainer(Resumable, HeldOutMean, DPOTrainer):
         """They are tokenised: TRL's way trains the newline after the stop token, and its docstring's way in raises a KeyError."""
         return dataset
 
+    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """For rows that are given to `evaluate`, too, compute_loss does it."""
+        return dataset
+
     # Counts
 
     def counts(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from atlas.data.labeled import Labeled
     from atlas.train.callbacks.meter import Meter
+    from atlas.train.canary import Canary
 
 
 class Rows(Protocol):
@@ -25,7 +26,10 @@ class Rows(Protocol):
     dataset: "Dataset | IterableDataset"
     eval_dataset: "Dataset | None" = None
     lengths: "np.ndarray | None" = None
-    """Tokens of each row in the dataset's order, or of a stream's first rows; None: not known."""
+    """Tokens of each row in the dataset's order, or of a stream's first rows; None: not known. Of a row of several sequences: of
+    the longest, to which the others are filled up."""
+    read: "np.ndarray | None" = None
+    """The same of all sequences of a row together, without what fills them up; None: each row is one."""
     labeled: "Labeled | None" = None
     """Conversations with labels, where the phase has them: what `atlas sanity` asks the model."""
 
@@ -80,6 +84,8 @@ class Phase:
     """Arguments that are the same in each run of the phase."""
     audit: Callable[[LoadedConfig], Path] | None = None
     """Writes the audit of the data and returns its path, for `--dump-template-audit`; None: there is no audit."""
+    canary: "Callable[[], Canary] | None" = None
+    """Imports what `atlas sanity` teaches the model, to see whether it learns the right thing; None: nothing."""
     checks: Mapping[str, Callable[[Config], tuple[str, str]]] = field(default_factory=dict)
     """Its own lines of preflight: name -> (status, text)."""
 

@@ -24,6 +24,7 @@ from atlas.data.cache import NotKeptError, kept_only
 from atlas.device import DevicePlan, Gpu, Machine, choose_device, free_memory
 from atlas.errors import DONE, RunError, UserError, first_line
 from atlas.files import read_object
+from atlas.models.parent import find_parent, with_parents_settings
 from atlas.models.tokenizer import load_tokenizer
 from atlas.terminal import quiet_libraries
 from atlas.train.curve import curve
@@ -102,6 +103,23 @@ class Need:
         return self.static.peak(self.activations)
 
 
+def with_parent(loaded: LoadedConfig) -> tuple[LoadedConfig, str]:
+    """The config with the settings of the adapter that it goes on from, and a line on that adapter, which may not be there yet."""
+    if not loaded.config.train_schema.continues:
+        return loaded, ""
+    try:
+        parent = find_parent(loaded.config)
+    except (UserError, RunError) as error:
+        assert loaded.config.lora is not None  # by the schema
+        instead = f"planned with lora.r={loaded.config.lora.r} of the config. A run would be refused"
+        return loaded, f"not there yet ({first_line(error)}): {instead}"
+    if parent is None:
+        return loaded, "a new one: the reference is the base model"
+    loaded = with_parents_settings(loaded, parent)
+    assert loaded.config.lora is not None
+    return loaded, f"{parent.name}: r={loaded.config.lora.r}; policy and reference begin with it"
+
+
 def shape_of(config: Config, name: str | None = None) -> Shape:
     """Of the config's base model, or of one of `SHAPES`, with the config's adapter; no weights are read."""
     import torch
@@ -164,14 +182,13 @@ def amount(config: Config) -> Amount | str:
     """Of the prepared data where they are in the cache, else why it is not known."""
     if config.data.streaming:
         return "not known: data are read while training"
-    again = "`atlas data` with the same config prepares the data, and then it stands here"
     with contextlib.redirect_stdout(io.StringIO()), kept_only():
         try:
             rows = phase_of(config).rows(config, load_tokenizer(config))
         except NotKeptError:
-            return f"not known yet: {again}"
+            return "not known yet: `atlas data` with the same config prepares the data, and then it stands here"
         except (UserError, RunError) as error:
-            return f"not known ({first_line(error)}): {again}"
+            return f"not known: {first_line(error)}"
     sources = rows.manifest()["data"]["sources"]
     tokens, supervised = (sum(source.get(name, 0) for source in sources) for name in ("tokens", "supervised_tokens"))
     return Amount(len(rows.dataset), tokens, supervised)
@@ -264,7 +281,7 @@ def _devices(
         took = "time not known"
         run = measured(config, plan.hardware) if number == 0 and asked is None else None
         own = own_peak() if plan.device == "cpu" else None
-        work = Work.of(shape, plan, config.lora is None, own)
+        work = Work.of(shape, plan, config, own)
         if run:
             whole = f"about {duration(max(run[0] * steps.in_all, 1))}, " if steps.in_all else ""
             took = f"{whole}{run[0]:.2g} s a step, by {run[2]} (measured)"
@@ -294,14 +311,14 @@ def overview(loaded: LoadedConfig, shape: Shape, processes: int, asked: str | No
         warm_up = f"{rates.warm_up:,} of them warm-up"
     else:
         warm_up = f"{f'{100 * asked_warm_up:.2g} %' if asked_warm_up < 1 else f'{asked_warm_up:,.0f}'} of them warm-up"
-    tokens = known
+    what, tokens = config.train_schema.rows, known
     if isinstance(known, Amount):
-        tokens = f"{known.tokens:,} an epoch, {known.supervised:,} of them supervised, from {known.rows:,} rows"
+        tokens = f"{known.tokens:,} an epoch, {known.supervised:,} of them supervised, from {known.rows:,} {what}"
         tokens += f"; {known.tokens * steps.epochs:,.0f} in all" if steps.epochs else ""
     micro = "micro-batch" if accumulated == 1 else "micro-batches"
     process = "process" if processes == 1 else "processes"
     lines = [
-        ("batch", f"{steps.effective} rows = {batch} on each device x {accumulated} {micro} x {processes} {process}"),
+        ("batch", f"{steps.effective} {what} = {batch} on each device x {accumulated} {micro} x {processes} {process}"),
         ("steps", f"{of_epoch}, {in_all}{epochs}, {warm_up}"),
         ("tokens", tokens),
         ("rate", rates.line()),
@@ -316,7 +333,8 @@ def overview(loaded: LoadedConfig, shape: Shape, processes: int, asked: str | No
     share = (rates.warm_up or 0) / steps.in_all if steps.in_all else asked_warm_up % 1  # of a number in steps not known
     parameters, full, decay = shape.linear + shape.other, config.lora is None, value("weight_decay")
     rate = float(value("learning_rate"))
-    for text in unusual(parameters, full, rate, steps.effective, steps.epochs or 1, share, decay):
+    continues = config.train_schema.continues
+    for text in unusual(parameters, full, rate, steps.effective, steps.epochs or 1, share, decay, continues):
         say(f"warning: {text}; docs/plan.md says where that comes from")
     if picture is not None:
         rates.picture(picture)
@@ -325,7 +343,7 @@ def overview(loaded: LoadedConfig, shape: Shape, processes: int, asked: str | No
 
 @command("plan")
 def main(arguments: Namespace) -> int:
-    loaded, count = load_config(arguments.config, arguments.overrides), arguments.nproc
+    count, (loaded, parent) = arguments.nproc, with_parent(load_config(arguments.config, arguments.overrides))
     config = loaded.config
     quiet_libraries()
     here = Machine.without_torch()
@@ -333,15 +351,17 @@ def main(arguments: Namespace) -> int:
     memory = (gpu.memory_gib or 0) * 2**30 if gpu else free_memory() / count
     machine = Machine(gpus=(gpu,) if gpu else (), processes=count, cpu=here.cpu)
     plan, shape = choose_device(config, machine), shape_of(config, arguments.shape)
-    rows, length = largest_batch(config)
+    (rows, length), what = largest_batch(config), "rows" if config.train_schema.sequences == 1 else "sequences"
     optim = config.train_value("optim") or "the default"
     total, each = shape.linear + shape.other, config.train_value("gradient_accumulation_steps")
     print(
         f"{arguments.shape or config.model.name}: {total / 1e6:,.1f} M parameters, {shape.trained / 1e6:,.1f} M trained, "
         f"{'4 bits' if config.quantization.load_in_4bit else plan.dtype}; {count} x {plan.hardware}; a step is "
-        f"{each} x {rows} rows of {length:,} tokens on each at most; optimizer {optim}"
+        f"{each} x {rows} {what} of {length:,} tokens on each at most; optimizer {optim}"
         f"{'' if optim in STATE else ', counted as AdamW'}"
     )
+    if parent:
+        say(f"  adapter {parent}")
     overview(loaded, shape, count, arguments.gpu, arguments.png)
     table = [["", "weights", "gradients", "optimizer", "passing", "activations", "in all", "fits", "sent in a step"]]
     others = []

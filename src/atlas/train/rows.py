@@ -29,7 +29,7 @@ class LabeledRows(Rows):
         self.labeled = prepare(config, tokenizer)
         self.fingerprint = self.labeled.fingerprint
         self.dataset, self.eval_dataset = self.labeled.dataset, self.labeled.eval_dataset
-        self.lengths = self.labeled.tokens_of_rows
+        self.lengths, self.read = self.labeled.tokens_of_rows, self.labeled.read_of_rows
         say(self.labeled.table())
         say(line(summarize(self.labeled)), flush=True)
         gate(config, self.labeled)

@@ -230,15 +230,14 @@ class Run:
         if self.checkpoint is not None:
             there = (self.checkpoint / "trainer_state.json").is_file()
             agree({"checkpoint": {"to resume from": self.checkpoint.name if there else None}})
-        lengths = self.rows.lengths
-        self.batching = Batching.of(self.ready, lengths, identity.batching)
+        lengths, read = self.rows.lengths, self.rows.lengths if self.rows.read is None else self.rows.read
+        self.batching = Batching.of(self.ready, lengths, identity.batching, read)
         self.identity = replace(identity, batching=self.batching.way)
         self.batching.apply(arguments)
         with all_or_none():
             self.train_dataset = self.phase.arrange(self.rows.dataset, arguments)
-        if lengths is not None:
-            count = len(lengths if config.data.streaming else self.train_dataset)
-            print(self.batching.line(arguments, lengths * config.train_schema.sequences, count))
+        if read is not None:
+            print(self.batching.line(arguments, read, len(read if config.data.streaming else self.train_dataset)))
         if self.ready.plan.gradient_checkpointing is None:
             # Of a stream only the first rows are known.
             choose_checkpointing(self.ready, way=self.batching.way, lengths=None if config.data.streaming else lengths)
@@ -439,7 +438,7 @@ class Run:
         from atlas.train.callbacks.skipped_steps import SkippedSteps
         from atlas.train.callbacks.throughput import Throughput, Work
 
-        work = Work.of(self.ready.shape, self.ready.plan, full=self.loaded.config.lora is None)
+        work = Work.of(self.ready.shape, self.ready.plan, self.loaded.config)
         watching = (PaddingShare, SkippedSteps, HeldOutGap, LossSpike)
         return [
             Throughput(trainer, work),

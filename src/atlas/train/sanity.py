@@ -3,7 +3,7 @@
     atlas sanity --config FILE [--preset NAME] [key=value ...]
 
 Three runs by the skeleton of every phase (train/run.py), in a temporary folder: the recipe's first steps on some of its rows, the
-same again, and one short row until it is known by heart. docs/sanity.md has the rule of each verdict.
+same again, and one short row until it is known (train/canary.py). docs/sanity.md has the rule of each verdict.
 """
 
 import contextlib
@@ -22,17 +22,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atlas.audit.report import summarize
-from atlas.audit.spans import KINDS, NOTES, Oracle
+from atlas.audit.spans import NOTES
 from atlas.cli import command
 from atlas.config import LoadedConfig, load_config
 from atlas.console import duration, one_line, say, size
-from atlas.data.formats import conversation
 from atlas.device import memory_gib
 from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError
-from atlas.eval.decode import decode
 from atlas.launch import processes, set_up_torch
-from atlas.models.template import Renderer, chat_prompt
-from atlas.models.tokenizer import stop_ids
+from atlas.models.parent import find_parent, with_parents_settings
+from atlas.train.canary import FAIL, PASS, SKIP, Canary, Question, Reply, answers
 from atlas.train.phase import Phase, Rows, phase_of
 from atlas.train.preflight.checklist import GIB, Line
 from atlas.train.preflight.estimate import largest_batch
@@ -43,47 +41,17 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from atlas.data.labeled import Labeled
     from atlas.train.resume import Resumable
 
 ROWS, STEPS = 64, 20
 GROUPS = 8
 """Parts of the rows; the loss of each is taken before and after training."""
-LEAST_FALL = 0.01
-"""Of the loss before: less is no fall, however even it is (a learning rate of 1e-9 lets each row's loss fall by a millionth)."""
-CANARY_STEPS, KNOWN = 100, 0.01
-"""Steps on one row at most. At a loss below this each of its tokens has a probability of about 99 %."""
-CANARY_RATE = {True: 1e-3, False: 5e-5}
-"""At least, with an adapter and without: the canary is about template, labels and stop token, not about the recipe's rate."""
-SAMPLES, LONGEST = 4, 64
-"""Sample replies, and most tokens of one. Where the right answer is short, its tokens twice and 16 more."""
+CANARY_STEPS = 100
+"""On one row, at most."""
+SAMPLES = 4
+"""Prompts whose replies are shown."""
 SAME_ON_GPU = 0.01
 """Share by which the loss of a step may differ between two runs on a GPU, whose kernels add in another order each time."""
-PASS, FAIL, SKIP = "pass", "fail", "skip"
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt of the data, with what has to follow it."""
-
-    messages: list[dict[str, Any]]
-    """With the answer as the last one."""
-    prompt: list[int]
-    """Tokens, through the chat template, as `atlas generate` asks."""
-    answer: str
-    """What the model has to generate, stop token included; by the audit's oracle, not by the labels."""
-    length: int
-    """Of the answer, in tokens."""
-    limit: int
-    """Tokens of a reply at most."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    text: str
-    """With the stop token, if it came."""
-    problem: str
-    """"" or `empty`, `repeats`, `never stops`."""
 
 
 @dataclass
@@ -94,8 +62,8 @@ class Trial:
     """Why training ended early."""
     log: list[dict[str, Any]] = field(default_factory=list)
     """A line for each step."""
-    change: float = 0.0
-    """The norm of LoRA B, or the share by which the weights have changed."""
+    change: dict[str, float] = field(default_factory=dict)
+    """By how much what is trained has changed, under the name that manifest.json has for it."""
     weights: str = ""
     """SHA-256 of what is trained."""
     losses: tuple[list[float], list[float]] = ([], [])
@@ -107,8 +75,8 @@ class Trial:
 class Few(Rows):
     """Rows that were picked, or made, for a run of a few steps."""
 
-    def __init__(self, dataset: "Dataset", lengths: np.ndarray | None) -> None:
-        self.dataset, self.lengths = dataset, lengths
+    def __init__(self, dataset: "Dataset", lengths: np.ndarray | None, read: np.ndarray | None = None) -> None:
+        self.dataset, self.lengths, self.read = dataset, lengths, read
         self.fingerprint = hashlib.sha256(str(dataset[:]).encode()).hexdigest()
 
 
@@ -174,7 +142,7 @@ def fitted(run: Run, trainer: "Resumable") -> Trial:
     return Trial(
         broken=broken,
         log=[line for line in trainer.state.log_history if {"loss", "learning_rate"} <= line.keys()],
-        change=run.sample.change(model) if run.sample else next(iter(trainer.change().values())),
+        change={"weights_change": run.sample.change(model)} if run.sample else trainer.change(),
         weights=digest.hexdigest(),
         memory_gib=memory_gib(),
     )
@@ -184,7 +152,10 @@ class Sanity:
     """The check of one config. `lines` has the verdicts afterwards."""
 
     def __init__(self, loaded: LoadedConfig, phase: Phase, folder: Path) -> None:
-        self.loaded, self.phase, self.folder = loaded, phase, folder
+        # `model.adapter: last` is beside the config's own output.dir.
+        parent = find_parent(loaded.config)
+        self.loaded = with_parents_settings(loaded, parent) if parent else loaded
+        self.phase, self.folder, self.bird = phase, folder, phase.canary() if phase.canary else None
         self.rows: Rows
         """All that the run trains on."""
         self.few: Few
@@ -207,12 +178,15 @@ class Sanity:
         self.verdict("rows", distinct(self.rows, self.few, run.ready.arguments))
         self.verdict("trained text", trained_text(self.rows))
         self.verdict("gradients", gradients(trial))
-        self.verdict("adapter" if lora else "weights", changed(trial, lora))
-        self.verdict("loss", fallen(trial))
+        self.verdict("adapter" if lora else "weights", changed(trial))
+        for name, found in self.bird.start(trial.log).items() if self.bird else ():
+            self.verdict(name, found)
+        self.verdict("loss", fallen(trial, self.bird.least_fall if self.bird else Canary.least_fall))
         self.verdict("replies", sound(trial, self.questions))
         on_cpu = run.ready.plan.device == "cpu"
         self.verdict("same again", (SKIP, "training ended early") if trial.broken else self.again(trial, on_cpu))
-        self.verdict("canary", self.canary(lora) if self.questions else (SKIP, "there is no answer to ask for"))
+        asks = self.bird is not None and self.questions
+        self.verdict("canary", self.canary(lora) if asks else (SKIP, "there is no answer to ask for"))
         self.verdict("whole run", left)
         self.show([] if trial.broken else asked, trial)
 
@@ -238,12 +212,13 @@ class Sanity:
         self.rows = rows = self.phase.rows(self.loaded.config.model_copy(update={"audit": audit}), tokenizer)
         if isinstance(rows.dataset, Dataset):
             at = _spread(len(rows.dataset), ROWS)
-            self.few = Few(rows.dataset.select(at), None if rows.lengths is None else rows.lengths[at])
+            known = (None if each is None else each[at] for each in (rows.lengths, rows.read))
+            self.few = Few(rows.dataset.select(at), *known)
         else:
             some = Dataset.from_list(list(rows.dataset.take(ROWS)))
             self.few = Few(some, None if rows.lengths is None else np.array([*map(len, some["input_ids"])]))
-        if rows.labeled is not None:
-            self.questions = questions(rows.labeled)
+        if rows.labeled is not None and self.bird is not None:
+            self.questions = self.bird.questions(rows.labeled)
         return self.few
 
     def again(self, first: Trial, on_cpu: bool) -> tuple[str, str]:
@@ -267,48 +242,39 @@ class Sanity:
         return FAIL, f"{said}{'' if apart else ', and their weights differ'}: a result could not be repeated. {remedy}"
 
     def canary(self, lora: bool) -> tuple[str, str]:
-        """Is one row, once it is known by heart, said back exactly, through the way of inference?"""
+        """What is true of the model once it knows one row? (train/canary.py)"""
         print(f"== the canary: one row, up to {CANARY_STEPS} steps", flush=True)
-        question, rows = self.questions[0], self.rows
-        assert rows.labeled is not None  # else there are no questions
-        (row,) = rows.labeled.labeler.label([{"messages": question.messages}])
+        question, labeled, bird = self.questions[0], self.rows.labeled, self.bird
+        assert labeled is not None and bird is not None  # else there are no questions
+        (row,) = labeled.labeler.label([question.row], question.format)
         if row.reason or not row.supervised:
             return FAIL, f"nothing of the answer {question.answer!r} is trained ({row.reason or 'all labels are -100'})"
         from datasets import Dataset
 
-        data = {"input_ids": [row.ids] * CANARY_STEPS, "labels": [row.labels] * CANARY_STEPS}
-        few = Few(Dataset.from_dict(data), np.full(CANARY_STEPS, len(row.ids)))
+        columns = zip(labeled.labeler.columns, row.lists, strict=True)
+        data = {name: [ids] * CANARY_STEPS for name, ids in columns}
+        few = Few(Dataset.from_dict(data), *(np.full(CANARY_STEPS, size) for size in (row.size, row.tokens)))
         config = self.loaded.config
         train = {
             "max_steps": CANARY_STEPS,
             **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
             "lr_scheduler_type": "constant",
             "warmup_steps": 0,
-            "learning_rate": max(config.train_value("learning_rate"), CANARY_RATE[lora]),
+            "learning_rate": max(config.train_value("learning_rate"), bird.rate[lora]),
             **{key: False for key in ("packing", "padding_free") if config.train.get(key)},
         }
         loaded = settings(self.loaded, self.folder / "canary", **train)
         with contextlib.redirect_stdout(io.StringIO()), started(self.phase, loaded, lambda _: few) as (run, trainer):
-            trainer.add_callback(_until_known())
+            trainer.add_callback(_until(bird.known))
+            before = bird.before(trainer, question)
             trial = fitted(run, trainer)
-            (reply,) = answers(trainer, [replace(question, limit=question.length + 16)])
+            if trial.broken:
+                status, text = FAIL, f"training ended early: {trial.broken}"
+            else:
+                status, text = bird.verdict(trainer, question, before, trial.log[-1]["loss"])
         _free(trainer)
-        if trial.broken:
-            return FAIL, f"training on one row ended early: {trial.broken}"
-        steps, loss = len(trial.log), trial.log[-1]["loss"]
-        said = f"one row, {steps} steps, loss {trial.log[0]['loss']:.3f} -> {loss:.3f}"
-        if reply.text == question.answer:
-            return PASS, f"{said}: its answer {question.answer!r} comes back exactly, and stops"
-        if reply.text.startswith(question.answer.removesuffix(run.tokenizer.eos_token)):
-            what = "the answer comes back, but generation does not stop after it"
-        else:
-            what = f"asked for {question.answer!r}, the model says {reply.text!r}"
-        remedy = (
-            "look at the row with `atlas audit`: prompt, answer and stop token of training are not those of inference"
-        )
-        if loss > 10 * KNOWN:
-            remedy = "the model did not learn the row: look at train.learning_rate, train.max_grad_norm and lora"
-        return FAIL, f"{said}: {what}. {remedy}"
+        ends = [line["loss"] for line in (trial.log or [{"loss": math.nan}])]
+        return status, f"one row, {len(trial.log)} steps, loss {ends[0]:.3f} -> {ends[-1]:.3f}: {text}"
 
     def whole_run(self, run: Run, trial: Trial) -> tuple[str, str]:
         """Time and memory of the run, from those of these steps."""
@@ -347,62 +313,6 @@ def losses(trainer: "Resumable", dataset: "Dataset") -> list[float]:
         return [trainer.evaluate(dataset.select(rows), metric_key_prefix="sanity")["sanity_loss"] for rows in groups]
 
 
-def questions(labeled: "Labeled") -> list[Question]:
-    """The first exchange of each row that the audit's record shows, by the length of the answer."""
-    tokenizer, found = labeled.labeler.tokenizer, {}
-    oracle, renderer = Oracle(tokenizer), Renderer(tokenizer)
-    for shown in labeled.shown:
-        asked = conversation(shown.row, shown.format)
-        roles = [message["role"] for message in asked.messages]
-        at = roles.index("assistant") if "user" in roles and "assistant" in roles else 0
-        if not at or asked.tools or asked.messages[at].get("tool_calls"):
-            continue
-        messages = asked.messages[: at + 1]
-        text = renderer.text(messages)
-        turn = oracle.turns(messages, None, text)[-1]
-        answer = text[turn.start : turn.end]
-        prompt = tokenizer(chat_prompt(tokenizer, messages[:-1]), add_special_tokens=False)["input_ids"]
-        length = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
-        if length >= 3:  # with the stop token
-            found[tuple(prompt)] = Question(messages, prompt, answer, length, min(LONGEST, 2 * length + 16))
-    return sorted(found.values(), key=lambda question: question.length)
-
-
-def answers(trainer: "Resumable", asked: Sequence[Question]) -> list[Reply]:
-    """What the model says now, greedily, with the stop tokens of `atlas generate`."""
-    import torch
-
-    if not asked:
-        return []
-    model, tokenizer = trainer.model, trainer.processing_class
-    stops = stop_ids(tokenizer, model)
-    limit, training = max(question.limit for question in asked), model.training
-    model.eval()
-    with torch.random.fork_rng(), trainer.accelerator.autocast():
-        said = decode(model, [question.prompt for question in asked], limit=limit, stops=stops)
-    model.train(training)
-    return [_reply(tokenizer, question, ids, stops) for question, ids in zip(asked, said, strict=True)]
-
-
-def _reply(tokenizer: Any, question: Question, ids: list[int], stops: Sequence[int]) -> Reply:
-    ids = ids[: question.limit]
-    plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    prompt, both = (tokenizer.decode(some, **plain) for some in (question.prompt, question.prompt + ids))
-    return Reply(both[len(prompt) :], garbled(ids, set(stops), question.length < question.limit))
-
-
-def garbled(ids: Sequence[int], stops: set[int], should_stop: bool) -> str:
-    """What is wrong with a reply: it is `empty`; it `repeats` (12 groups of three tokens or more, fewer than half of them
-    different); or it `never stops`, where the right answer would have. "" for none of these."""
-    words = [token for token in ids if token not in stops]
-    groups = [*zip(words, words[1:], words[2:], strict=False)]
-    if not words:
-        return "empty"
-    if len(groups) >= 12 and len(set(groups)) < len(groups) / 2:
-        return "repeats"
-    return "never stops" if should_stop and len(words) == len(ids) else ""
-
-
 def distinct(rows: Rows, few: Few, arguments: Any) -> tuple[str, str]:
     """Is there enough to learn from? Rows that the config itself repeats count once and are no fault."""
     from datasets import Dataset
@@ -437,7 +347,8 @@ def trained_text(rows: Rows) -> tuple[str, str]:
     summary = summarize(labeled)
     if summary["verdict"] == "defect":
         found = [name for name, count in summary["findings"].items() if count and name not in NOTES]
-        meant = "; ".join(f"{name}: {KINDS[name].meaning}. Remedy: {KINDS[name].remedy}" for name in found)
+        kinds = labeled.labeler.kinds
+        meant = "; ".join(f"{name}: {kinds[name].meaning}. Remedy: {kinds[name].remedy}" for name in found)
         return FAIL, f"audit: {summary['verdict_text']}. {meant}. `atlas audit` shows the rows token by token"
     share = f"{summary['supervised_tokens']:,} of {summary['tokens']:,} tokens ({summary['supervised_share']:.0%})"
     return PASS, f"it decodes to the answers and their stop token {summary['stop_token']}, in each row: {share}"
@@ -460,16 +371,22 @@ def gradients(trial: Trial) -> tuple[str, str]:
     )
 
 
-def changed(trial: Trial, lora: bool) -> tuple[str, str]:
+def changed(trial: Trial) -> tuple[str, str]:
     if trial.broken:
         return SKIP, "training ended early"
-    if not trial.change:
-        what = "LoRA B is still zero" if lora else "no weight has changed"
-        return FAIL, f"{what} after {len(trial.log)} steps: what is trained is frozen, or gets no gradient or no step"
-    return PASS, f"LoRA B norm {trial.change:.3g}" if lora else f"the weights have changed by {trial.change:.3%}"
+    ((name, change),) = trial.change.items()
+    unchanged, said = {
+        "lora_b_norm": ("LoRA B is still zero", f"LoRA B norm {change:.3g}"),
+        "weights_change": ("no weight has changed", f"the weights have changed by {change:.3%}"),
+        "adapter_change": ("the adapter is as it was", f"the adapter has changed by {change:.3%}"),
+    }[name]
+    if not change:
+        what = "what is trained is frozen, or gets no gradient or no step"
+        return FAIL, f"{unchanged} after {len(trial.log)} steps: {what}"
+    return PASS, said
 
 
-def fallen(trial: Trial) -> tuple[str, str]:
+def fallen(trial: Trial, least: float = Canary.least_fall) -> tuple[str, str]:
     """Has the loss on the same rows fallen by more than its noise? The noise is the standard error of the groups' mean fall, which
     pairs the same rows, without dropout; so the mixture of rows in a step plays no part."""
     if trial.broken:
@@ -479,12 +396,12 @@ def fallen(trial: Trial) -> tuple[str, str]:
     first, fall = statistics.mean(before), statistics.mean(falls)
     noise = statistics.stdev(falls) / math.sqrt(len(falls)) if len(falls) > 1 else 0.0
     said = f"{first:.4f} -> {statistics.mean(after):.4f} on the same rows"
-    if not math.isfinite(fall) or fall < -LEAST_FALL * first:
+    if not math.isfinite(fall) or fall < -least * first:
         return FAIL, f"{said}: it has risen. Lower train.learning_rate"
-    if fall <= LEAST_FALL * first:
+    if fall <= least * first:
         return (
             FAIL,
-            f"{said}: less than {LEAST_FALL:.0%}. Raise train.learning_rate, or look at what is trained (above)",
+            f"{said}: less than {100 * least:g}%. Raise train.learning_rate, or look at what is trained (above)",
         )
     if fall <= 2 * noise:
         return (
@@ -513,14 +430,14 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({int(at) for at in np.linspace(0, count - 1, min(count, most))}) if count else []
 
 
-def _until_known() -> Any:
+def _until(known: Callable[[dict[str, Any]], bool]) -> Any:
     from transformers import TrainerCallback
 
-    class UntilKnown(TrainerCallback):
+    class Until(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            control.should_training_stop |= (logs or {}).get("loss", 1.0) < KNOWN
+            control.should_training_stop |= known(logs or {})
 
-    return UntilKnown()
+    return Until()
 
 
 def _free(trainer: Any) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
     from trl import SFTConfig
 
+    from atlas.train.canary import Canary
+
 
 def train(loaded: LoadedConfig, resume: str = "auto") -> FinishedRun:
     """The whole job. Raises `UserError` for input that cannot end well, before the model is loaded."""
@@ -82,6 +84,12 @@ def _loss(config: Config) -> tuple[str, str]:
     return "ok", f"on the assistant's content and its stop token, proven by the audit (gate {config.audit.gate})"
 
 
+def _canary() -> "Canary":
+    from atlas.train.canary import Canary
+
+    return Canary()
+
+
 SFT = Phase(
     name="sft",
     method="supervised fine-tuning",
@@ -96,6 +104,7 @@ SFT = Phase(
     # The labels are made already, so TRL has nothing to prepare.
     fixed={"assistant_only_loss": False, "dataset_kwargs": {"skip_prepare_dataset": True}},
     audit=_audit,
+    canary=_canary,
     checks={"loss": _loss},
 )
 

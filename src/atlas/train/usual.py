@@ -22,6 +22,8 @@ SIZES = (
     Usual("7-13B", 20, (2e-6, 2e-5), (5e-5, 5e-4), (16, 512)),
     Usual("30-70B", float("inf"), (1e-6, 1e-5), (2e-5, 2e-4), (16, 512)),
 )
+AFTER_SFT = (1e-6, 5e-5)
+"""Learning rate with LoRA of a phase that goes on from an adapter, for all sizes."""
 EPOCHS, WARM_UP, WEIGHT_DECAY = (1, 5), (0, 0.1), (0, 0.1)
 SMALLEST = 0.1
 """Billions of parameters. Models below take higher rates, and nobody has published a table."""
@@ -33,14 +35,23 @@ def usual(parameters: int) -> Usual:
 
 
 def unusual(
-    parameters: int, full: bool, rate: float, batch: int, epochs: float, warm_up: float, weight_decay: float
+    parameters: int,
+    full: bool,
+    rate: float,
+    batch: int,
+    epochs: float,
+    warm_up: float,
+    weight_decay: float,
+    continues: bool = False,
 ) -> Iterator[str]:
-    """What lies outside, a line for each. `warm_up`: its share of all steps."""
+    """What lies outside, a line for each. `warm_up`: its share of all steps. `continues`: from an adapter."""
     size = usual(parameters)
     method, rates = ("full fine-tuning", size.full) if full else ("LoRA", size.lora)
-    known = parameters / 1e9 >= SMALLEST
+    known, of = parameters / 1e9 >= SMALLEST, size.name
+    if continues:
+        rates, of = AFTER_SFT, "after SFT"
     for key, value, (low, high), why in (
-        ("train.learning_rate", rate, rates, f"{method}, {size.name}"),
+        ("train.learning_rate", rate, rates, f"{method}, {of}"),
         ("effective batch", batch, size.batch, size.name),
         ("epochs", epochs, EPOCHS, "more repeat the same rows, fewer leave some out"),
         ("warm-up", warm_up, WARM_UP, "a share of all steps: train.warmup_steps"),

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerState
 
 from atlas.compat import metric_sums
+from atlas.config import Config
+from atlas.config.schema import NONE
 from atlas.train.callbacks.meter import Meter
 
 if TYPE_CHECKING:
@@ -43,23 +45,24 @@ def peak(hardware: str, dtype: str) -> float | None:
 @dataclass(frozen=True)
 class Work:
     """What the model needs for a token, forward and backward, in operations: 6 for each weight that is trained, 4 for one that is
-    frozen (no gradient of itself). The head counts for predicted tokens alone. Attention's pairs and what is computed twice are
-    left out, as is usual for MFU (https://arxiv.org/abs/2204.02311, appendix B)."""
+    frozen (no gradient of itself), and 2 for each in the forward pass of a reference. The head counts for predicted tokens
+    alone. Attention's pairs and what is computed twice are left out, as is usual for MFU (https://arxiv.org/abs/2204.02311,
+    appendix B)."""
 
     token: float
     predicted: float
     peak: float
 
     @staticmethod
-    def of(shape: "Shape", plan: "DevicePlan", full: bool, reached: float | None = None) -> "Work | None":
-        """None where the device's peak is not known. `full`: every weight is trained. `reached`: a peak to take instead."""
+    def of(shape: "Shape", plan: "DevicePlan", config: Config, reached: float | None = None) -> "Work | None":
+        """None where the device's peak is not known. `reached`: a peak to take instead."""
         found = reached or (peak(plan.hardware, plan.dtype) if plan.device == "cuda" else None)
         if found is None:
             return None
-        each = 6 if full else 4
-        return Work(
-            each * shape.linear + (0 if full else 6 * shape.trained), each * shape.vocabulary * shape.hidden, found
-        )
+        each, adapter = (6, 0) if config.lora is None else (4, 6)
+        if config.train_schema.reference:
+            each, adapter = each + 2, adapter + 2 * (config.model.adapter != NONE)
+        return Work(each * shape.linear + adapter * shape.trained, each * shape.vocabulary * shape.hidden, found)
 
 
 class Throughput(Meter):

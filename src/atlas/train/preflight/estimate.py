@@ -121,8 +121,8 @@ def per_device_bytes(
     each = 0.5 + (1 + 4 / 256 if config.quantization.bnb_4bit_use_double_quant else 4) / 64
     linear = shape.linear * (each if config.quantization.load_in_4bit else width)
     frozen = 0 if full else linear + shape.other * width
-    if config.model.adapter not in (None, NONE):
-        frozen += 4 * numbers  # the reference: the same adapter, frozen
+    if config.train_schema.reference and config.model.adapter != NONE:
+        frozen += 4 * numbers  # the reference adapter, in float32
     parts = processes if strategy in SHARDED else 1
 
     kept, gradient, of_optimizer, stepping = 4.0 * numbers / parts, 4 * numbers / parts, parts, 0.0
@@ -175,11 +175,12 @@ def largest_batch(
     `way` to batch (None: as the config says so far), `lengths` in tokens of all rows (None: each may have max_length), `rows` of a
     micro-batch (None: as in the config).
     """
-    rows = (rows or int(config.train_value("per_device_train_batch_size"))) * config.train_schema.sequences
+    sequences = config.train_schema.sequences
+    rows = (rows or int(config.train_value("per_device_train_batch_size"))) * sequences
     way = way or open_ways(config)[0][0]
     known = config.train_value("max_length") if "max_length" in config.train_schema.fields() else None
     most = int(known or LENGTH_IF_OPEN)
-    longest = [most] * rows if lengths is None or way == PACKS else np.sort(lengths)[-rows:]
+    longest = [most] * rows if lengths is None or way == PACKS else np.repeat(np.sort(lengths), sequences)[-rows:]
     return (1, int(sum(longest))) if way == PACK else (rows, int(max(longest)))
 
 

@@ -39,10 +39,11 @@ def training(ready: Ready) -> str:
     arguments = ready.arguments = phase_arguments(ready.phase, ready.loaded, ready.plan, ready.strategy)
     rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     max_length = getattr(arguments, "max_length", None)
-    size = f"{rows} {'packs' if getattr(arguments, 'packing', False) else 'rows'}"
-    size += f", at most {max_length:,} tokens each" if max_length else ""
+    schema = ready.loaded.config.train_schema
+    size = f"{rows} {'packs' if getattr(arguments, 'packing', False) else schema.rows}"
+    size += f", at most {max_length:,} tokens each{' side' * (schema.sequences > 1)}" if max_length else ""
     if arguments.max_steps > 0:
-        tokens = rows * arguments.max_steps * (max_length or 0)
+        tokens = rows * schema.sequences * arguments.max_steps * (max_length or 0)
         steps = f"{arguments.max_steps:,} steps of {size}" + (f", {tokens:,} tokens at most" if tokens else "")
     else:
         epochs = f"{arguments.num_train_epochs:g} epoch{'s' * (arguments.num_train_epochs != 1)}"
