@@ -103,11 +103,12 @@ def main() -> None:
                 command = [sys.executable, __file__, "--child", what, str(index), folder]
                 environment = dict(os.environ) if arguments.heap else os.environ | IN_USE
                 out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment).stdout
-        if not out.startswith("{") and "\n{" not in out:
+        printed = [text for text in out.splitlines() if text.startswith("{")]  # the page on the run is named after it
+        if not printed:
             print(f"{shape} {batch} x {length} {' '.join(overrides)}: no result\n{out[-2000:]}", flush=True)
             continue
         one = {"shape": shape, "batch": batch, "length": length, "settings": overrides}
-        one |= json.loads(out[out.rindex("\n{") + 1 :] if "\n{" in out else out)
+        one |= json.loads(printed[-1])
         found.append(one)
         print(line(one), flush=True)
         record_benchmark(name, {"cases": others + found}, this_command(), show=False)

@@ -93,7 +93,8 @@ def stream_source(source: Source) -> Iterator[Mapping[str, Any]]:
 
 
 def reach(source: Source, formats: Mapping[str, Format]) -> str:
-    """Check that a source can be read, without reading it. Returns name and size; raises `UserError` where it cannot be read."""
+    """Check that a source can be read, without reading it; of JSON lines the first ones say whether they have one of `formats`.
+    Returns name and size; raises `UserError` where it cannot be read."""
     refuse_columns(source.columns, source.format, formats)
     if source.is_local:
         files = data_files(Path(source.name).expanduser())
@@ -105,6 +106,8 @@ def reach(source: Source, formats: Mapping[str, Format]) -> str:
         size = sum(path.stat().st_size for path in files)
         if not size:
             raise UserError(f"data: the file {files[0]} is empty")
+        if files[0].suffix == ".jsonl":
+            format_of(source, _text_rows(str(files[0])), formats)
         many = f"{len(files):,} files, " if len(files) > 1 else ""
         return f"{source.name}: {many}{size / 1e6:,.1f} MB"
     from datasets import load_dataset_builder
