@@ -117,13 +117,14 @@ def test_a_sound_config_of_pairs_passes(easy_args: list[str], tmp_path: Path, ca
     assert out.count("prompt  ") == 4 and [path.name for path in (tmp_path / "runs").iterdir()] == ["sft"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plant", "line", "said"),
     [
         (exchanged, "canary", "the sides are exchanged, so that the rejected answer is preferred"),
-        pytest.param(with_prompt, "canary", "the loss scores other tokens than content", marks=pytest.mark.slow),
-        pytest.param(moving, "canary", "the reference has moved", marks=pytest.mark.slow),
-        pytest.param(frozen, "adapter", "the adapter is as it was", marks=pytest.mark.slow),
+        (with_prompt, "canary", "the loss scores other tokens than content and stop token after the prompt"),
+        (moving, "canary", "the reference has moved"),
+        (frozen, "adapter", "the adapter is as it was"),
     ],
 )
 def test_a_planted_fault_is_named(easy_args: list[str], plant: Callable[..., Any], line: str, said: str):
