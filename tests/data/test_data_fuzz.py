@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from atlas.config import Source
 from atlas.data.formats import FORMATS, detect, renamed
+from atlas.data.pair_labels import PairLabeler
+from atlas.data.pairs import PAIRS
 from atlas.data.sources import stream_source
 from atlas.data.tokenize import Labeler
 from atlas.errors import UserError
@@ -117,7 +119,7 @@ def judged(labeler: Labeler, batch: dict[str, list[Any]], name: str, mapping: di
     seen.update(row["reason"] for row in table)
     for row in table:
         assert bool(row["reason"]) == bool(row["detail"])
-        assert row["reason"] or row["input_ids"]
+        assert row["reason"] or row[labeler.columns[0]]
 
 
 def read(labeler: Labeler, path: Path, mapping: dict[str, str], asked: str | None) -> None:
@@ -168,6 +170,27 @@ def fuzz(labeler: Labeler, folder: Path, examples: int) -> None:
 
 def test_hostile_rows_are_used_or_counted(labeler: Labeler, tmp_path: Path):
     fuzz(labeler, tmp_path, 200)
+
+
+def test_hostile_pairs_are_used_or_counted(base_folder: Path):
+    labeler = PairLabeler(load_tokenizer(config(base_folder, ["any.jsonl"])), 128, mask="rendered")
+    names = sorted({column for known in PAIRS.values() for column in known.known})
+    numbers = st.floats() | st.integers() | values
+    given_rows = st.dictionaries(
+        st.sampled_from(names), cells | texts | numbers | st.lists(numbers, max_size=3), max_size=7
+    )
+
+    @settings(deadline=None, suppress_health_check=list(HealthCheck), database=None, max_examples=150)
+    @given(st.lists(given_rows, min_size=1, max_size=5), st.sampled_from(list(PAIRS)), st.booleans())
+    @example([{"prompt": "Q", "chosen": "A", "rejected": "B"}], "preference", True)
+    @example([{"chosen": "A", "rejected": "B"}], "preference", True)
+    def of_pairs(some: list[dict[str, Any]], name: str, ascii_only: bool) -> None:
+        lines = [written(row, ascii_only) for row in some]
+        judged(labeler, {"json": lines, "line": [1] * len(lines), "file": ["f"] * len(lines)}, name, {})
+
+    seen.clear()
+    of_pairs()
+    assert {"", "no messages", "no common prompt", "not text"} <= seen
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Two processes on a CPU under each strategy: the training of one process, checkpoints that are whole, the same folder."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from atlas.models.weights import weight_files
 from atlas.train.checkpoints import checkpoints, damage
 from atlas.train.strategy import choose
 from rows import ROOT
-from runs import broken_off, environment, run_arguments, train
+from runs import TrainedRun, broken_off, environment, pair_arguments, run_arguments, train, train_pairs
 
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 METHODS = {
@@ -47,9 +48,9 @@ BFLOAT16 = 1e-3
 SHARDS = {"fsdp2": "optimizer_0/__1_0.distcp", "zero2": "global_step*/*rank_1*", "zero3": "global_step*/*rank_1*model*"}
 
 
-def launched(arguments: list[str], on_cpu: bool = True) -> subprocess.CompletedProcess[str]:
+def launched(arguments: list[str], on_cpu: bool = True, phase: str = "sft") -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
-    command = [sys.executable, *launcher, "-m", "atlas.train.sft", *arguments]
+    command = [sys.executable, *launcher, "-m", f"atlas.train.{phase}", *arguments]
     env = environment() | {"DS_ACCELERATOR": "cpu"}
     if on_cpu:
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "fsdp_on_cpu"), env.get("PYTHONPATH", "")])
@@ -224,3 +225,29 @@ def test_auto_takes_parts_where_only_they_fit(fits: set[str], chosen: str, sft_a
     found = choose(config, plan, 2, lambda name: (name in fits, f"{name} GiB"))
     assert found.name == chosen and (chosen == "ddp" or found.reason.startswith("ddp needs ddp GiB"))
     assert choose(config, plan, 1, lambda name: (False, "")).name == "single"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", ["lora", "nf4"])
+def test_a_strategy_trains_on_pairs_as_one_process_does(
+    kind: str, strategy: str, trained_run: TrainedRun, pairs_file: Path, tmp_path: Path
+):
+    """Policy and reference lie on one model, whichever way it is shared."""
+    if strategy.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed (the extra `deepspeed`)")
+    saved = ["train.max_steps=4", "train.save_strategy=steps", "train.save_steps=1", "train.save_total_limit=null"]
+    arguments = [*pair_arguments(trained_run, pairs_file, tmp_path), *saved, *METHODS[kind], "data.eval_rows=7"]
+    one = train_pairs([*arguments, f"output.dir={tmp_path / 'one'}", "train.gradient_accumulation_steps=2"]).folder
+    done = launched([*arguments, f"train.strategy={strategy}"], phase="dpo")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "dpo"
+    assert losses(out) == pytest.approx(losses(one), abs=LOSSES.get(strategy, 1e-6))
+    assert losses(out)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert result(out)["eval_loss"] == pytest.approx(result(one)["eval_loss"], abs=LOSSES.get(strategy, 1e-6))
+    assert largest_difference(out, one) < WEIGHTS.get(strategy, 1e-6)
+    assert result(out)["adapter_change"] == pytest.approx(result(one)["adapter_change"], rel=1e-4)
+    again = broken_off(out, tmp_path / "again", 2)
+    resumed = launched([*arguments, f"train.strategy={strategy}", f"output.dir={again}"], phase="dpo")
+    assert resumed.returncode == 0 and f"resume from {again / 'checkpoint-2'}" in resumed.stdout, resumed.stderr
+    assert losses(again) == losses(out) and largest_difference(again, out) == 0
