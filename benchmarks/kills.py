@@ -136,6 +136,7 @@ class Trial:
     def start(self) -> "subprocess.Popen[str]":
         settings = {
             "HF_ENDPOINT": self.hub.url,
+            "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(self.folder / "home"),
             "HF_DATASETS_CACHE": str(self.folder.parent / "cache"),
             "HF_TOKEN": TOKEN,
@@ -143,7 +144,11 @@ class Trial:
         }
         overrides = {
             "model.name": LAB / "base",
-            **({"lora.lora_dropout": 0.1} if self.phase == "sft" else {"model.adapter": self.folder.parent / "sft"}),
+            **(
+                {"lora.lora_dropout": 0.1}
+                if self.phase == "sft"
+                else {"model.adapter": self.folder.parent / "sft", "train.learning_rate": 1e-3}
+            ),
             "train.max_length": 256,
             "train.report_to": "none",
             "train.max_steps": STEPS,
