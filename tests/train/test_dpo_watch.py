@@ -16,6 +16,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from atlas.config import load_config
+from atlas.eval import run as evaluation
+from atlas.pocket.base import PocketPaths
 from atlas.report.folder import Folder
 from atlas.report.page import write_report_page
 from atlas.report.scores import scored
@@ -91,9 +93,10 @@ def moving(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def frozen(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """No gradient is used."""
-    trainer.optimizer.zero_grad()
-    trainer.optimizer.step = trainer.optimizer.zero_grad
+    """No gradient comes to the adapter."""
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(torch.zeros_like)
     return inputs
 
 
@@ -136,7 +139,7 @@ def test_a_planted_fault_is_named(easy_args: list[str], plant: Callable[..., Any
 @pytest.mark.parametrize(("rate", "said"), [("10", "ower train.learning_rate"), ("1e-9", "Raise train.learning_rate")])
 def test_a_learning_rate_that_is_much_too_high_or_too_low(easy_args: list[str], rate: str, said: str):
     found = verdicts(easy_args, f"train.learning_rate={rate}")
-    named = failed(found) & {"loss", "gradients"}
+    named = failed(found) & {"loss", "gradients", "adapter"}
     assert named and said in found[min(named)][1], found
 
 
@@ -402,6 +405,19 @@ def test_pairs_that_are_no_better_than_chance_are_said(dpo_args: list[str]):
     assert "pairs no better than chance" in headline and any(
         "chance alone reaches 75% of the" in line for line in lines
     )
+
+
+@pytest.mark.slow
+def test_scores_are_compared_with_those_of_the_adapter_before(
+    trained_run: TrainedRun, pairs_file: Path, lab: PocketPaths, tmp_path: Path
+):
+    given = pair_arguments(trained_run, pairs_file, tmp_path)
+    asked = [f"eval.data.ifeval={lab.eval}", "eval.tasks=[{name: ifeval, max_gen_toks: 8}]"]
+    folder = train_pairs([*given, *asked]).folder
+    assert evaluation.main([*given, *asked, "--adapter", str(trained_run.folder), "--name", "sft"]) == 0
+    assert evaluation.main([*given, *asked]) == 0
+    _, headline, lines = said_of(folder)
+    assert re.search(r"ifeval: \w[\w ]* (to|than) sft", headline) and any("prompt_strict" in line for line in lines)
 
 
 @pytest.mark.slow

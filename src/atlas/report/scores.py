@@ -1,4 +1,4 @@
-"""The stored scores of a run, and whether they are better than those of its base model."""
+"""The stored scores of a run, and whether they are better than those of what it began with."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +21,7 @@ class Scored:
     runs: Sequence[PublicRun] = ()
     """As results/metrics.json has them, else the folder's own copy."""
     found: list[Comparison] = field(default_factory=list)
-    """Each against its base model, where both were asked the same."""
+    """Each against its base model, and the adapter that it goes on from, where both were asked the same."""
     problem: str | None = None
     """Why there is no comparison, where there are scores."""
 
@@ -34,8 +34,10 @@ def scored(folder: Folder) -> Scored:
     results = results_dir(folder)
     runs = stored_runs(folder.path, results, weights)
     try:
-        base = folder.config["model.name"]
-        bases = [run.name for run in read_metrics(results).runs if run.method == "base" and run.model == base]
+        there, base = read_metrics(results).runs, folder.config["model.name"]
+        bases = [run.name for run in there if run.method == "base" and run.model == base]
+        parent = (folder.manifest.get("parent") or {}).get("sha256")
+        bases += [run.name for run in there if parent and run.adapter_sha256 == parent]
     except UserError as error:
         return Scored(runs, problem=str(error))
     found, problem = [], None if bases else "its base model has no scores there: atlas eval --base scores it"

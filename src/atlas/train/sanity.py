@@ -383,6 +383,8 @@ def changed(trial: Trial) -> tuple[str, str]:
     if not change:
         what = "what is trained is frozen, or gets no gradient or no step"
         return FAIL, f"{unchanged} after {len(trial.log)} steps: {what}"
+    if name == "adapter_change" and change > 1:
+        return FAIL, f"{said}, by more than it held: what it had learned is gone. Lower train.learning_rate"
     return PASS, said
 
 
