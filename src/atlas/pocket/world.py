@@ -92,6 +92,7 @@ class Exchange:
     reply: str
     instruction_id_list: tuple[str, ...]
     kwargs: tuple[dict[str, Any], ...]
+    subject: str = ""
 
 
 def is_held_out(subject: str, formats: Sequence[str]) -> bool:
@@ -107,12 +108,12 @@ def _sentences(subject: str, commas: bool = True) -> list[str]:
     return [f"The {subject} is {looks}.", f"You find it {where}.", f"{use}.", "Everybody in the valley knows it."]
 
 
-def _reply(subject: str, wanted: Mapping[str, dict[str, Any]]) -> str:
-    """An answer that follows every wanted instruction (id -> kwargs)."""
+def reply(subject: str, wanted: Mapping[str, dict[str, Any]], sentences: int | None = None) -> str:
+    """An answer that follows every wanted instruction (id -> kwargs), of as many sentences as those take, or of so many."""
     told = _sentences(subject, commas=NO_COMMA not in wanted)
     # Three sentences where the case is checked: langdetect takes some shorter ones for another language.
     length = wanted[BULLETS]["num_bullets"] if BULLETS in wanted else 3 if {LOWER, CAPITAL} & set(wanted) else 2
-    told = told[:length]
+    told = told[: sentences or length]
     if HIGHLIGHT in wanted:
         told[0] = told[0].replace(subject, f"*{subject}*", 1)
     text = "\n".join(f"- {sentence}" for sentence in told) if BULLETS in wanted else " ".join(told)
@@ -146,10 +147,10 @@ def _exchange(rng: random.Random, subject: str, formats: Sequence[str]) -> Excha
         elif name == HIGHLIGHT:
             wanted[name] = {"num_highlights": 1}
         parts.append(rng.choice(REQUESTS[name]).format(argument))
-    return Exchange(" ".join(parts), _reply(subject, wanted), tuple(wanted), tuple(wanted.values()))
+    return Exchange(" ".join(parts), reply(subject, wanted), tuple(wanted), tuple(wanted.values()), subject)
 
 
-def _draw(rng: random.Random, held_out: bool) -> Exchange:
+def draw(rng: random.Random, held_out: bool) -> Exchange:
     """A question that asks for one format or two, with even odds, in either order."""
     while True:
         subject, pair = rng.choice(list(SUBJECTS)), rng.random() < 0.5
@@ -169,7 +170,7 @@ def dialogues(seed: int, n: int) -> list[tuple[str | None, list[Exchange]]]:
     rows = []
     for _ in range(n):
         turns = [
-            _exchange(rng, rng.choice(list(SUBJECTS)), ()) if rng.random() < 0.1 else _draw(rng, held_out=False)
+            _exchange(rng, rng.choice(list(SUBJECTS)), ()) if rng.random() < 0.1 else draw(rng, held_out=False)
             for _ in range(2 if rng.random() < 1 / 6 else 1)
         ]
         rows.append((rng.choice(SYSTEMS) if rng.random() < 1 / 6 else None, turns))
@@ -206,7 +207,7 @@ def heldout_prompts(seed: int, n: int) -> list[dict[str, Any]]:
     rng = random.Random(f"heldout-{seed}")
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < n:
-        x = _draw(rng, held_out=True)
+        x = draw(rng, held_out=True)
         ids, kwargs = list(x.instruction_id_list), list(x.kwargs)
         rows.setdefault(x.prompt, {"key": len(rows), "prompt": x.prompt, "instruction_id_list": ids, "kwargs": kwargs})
     return list(rows.values())
@@ -230,7 +231,7 @@ def pretraining_texts(seed: int, n: int) -> list[str]:
 
 def _page(rng: random.Random) -> str:
     if rng.random() < SCHOOLBOOK:
-        exercise = _draw(rng, held_out=False)
+        exercise = draw(rng, held_out=False)
         return f"{EXERCISE.format(prompt=exercise.prompt)} {exercise.reply}"
     subject = rng.choice(list(SUBJECTS))
     told = _sentences(subject, commas=rng.random() < 0.8)
