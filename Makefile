@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons lessons-dpo test test-slow test-notebook lint sanity sft sft-smoke dpo dpo-smoke data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs clean
+.PHONY: help setup pocket lessons lessons-dpo test test-slow test-notebook lint sanity sft sft-smoke dpo dpo-smoke all data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -65,6 +65,10 @@ dpo-smoke: setup        ## 50 steps of DPO from the newest SFT adapter in output
 
 dpo: setup              ## the whole run of DPO, after `make sft`; pushes to output.hub_repo if it is set
 	$(RUN) -m atlas.train.dpo --config $(CONFIG) $(ARGS)
+
+all: CONFIG = configs/pipeline_qwen05b.yaml
+all: setup              ## SFT, then DPO, scored and compared; what is finished is skipped, what was broken off resumes
+	$(RUN) -m atlas.pipeline --config $(CONFIG) $(ARGS)
 
 preflight: setup        ## check in seconds what would make the run fail later
 	$(RUN) -m atlas.train.preflight --config $(CONFIG) $(ARGS)

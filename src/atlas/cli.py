@@ -74,8 +74,8 @@ def _config(parser: ArgumentParser) -> None:
     _overrides(parser)
 
 
-def _overrides(parser: ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a value of the config, e.g. train.seed=1")
+def _overrides(parser: ArgumentParser, what: str = "a value of the config, e.g. train.seed=1") -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=what)
     about = "values for a kind of machine, below the config's own: t4, a100, cpu; smoke: a short run"
     parser.add_argument("--preset", metavar="NAME", help=about)
     parser.set_defaults(takes_config=True)
@@ -249,6 +249,14 @@ def _launch(parser: ArgumentParser) -> None:
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="e.g. -- sft --config FILE")
 
 
+def _pipeline(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="YAML file with the stages, e.g. configs/pipeline_qwen05b.yaml")
+    about = "train this stage alone; those that it starts from must be finished (default: all)"
+    parser.add_argument("--stage", default="all", metavar="NAME|all", help=about)
+    _overrides(parser, "a value of every stage's config (train.report_to=none), or of one (sft.train.max_steps=50)")
+    parser.add_argument("--no-push-to-hub", action="store_true", help="keep all results on this machine")
+
+
 def _pocket(parser: ArgumentParser) -> None:
     parser.add_argument("--config", default="configs/sft_pocket.yaml", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of world, base model, SFT and prompts (default: 0)")
@@ -260,6 +268,7 @@ COMMANDS = {
     "init": Command("atlas.init", "a commented config for your own data", _init),
     "sft": Command("atlas.train.sft", "supervised fine-tuning: one config -> an adapter with proven labels", _training),
     "dpo": Command("atlas.train.dpo", "preference tuning (DPO): goes on from an SFT adapter", _training),
+    "run": Command("atlas.pipeline", "a pipeline: phases in a row, scored and compared, with one table", _pipeline),
     "launch": Command("atlas.train.launcher", "a command on several processes, on one machine or several", _launch),
     "preflight": Command("atlas.train.preflight", "finds in seconds what would make a run fail later", _run),
     "sanity": Command(

@@ -70,7 +70,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), phase: str | No
     of the command, if the command has one; else the file says it (`phase: NAME`), or it is sft.
     Raises `UserError` with file and key for anything wrong.
     """
-    path = Path(path)
+    path = find_config(Path(path))
     layers, given = _layers(path), [(_COMMAND_LINE, _override(text)) for text in overrides]
     preset = [layer.pop(_PRESET) for _, layer in given if _PRESET in layer]
     tree: dict[str, Any] = {}
@@ -94,6 +94,12 @@ def packaged_configs() -> Path:
     return package / "configs" if (package / "configs").is_dir() else package.parents[1] / "configs"
 
 
+def find_config(path: Path) -> Path:
+    """The config file itself, or, for a NAME or `configs/NAME` that is not there, the one that atlas brings along."""
+    packaged = packaged_configs() / path.name
+    return packaged if path.parent in (Path(), Path("configs")) and not exists(path) and exists(packaged) else path
+
+
 def presets() -> dict[str, Path]:
     """The presets that atlas brings along, by name."""
     return {path.stem: path for path in sorted((packaged_configs() / "presets").glob("*.yaml"))}
@@ -113,7 +119,7 @@ def _with_preset(layers: _Layers, name: Any, phase: str | None, given: _Layers) 
         raise UserError(
             f"--preset {_short(name)}: there is no such preset; did you mean {near!r}? ({', '.join(known)})"
         )
-    preset = f"presets/{known[name].name}", _read(known[name])
+    preset = f"presets/{known[name].name}", read_yaml(known[name])
     recipe, asked = _merged(layers), _merged(given).get("train", {})
     fields = SCHEMAS.get(recipe.get("phase", phase or "sft"), SCHEMAS["sft"]).fields()
     train = recipe.get("train", {})
@@ -156,10 +162,7 @@ def _merged(layers: _Layers) -> dict[str, Any]:
 
 def _layers(path: Path, above: tuple[Path, ...] = ()) -> _Layers:
     """(file name, its tree) of a file and the chain of its bases, the lowest first."""
-    packaged = packaged_configs() / path.name
-    if path.parent in (Path(), Path("configs")) and not exists(path) and exists(packaged):
-        path = packaged
-    tree = _read(path)
+    tree = read_yaml(path)
     named = tree.pop("base", "base.yaml" if (path.parent / "base.yaml").is_file() else None)
     layer = (path.name, tree)
     if named is None:
@@ -177,7 +180,8 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> _Layers:
     return [*_layers(base, (*above, path.resolve())), layer]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, which may hold no secret and nothing that no config means. Raises `UserError`."""
     try:
         text = path.read_text(encoding="utf-8")
         for number, line in enumerate(text.splitlines(), 1):

@@ -104,11 +104,15 @@ def comparison(results: Path, names: Sequence[str], task: str | None = None) -> 
         raise UserError("compare needs two runs: atlas compare A B")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"compare needs different runs: {twice!r} stands twice")
+    return compared(results, [(names[0], name) for name in names[1:]], task)
+
+
+def compared(results: Path, pairs: Sequence[tuple[str, str]], task: str | None = None) -> list[Comparison]:
+    """The second of each pair against the first, as `comparison`."""
     with locked(results):
-        loaded = [_load(results, name, task) for name in names]
-    (a, of_a), *others = loaded
+        loaded = {name: _load(results, name, task) for name in dict.fromkeys(name for pair in pairs for name in pair)}
     found = []
-    for b, of_b in others:
+    for (a, of_a), (b, of_b) in ((loaded[first], loaded[second]) for first, second in pairs):
         tasks = [name for name in of_a if name in of_b]
         if not tasks:
             have = [f"{run.name}: {', '.join(run.tasks) or 'none'}" for run in (a, b)]

@@ -59,20 +59,30 @@ def with_parents_settings(loaded: LoadedConfig, parent: Adapter) -> LoadedConfig
         raise UserError(f"model.adapter: {parent.name} is a {noted['peft_type']} adapter; only LoRA is gone on from")
     settings = _settings(noted, parent)
     assert config.lora is not None  # by the schema
-    own, asked, sources = settings.model_dump(), config.lora.model_dump(), dict(loaded.sources)
-    for key in _SETTINGS:
-        origin = origin_of(sources, f"lora.{key}")
-        if origin not in (None, "base.yaml") and _plain(asked[key]) not in (_plain(own[key]), "all-linear"):
-            shown = json.dumps(_plain(own[key]))
-            raise UserError(
-                f"{origin}: lora.{key}={json.dumps(_plain(asked[key]))}: the adapter {parent.name} has {shown}, and it is "
-                "gone on with as it is: take the key out"
-            )
-    sources |= dict.fromkeys((f"lora.{key}" for key in own), f"the adapter {parent.name}")
+    refuse_other_settings(loaded, settings, parent.name)
+    sources = {
+        **loaded.sources,
+        **dict.fromkeys((f"lora.{key}" for key in settings.model_dump()), f"the adapter {parent.name}"),
+    }
     model = config.model
     if model.adapter == LAST:
         model = model.model_copy(update={"adapter": parent.name})
     return replace(loaded, config=config.model_copy(update={"lora": settings, "model": model}), sources=sources)
+
+
+def refuse_other_settings(loaded: LoadedConfig, settings: LoraSettings, name: str) -> None:
+    """Raises `UserError` where `lora:` says otherwise than the settings of the adapter `name`, in a place other than base.yaml."""
+    assert loaded.config.lora is not None  # by the schema
+    own, asked = settings.model_dump(), loaded.config.lora.model_dump()
+    for key in _SETTINGS:
+        origin = origin_of(loaded.sources, f"lora.{key}")
+        same = _plain(asked[key]) == _plain(own[key]) or "all-linear" in (asked[key], own[key])
+        if origin not in (None, "base.yaml") and not same:
+            shown = json.dumps(_plain(own[key]))
+            raise UserError(
+                f"{origin}: lora.{key}={json.dumps(_plain(asked[key]))}: the adapter {name} has {shown}, and it is gone on with "
+                "as it is: take the key out"
+            )
 
 
 def _settings(noted: Mapping[str, Any], parent: Adapter) -> LoraSettings:

@@ -108,12 +108,16 @@ def _sentences(subject: str, commas: bool = True) -> list[str]:
     return [f"The {subject} is {looks}.", f"You find it {where}.", f"{use}.", "Everybody in the valley knows it."]
 
 
+def sentences_for(wanted: Mapping[str, dict[str, Any]]) -> int:
+    """How many sentences an answer has that follows these instructions."""
+    # Three where the case is checked: langdetect takes some shorter ones for another language.
+    return int(wanted[BULLETS]["num_bullets"]) if BULLETS in wanted else 3 if {LOWER, CAPITAL} & set(wanted) else 2
+
+
 def reply(subject: str, wanted: Mapping[str, dict[str, Any]], sentences: int | None = None) -> str:
     """An answer that follows every wanted instruction (id -> kwargs), of as many sentences as those take, or of so many."""
     told = _sentences(subject, commas=NO_COMMA not in wanted)
-    # Three sentences where the case is checked: langdetect takes some shorter ones for another language.
-    length = wanted[BULLETS]["num_bullets"] if BULLETS in wanted else 3 if {LOWER, CAPITAL} & set(wanted) else 2
-    told = told[: sentences or length]
+    told = told[: sentences or sentences_for(wanted)]
     if HIGHLIGHT in wanted:
         told[0] = told[0].replace(subject, f"*{subject}*", 1)
     text = "\n".join(f"- {sentence}" for sentence in told) if BULLETS in wanted else " ".join(told)

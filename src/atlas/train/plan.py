@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from atlas.train.callbacks.throughput import Work
+    from atlas.train.phase import Rows
 
 GPUS = {  # the memory that a name promises is 10^9 bytes for each GB; a driver shows some more
     "T4": Gpu("T4", (7, 5), 16e9 / 2**30),
@@ -177,6 +178,13 @@ class Amount:
     tokens: int
     supervised: int
 
+    @staticmethod
+    def of(rows: "Rows") -> "Amount":
+        """Of prepared rows, which are no stream."""
+        sources = rows.manifest()["data"]["sources"]
+        of_all = (sum(source.get(name, 0) for source in sources) for name in ("tokens", "supervised_tokens"))
+        return Amount(len(rows.dataset), *of_all)
+
 
 def amount(config: Config) -> Amount | str:
     """Of the prepared data where they are in the cache, else why it is not known."""
@@ -189,9 +197,7 @@ def amount(config: Config) -> Amount | str:
             return "not known yet: `atlas data` with the same config prepares the data, and then it stands here"
         except (UserError, RunError) as error:
             return f"not known: {first_line(error)}"
-    sources = rows.manifest()["data"]["sources"]
-    tokens, supervised = (sum(source.get(name, 0) for source in sources) for name in ("tokens", "supervised_tokens"))
-    return Amount(len(rows.dataset), tokens, supervised)
+    return Amount.of(rows)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
 ONE_SIGNAL = 5.0
 """Seconds in which another signal to one of several processes is the same one: where a machine is taken away, launcher and
 processes get SIGTERM, and the launcher passes its own on."""
+PASSED_ON = 0.5
+"""The same for one process, which `atlas run` may have started; short, because a user who presses Ctrl-C twice means it."""
 
 
 class SaveInTime(TrainerCallback):
@@ -66,9 +68,7 @@ class SaveInTime(TrainerCallback):
             signal.setitimer(signal.ITIMER_REAL, 0)
             if self.trainer.args.process_index == 0:
                 urgent(f"{signal.Signals(number).name}: this step is finished and saved, then the run stops")
-            self._again_from = time.monotonic() + ONE_SIGNAL
-            if processes() == 1:
-                self.__exit__()
+            self._again_from = time.monotonic() + (ONE_SIGNAL if processes() > 1 else PASSED_ON)
         elif time.monotonic() >= self._again_from:
             self.__exit__()
             signal.raise_signal(number)
