@@ -4,6 +4,7 @@ The base model is scored twice: through the chat template, like the tuned one, a
 second score shows how much of the difference is the chat format, and how much is what the model can do.
 
     make pocket
+    make pocket ARGS=--dpo        a pipeline: a shorter SFT, then DPO on pairs from code, and a table of all
 
 Everything runs for real (NF4, LoRA, SFTTrainer, lm-eval's own scorer), on two CPU cores, without a network.
 """
@@ -22,8 +23,10 @@ from atlas.eval.compare import comparison, show
 from atlas.eval.run import Target, evaluate, finished
 from atlas.files import write_json, writing
 from atlas.launch import set_up_torch
+from atlas.pipeline import load_pipeline, run_pipeline
 from atlas.pocket import world
 from atlas.pocket.base import build
+from atlas.pocket.pairs import write as write_pairs
 from atlas.report.page import write_report_page
 from atlas.scores import LABELS, Run, shown, text_table
 from atlas.train import sft
@@ -34,6 +37,8 @@ def main(arguments: Namespace) -> int:
     set_up_torch()
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed}: give 0 or more")
+    if arguments.dpo:
+        return _with_dpo(arguments)
     overrides = list(arguments.overrides)
     if arguments.seed:  # beside the default lab, not over it
         home = f"outputs/pocket/seed_{arguments.seed}"
@@ -97,6 +102,28 @@ def main(arguments: Namespace) -> int:
     print(f"written: {result_file}, {results / 'sft_template_audit.jsonl'}, {run.folder}")
     print(f"how the run went, to look at: {write_report_page(run.folder)}")
     return DONE if found[0].difference.verdict == "better" else FAILED
+
+
+def _with_dpo(arguments: Namespace) -> int:
+    """The lab, and its pipeline, which goes on after any end."""
+    overrides = list(arguments.overrides)
+    if arguments.seed:
+        home = f"outputs/pocket/seed_{arguments.seed}"
+        of_seed = (
+            *(f"model.name={home}/lab/base", f"train.seed={arguments.seed}", f"sft.data.train={home}/lab/train.jsonl"),
+            *(f"{name}.output.dir={home}/pipeline/{name}" for name in ("sft", "dpo")),
+            *(f"dpo.data.train={home}/pipeline/pairs.jsonl", f"eval.data.ifeval={home}/pipeline/prompts.jsonl"),
+            f"output.results_dir={home}/pipeline/results",
+        )
+        overrides = [*of_seed, *overrides]
+    pipeline = load_pipeline("configs/pipeline_pocket.yaml", overrides)
+    print("== base model: a tokenizer and about 1 M parameters, pretrained on plain text of a small invented world")
+    lab = build(Path(pipeline.config.model.name).parent, arguments.seed)
+    print("\n== pairs: a reply that does all that was asked, against one that breaks an instruction or rambles on")
+    write_pairs(lab, Path(pipeline.stages[1].config.data.train[0].name).parent, arguments.seed)
+    report = run_pipeline(pipeline)
+    verdicts = {(each["b"], each["a"]): each["verdict"] for each in report["comparisons"]}
+    return DONE if verdicts["dpo", "sft"] == "better" else FAILED
 
 
 def _own_format(config: Config) -> Config:

@@ -7,11 +7,28 @@ something out, and rambling adds something: which it is, and how much, is chosen
 equally long over all rows, and each is the longer one as often as the other.
 """
 
+import json
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from atlas.files import write_text
+from atlas.models.tokenizer import read_tokenizer
 from atlas.pocket import world
+from atlas.pocket.base import TRAINING_ROWS, PocketPaths
+
+PAIRS, PROMPTS = 1000, 600
+
+
+def write(lab: PocketPaths, folder: Path, seed: int) -> None:
+    """Write `pairs.jsonl`, equally long in tokens, and `prompts.jsonl`, which begins with the lab's own held-out prompts."""
+    tokenizer = read_tokenizer(str(lab.base))
+    trained = {turn.prompt for _, turns in world.dialogues(seed, TRAINING_ROWS) for turn in turns}
+    found = pairs(seed, PAIRS, trained, lambda text: len(tokenizer(text)["input_ids"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("pairs", found), ("prompts", world.heldout_prompts(seed, PROMPTS))):
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def pairs(seed: int, n: int, known: Collection[str], length: Callable[[str], int] = len) -> list[dict[str, str]]:
