@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -130,6 +132,39 @@ def test_from_a_base_model_to_the_table_and_again(
     assert "the scores of dpo in results/metrics.json are those of other weights: they are replaced" in changed
     after = json.loads(Path("results/pipeline.json").read_text())["stages"]
     assert after[0] == report["stages"][0] and after[1]["adapter_sha256"] != stages["dpo"]["adapter_sha256"]
+
+
+@pytest.mark.slow
+def test_killed_once_in_each_part_it_ends_with_the_same_adapters_and_the_same_table(
+    given: list[str], tmp_path: Path
+) -> None:
+    """SIGKILL to the whole process group, as a machine that is taken away does it; each time the same command again."""
+    steps = ["train.max_steps=6", "train.save_steps=2"]
+    parts = (
+        "looking at stage dpo",
+        "== evaluation of base",
+        "step 3/6",
+        "== evaluation of sft",
+        "== stage dpo",
+        "step 4/6",
+    )
+    ends = {}
+    for name, marks in (("whole", ()), ("killed", (*parts, "== evaluation of dpo", "6 prompts in pairs"))):
+        folder = tmp_path / name
+        shutil.copytree(tmp_path, folder, ignore=shutil.ignore_patterns("whole", "killed"))
+        command = [sys.executable, "-u", "-m", "atlas.pipeline", *given, *steps]
+        for mark in (*marks, None):
+            with subprocess.Popen(
+                command, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+            ) as process:
+                assert process.stdout is not None
+                if mark is not None and any(mark in line for line in process.stdout):
+                    os.killpg(process.pid, signal.SIGKILL)
+                out = process.stdout.read()
+            assert process.returncode == (0 if mark is None else -signal.SIGKILL), mark
+        weights = [weights_sha256(folder / stage) for stage in ("sft", "dpo")]
+        ends[name] = weights, out[out.rindex("  ifeval, 6 prompts") : out.index("written: results/pipeline.json")]
+    assert ends["whole"] == ends["killed"]
 
 
 def test_what_ends_a_stage_is_said_with_its_name(

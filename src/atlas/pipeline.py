@@ -18,6 +18,8 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -383,8 +385,13 @@ def run_pipeline(pipeline: Pipeline, only: str = ALL) -> dict[str, Any]:
         pipeline = replace(pipeline, stages=_chain(next(s for s in pipeline.stages if s.name == only)))
     began = time.monotonic()
     say(f"pipeline {pipeline.path}: {' -> '.join([BASE, *(stage.name for stage in pipeline.stages)])}", flush=True)
-    with PROCESSES.Pool(1, _deaf) as pool:
-        outlook = pool.apply(look, (pipeline,))
+    with ProcessPoolExecutor(1, PROCESSES) as pool:
+        try:
+            outlook = pool.submit(look, pipeline).result()
+        except BrokenProcessPool:
+            raise RunError(
+                "the look at the stages was ended from outside (the system does that when memory runs out)"
+            ) from None
     say(_plan(pipeline, outlook), flush=True)
     for each in outlook:
         if only not in (ALL, each.name) and each.state != "finished":
@@ -403,11 +410,6 @@ def run_pipeline(pipeline: Pipeline, only: str = ALL) -> dict[str, Any]:
 
 def _chain(stage: Stage) -> tuple[Stage, ...]:
     return (*(_chain(stage.parent) if stage.parent else ()), stage)
-
-
-def _deaf() -> None:
-    """Ctrl-C is for the process that waits."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _plan(pipeline: Pipeline, outlook: Sequence[Outlook]) -> str:
