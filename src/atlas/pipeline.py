@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from atlas.cli import COMMANDS, command
-from atlas.config import Config, EvalTask, LoadedConfig, is_path, load_config
-from atlas.config.load import find_config, read_yaml
+from atlas.config import SCHEMAS, Config, EvalTask, LoadedConfig, is_path, load_config
+from atlas.config.load import find_config, phase_named, read_yaml
 from atlas.console import say, size
 from atlas.errors import DONE, RunError, StoppedError, UserError
 from atlas.eval.compare import Comparison, as_markdown, as_text, compared, plot
 from atlas.eval.store import METRICS, read_metrics, read_references
-from atlas.files import read_object, write_json, write_text, writing
+from atlas.files import exists, read_object, write_json, write_text, writing
 from atlas.scores import Run, name_problem, score_table, text_table
 
 ALL, BASE = "all", "base"
@@ -198,7 +198,8 @@ def _refuse_name(path: Path, name: str, names: Sequence[str]) -> None:
 
 def _stage(path: Path, file: PipelineFile, entry: StageEntry, given: Sequence[str], above: Sequence[Stage]) -> Stage:
     beside = path.parent / entry.config
-    config = beside if is_path(str(beside)) else find_config(Path(entry.config))
+    brought = find_config(Path(entry.config))
+    config = beside if exists(beside) or not exists(brought) else brought
     overrides = [*given]
     if file.tasks is not None:
         overrides.append(f"eval.tasks={json.dumps([task.model_dump(exclude_defaults=True) for task in file.tasks])}")
@@ -216,7 +217,7 @@ def _stage(path: Path, file: PipelineFile, entry: StageEntry, given: Sequence[st
         overrides.append(f"model.name={entry.start}")
     try:
         if parent is not None:
-            overrides += _from(parent, load_config(config, [*overrides, "model.adapter=none"]).config.phase)
+            overrides += _from(parent, phase_named(config))
         loaded = load_config(config, overrides)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -225,9 +226,9 @@ def _stage(path: Path, file: PipelineFile, entry: StageEntry, given: Sequence[st
 
 def _from(parent: Stage, phase: str) -> list[str]:
     """The values of a stage that starts from another one."""
-    from atlas.config import SCHEMAS
-
     folder, model = parent.folder, parent.config.model
+    if phase not in SCHEMAS:
+        return []  # the config says what is wrong
     if parent.config.lora is None:  # a whole model, which is the base of what comes after it
         return [f"model.name={folder}", *(["model.adapter=none"] if SCHEMAS[phase].continues else [])]
     if not SCHEMAS[phase].continues:
@@ -293,7 +294,7 @@ def look(pipeline: Pipeline) -> list[Outlook]:
         say(f"looking at stage {stage.name}: {stage.path}", flush=True)
         try:
             with contextlib.redirect_stdout(hidden):
-                found.append(_outlook(stage, [name for name, *_, state in found if state != "finished"]))
+                found.append(_outlook(stage, {name for name, *_, state in found if state == "finished"}))
         except (UserError, RunError) as error:
             problems.append(type(error)(f"stage {stage.name}: {error}"))
     asked = pipeline.config.eval
@@ -308,12 +309,12 @@ def look(pipeline: Pipeline) -> list[Outlook]:
     return found
 
 
-def _outlook(stage: Stage, unfinished: Sequence[str]) -> Outlook:
+def _outlook(stage: Stage, finished: Set[str]) -> Outlook:
     from atlas.train.checkpoints import Identity, checkpoint_to_resume, finished_manifest
     from atlas.train.plan import Amount, Steps
     from atlas.train.preflight import preflight
 
-    waits = stage.parent is not None and stage.parent.name in unfinished
+    waits = stage.parent is not None and stage.parent.name not in finished
     if waits and stage.parent is not None and stage.parent.config.lora is None:
         # Its base model does not exist yet: only what does not need it can be looked at.
         return Outlook(

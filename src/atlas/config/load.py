@@ -100,6 +100,11 @@ def find_config(path: Path) -> Path:
     return packaged if path.parent in (Path(), Path("configs")) and not exists(path) and exists(packaged) else path
 
 
+def phase_named(path: Path) -> str:
+    """The phase that a config file, or what it is based on, is for. Raises `UserError` for files that cannot be read."""
+    return str(_merged(_layers(path)).get("phase", "sft"))
+
+
 def presets() -> dict[str, Path]:
     """The presets that atlas brings along, by name."""
     return {path.stem: path for path in sorted((packaged_configs() / "presets").glob("*.yaml"))}
