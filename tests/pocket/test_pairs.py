@@ -10,8 +10,9 @@ def test_pairs_differ_in_an_instruction_or_in_where_they_stop_and_not_in_length(
     from lm_eval.tasks.ifeval import utils
 
     trained = {turn.prompt for _, turns in world.dialogues(0, 400) for turn in turns}
-    rows = pairs.pairs(0, 500, trained)
-    assert rows == pairs.pairs(0, 500, trained) != pairs.pairs(1, 500, trained)
+    made = [pairs.pairs(seed, 500, trained, lambda text: len(text) // 3) for seed in (0, 0, 1)]  # about a token
+    rows = made[0]
+    assert rows == made[1] != made[2]
     prompts = {row["prompt"] for row in rows}
     held_out = {row["prompt"] for row in world.heldout_prompts(0, 600)}
     assert len(prompts) == 500 and not prompts & trained and not prompts & held_out
@@ -27,9 +28,9 @@ def test_pairs_differ_in_an_instruction_or_in_where_they_stop_and_not_in_length(
         rambling += goes_on
         assert goes_on or not followed["rejected"], row
     assert 0.2 < rambling / 500 < 0.5
-    chosen, rejected = (sum(len(row[side]) for row in rows) for side in ("chosen", "rejected"))
-    assert abs(chosen / rejected - 1) < 0.02
-    apart = [len(row["chosen"]) - len(row["rejected"]) for row in rows]
+    chosen, rejected = (sum(len(row[side]) // 3 for row in rows) for side in ("chosen", "rejected"))
+    assert abs(chosen / rejected - 1) < 0.05
+    apart = [len(row["chosen"]) // 3 - len(row["rejected"]) // 3 for row in rows]
     assert abs(sum(each > 0 for each in apart) - sum(each < 0 for each in apart)) < 15
 
 
