@@ -98,6 +98,8 @@ BAD: dict[str, list[dict[str, Any]]] = {
         {"chosen": [*HISTORY, A], "rejected": [Q, B]},
         {"chosen": [Q, A], "rejected": [Q, A, Q, B]},
         {"chosen": "A", "rejected": "B"},
+        {"prompt": " ", "chosen": "A", "rejected": "B"},
+        {"prompt": [{"role": "system", "content": "S"}], "chosen": "A", "rejected": "B"},
         {"prompt": None, "chosen": [A], "rejected": [B]},
     ],
     "one side empty": [

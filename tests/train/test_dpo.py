@@ -355,6 +355,11 @@ def test_an_adapter_that_cannot_be_gone_on_from_is_refused(
     save_file(tensors, changed / WEIGHTS, metadata={"format": "pt"})
     nan = another(trained_run, tmp_path / "nan", broken)
     unfit = another(trained_run, tmp_path / "unfit", lambda tensors: dict([*tensors.items()][2:]))
+    foreign = another(trained_run, tmp_path / "foreign")
+    (foreign / "manifest.json").unlink(missing_ok=True)
+    noted = json.loads((foreign / "adapter_config.json").read_text())
+    named = noted | {"base_model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct"}
+    (foreign / "adapter_config.json").write_text(json.dumps(named))
     cases = {
         "model.adapter=null": "phase dpo goes on from an adapter",
         f"model.adapter={tmp_path / 'none'}": "there is no folder",
@@ -364,7 +369,9 @@ def test_an_adapter_that_cannot_be_gone_on_from_is_refused(
         f"model.adapter={unfit}": "does not fit on the base model",
         f"model.name={other_base}": "was trained on another base model than",
         f"model.tokenizer_name={instruct_folder}": "has another chat template than the one that",
+        f"model.adapter={foreign}": "was trained on Qwen/Qwen2.5-0.5B-Instruct, as its adapter_config.json says",
         "model.adapter=last": "holds no finished SFT run",
+        "train.loss_type=[aot]": "sorts the pairs of a micro-batch",
         "lora=null": "phase dpo trains an adapter",
     }
     for case, said in cases.items():
@@ -372,6 +379,13 @@ def test_an_adapter_that_cannot_be_gone_on_from_is_refused(
         out, err = capfd.readouterr()
         assert said in out + err and "Traceback" not in err, (case, out, err)
     assert not [*(tmp_path / "elsewhere").rglob("checkpoint-*")]
+    own = another(trained_run, tmp_path / "own")
+    shutil.copytree(own, own / "checkpoint-3")
+    before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+    for adapter in (own, own / "checkpoint-3"):
+        assert dpo.main([*dpo_args, f"model.adapter={adapter}", f"output.dir={own}", "--resume", "never"]) == 2
+        assert "lies in output.dir" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == before
 
 
 def test_last_is_the_newest_finished_sft_run(dpo_args: list[str], trained_run: TrainedRun, tmp_path: Path, capfd):

@@ -81,6 +81,8 @@ def pair(row: str | Mapping[str, Any], format_name: str = "preference") -> Pair:
             "there is no prompt before the answers: say which column has it, `columns: {prompt: NAME}` in the source"
         )
         raise BadRowError(NO_COMMON_PROMPT, detail)
+    if not any(str(message.get("content") or "").strip() for message in before if message["role"] != "system"):
+        raise BadRowError(NO_COMMON_PROMPT, "the prompt holds no character but white space")
     if before[-1]["role"] == "assistant":
         raise BadRowError(
             PROMPT_IS_ANSWERED, f"the last message before the answers is the assistant's: {_said(before)}"

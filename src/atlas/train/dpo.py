@@ -34,6 +34,10 @@ SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 """Those that `train.label_smoothing` changes."""
 
 
+SORTING = ("aot", "aot_unpaired")
+"""These look at all pairs of a micro-batch together."""
+
+
 def train(loaded: LoadedConfig, resume: str = "auto") -> FinishedRun:
     """The whole job. Raises `UserError` for input that cannot end well, before the model is loaded."""
     with open_run(DPO, loaded, resume) as run:  # preflight (the adapter fits), lock, device plan, tokenizer
@@ -84,6 +88,13 @@ def _loss(config: Config) -> tuple[str, str]:
         raise UserError(
             f"train.label_smoothing={smoothing:g}: the loss {' + '.join(losses)} takes no notice of it: take it out, or set "
             f"train.loss_type to one that does ({', '.join(SMOOTHED)})"
+        )
+    sorting = [name for name in losses if name in SORTING]
+    if sorting and (config.train_value("batching") != "pad" or config.train_value("per_device_train_batch_size") == 1):
+        raise UserError(
+            f"train.loss_type={sorting[0]} sorts the pairs of a micro-batch, so its loss depends on which those are: set "
+            "train.batching=pad, which joins none, and train.per_device_train_batch_size to as many pairs as are to be sorted "
+            "(of one pair it is the loss sigmoid)"
         )
     said = f"{' + '.join(losses)}, beta {config.train_value('beta'):g}, on content and stop token of both answers"
     if config.audit.gate == "off":

@@ -1,5 +1,7 @@
 """Checks of tokenizer and base model, without loading weights."""
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atlas.errors import UserError, first_line
@@ -24,6 +26,12 @@ def parent(ready: Ready) -> str:
     found = find_parent(ready.loaded.config)
     if found is None:
         return "a new one: the reference is the base model"
+    output = Path(ready.loaded.config.output.dir).absolute()
+    if output.resolve() in (found.folder.resolve(), *found.folder.resolve().parents):
+        raise UserError(
+            f"model.adapter: {found.name} lies in output.dir ({output}), so the run would write over what it goes on from: set "
+            "another output.dir"
+        )
     refuse_unloadable(found)
     ready.loaded = with_parents_settings(ready.loaded, found)
     ready.parent = found
@@ -56,6 +64,7 @@ def base(ready: Ready) -> str:
         refuse_other_runs(ready.folder, identity)
     if ready.parent is not None:
         ready.adapter = parents_lora_config(ready.parent)
+        _refuse_another_name(ready.parent, config.model.name)
         refuse_another_base(ready.parent, config.model.name, config.model.revision)
     else:
         ready.adapter = None if config.lora is None else lora_config(config.lora)
@@ -69,6 +78,17 @@ def base(ready: Ready) -> str:
     shape = ready.shape = Shape.of(ready.empty)
     trained = f"{shape.trained / 1e6:,.2f} M in the adapter" if ready.adapter else "all trained (lora: null)"
     return f"{config.model.name}: {(shape.linear + shape.other) / 1e6:,.1f} M parameters, {trained}"
+
+
+def _refuse_another_name(parent: "Adapter", name: str) -> None:
+    """Raises `UserError` where an adapter of another tool names another base. A base model and its Instruct have the same shapes,
+    so nothing else would tell them apart. Folders count by their last part."""
+    there, here = (re.split(r"[/\\]", one.rstrip("/\\"))[-1].lower() for one in (parent.base, name))
+    if not parent.manifest and there != here:
+        raise UserError(
+            f"model.name: {parent.name} was trained on {parent.base}, as its adapter_config.json says, and not on {name}: set "
+            "model.name to that"
+        )
 
 
 def _refuse_another_template(parent: "Adapter", tokenizer: "PreTrainedTokenizerBase") -> None:
