@@ -42,8 +42,8 @@ class JudgeServer:
 
     `faults` are taken one for each request: "" (none), a status ("500", or "429" with `retry_after`), "drop" (the connection is
     reset), "half" (the body ends in the middle), "page" (HTML), "no json" (broken JSON), "late" (no answer within `late` seconds),
-    "nonsense", "parts" (a content that is no text), "cut" (the verdict is cut in the middle), "echo" (the answer repeats the key),
-    "both" (two verdicts).
+    "nonsense", "parts" (a content that is no text), "cut" (the answer is cut after a first thought), "thinks" (it ends
+    while the judge reasons), "surrogate" (half of a character), "echo" (the answer repeats the key), "both" (two verdicts).
     """
 
     def __init__(
@@ -133,9 +133,11 @@ def _handler(judge: JudgeServer) -> type[BaseHTTPRequestHandler]:
             said = {
                 "nonsense": "Both have their merits.",
                 "parts": [{"type": "text", "text": verdict}],
-                "cut": verdict[:-4],
+                "cut": 'At first sight {"better": "first"}. But checking the facts, the other',
+                "thinks": '<think>At first sight {"better": "first"}',
+                "surrogate": f"\ud83d {verdict}",
                 "echo": f"I was called with {sent}.",
-                "both": '{"better": "first"} or {"better": "second"}',
+                "both": '{"better": "first", "better": "second"}',
             }.get(fault, verdict)
             reason = "length" if fault == "cut" else "stop"
             choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": reason}

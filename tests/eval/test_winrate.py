@@ -447,9 +447,12 @@ def test_nonsense_is_asked_again_once_and_is_no_win(out: Path, models: Models, p
         assert winrate.main([*few, *asked]) == 0 and len(judge.asked) == count  # not even after another start
 
 
-def test_a_cut_answer_is_asked_again_with_more_room(out: Path, models: Models, prompts: Path):
+@pytest.mark.parametrize("fault", ["cut", "thinks"])
+def test_a_cut_answer_is_no_verdict_and_asked_again_with_more_room(
+    fault: str, out: Path, models: Models, prompts: Path
+):
     few = command(models, prompts, out, "--limit", "3")
-    with JudgeServer(by_hash, faults=["cut", "cut"]) as judge:
+    with JudgeServer(by_hash, faults=[fault, fault]) as judge:
         assert winrate.main([*few, *of_the_judge(judge, "--judge-parallel", "1", "--judge-max-tokens", "8")]) == 0
         count, unjudged = len(judge.asked), found(out)[0]["unjudged"]
         assert winrate.main([*few, *of_the_judge(judge, "--judge-max-tokens", "16")]) == 0
@@ -608,7 +611,14 @@ def test_a_judge_that_likes_length_is_told_by_the_figure_at_equal_length(
         ('<think>{"better": "first"}? No.</think>{"better": "second"}', "second"),
         ("First.", "first"),
         (" **tie** \n", "tie"),
-        ('{"better": "first"} {"better": "second"}', None),
+        ('{"better": "first"}? No: {"better": "second"}', "second"),
+        ('{"better": "first"} {"note": 1}', "first"),
+        ('{"better": "first", "reason": "uses {name}"}', "first"),
+        ('{name} is used. {"better": "second", "reason": "not\n{\\"better\\": \\"first\\"}"}', "second"),
+        ('{" Better ": "First "}', "first"),
+        ('{"verdict": {"better": "tie"}}', "tie"),
+        ('{"better": "first", "Better": "second"}', None),
+        ('<think>{"better": "first"}', None),
         ('{"better": "third"}', None),
         ('{"better": ["first"]}', None),
         ('{"better": "fir', None),

@@ -76,18 +76,33 @@ def request(prompt: Prompt, first: Reply, second: Reply) -> Request:
 
 
 def parse(text: str) -> str | None:
-    """first, second or tie, as the judge's answer says; None where it does not, or says two things."""
+    """first, second or tie, as the last complete JSON object with `better` says; None where it does not, or says two things."""
+    if is_unfinished(text):
+        return None
     text = text.rpartition("</think>")[2]
-    found = set()
-    for part in re.findall(r"\{[^{}]*\}", text):
+    found: list[set[str]] = []
+
+    def complete(pairs: list[tuple[str, Any]]) -> None:
+        if said := {str(value).strip().lower() for key, value in pairs if key.strip().lower() == "better"}:
+            found.append(said)
+
+    decoder = json.JSONDecoder(object_pairs_hook=complete, strict=False)  # a reason may hold line breaks
+    start = text.find("{")
+    while start >= 0:
         try:
-            found.add(json.loads(part).get("better"))
-        except (ValueError, TypeError):  # TypeError: a list, which no set can hold
-            continue
+            end = decoder.raw_decode(text, start)[1]
+        except (ValueError, RecursionError):
+            end = start + 1
+        start = text.find("{", end)
     if not found:  # a judge that leaves out the JSON
-        found.add(text.strip(" \n.\"'`*").lower())
-    verdict = found.pop()
-    return verdict if not found and verdict in ("first", "second", "tie") else None
+        found.append({text.strip(" \n.\"'`*").lower()})
+    verdict = found[-1].pop()
+    return verdict if not found[-1] and verdict in ("first", "second", "tie") else None
+
+
+def is_unfinished(text: str) -> bool:
+    """Whether an answer ends while the judge still reasons: what it says there is not its verdict."""
+    return "<think>" in text.rpartition("</think>")[2]
 
 
 @dataclass(frozen=True)
@@ -268,7 +283,8 @@ class Endpoint:
         """Until there is a verdict, or the second answer without one."""
         while number := self._next_try(asked.key):
             text, cut = await self._answer(client, asked)
-            line = {"verdict": parse(text), "text": self._hidden(text)[:_KEPT_TEXT]}
+            cut = cut or is_unfinished(text)
+            line = {"verdict": None if cut else parse(text), "text": self._hidden(text)[:_KEPT_TEXT]}
             self.journal.add(f"{asked.key}-{number}", line | ({"cut": self.max_tokens} if cut else {}))
             self._answered += 1
 
