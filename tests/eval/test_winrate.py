@@ -459,6 +459,31 @@ def test_a_cut_answer_is_no_verdict_and_asked_again_with_more_room(
     assert unjudged == 1 and found(out)[0]["unjudged"] == 0 and len(judge.asked) == count + 1
 
 
+def test_half_of_a_character_in_an_answer_stops_nothing(out: Path, models: Models, prompts: Path, capsys):
+    asked = command(models, prompts, out, "--limit", "3")
+    with JudgeServer(by_hash, faults=["surrogate"] * 3) as judge:
+        for _ in range(2):
+            assert winrate.main([*asked, *of_the_judge(judge)]) == 0
+            assert found(out)[0]["n"] == 3 and len(judge.asked) == 6
+
+
+def test_a_judge_on_this_machine_is_asked_past_the_proxy(
+    out: Path, models: Models, prompts: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with JudgeServer(by_hash) as judge, JudgeServer(by_hash) as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        for number, host in enumerate(("127.0.0.1", "localhost", "0.0.0.0"), 1):
+            url = judge.url.replace("127.0.0.1", host)
+            few = command(models, prompts, out, "--limit", "2", "--judge-url", url, "--judge-model", "x")
+            assert winrate.main(few) == 0 and len(judge.asked) == 4 * number
+        elsewhere = ["--judge-url", "http://judge.invalid/v1", "--judge-model", "x"]
+        assert winrate.main([*few, *elsewhere]) == 2  # goes to the proxy, which knows no such path
+    assert proxy.asked == []
+
+
 def test_a_judge_that_reasons_is_asked_in_its_own_terms(out: Path, models: Models, prompts: Path, capsys):
     with JudgeServer(by_hash, refused_fields=("temperature", "max_tokens")) as judge:
         assert winrate.main(command(models, prompts, out, "--limit", "6", *of_the_judge(judge))) == 0

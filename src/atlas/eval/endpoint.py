@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from atlas.console import one_line, say
 from atlas.errors import RunError, UserError
@@ -240,9 +241,11 @@ class Endpoint:
 
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         waiting = deque(left)
+        origin = "{0.scheme}://{0.netloc}".format(urlsplit(self.url))
+        direct = {origin: None} if _is_loopback(self.host) else None  # a proxy would see the key and the replies
         with Bar("answers of the judge", len(left)) as bar:
             async with httpx2.AsyncClient(
-                headers=headers, timeout=httpx2.Timeout(self.timeout, connect=10.0)
+                headers=headers, timeout=httpx2.Timeout(self.timeout, connect=10.0), mounts=direct
             ) as client:
 
                 async def one() -> None:
@@ -386,7 +389,9 @@ class Endpoint:
         return f"Set {KEYS[0]} in the environment{elsewhere}"
 
     def _hidden(self, text: str) -> str:
-        """A server's text without the key, should the server repeat it."""
+        """A server's text without the key, should the server repeat it, and without halves of characters, which JSON may hold but
+        no file."""
+        text = text.encode(errors="replace").decode()
         return redact(text.replace(self._key, "***") if self._key else text)
 
 
@@ -415,12 +420,11 @@ def _retry_after(text: str) -> float:
 
 def _checked(url: str) -> tuple[str, str]:
     """The address up to /v1, and its host."""
-    from urllib.parse import urlsplit
-
     try:
         parts = urlsplit(url)
         host = parts.hostname
-        shown = f"{host}:{parts.port}" if parts.port else host
+        named = f"[{host}]" if ":" in (host or "") else host
+        shown = f"{named}:{parts.port}" if parts.port else named
     except ValueError:
         host = None
     if not host or parts.scheme not in ("http", "https"):
@@ -434,11 +438,13 @@ def _checked(url: str) -> tuple[str, str]:
 
 
 def _is_loopback(host: str) -> bool:
-    name = host.rpartition(":")[0] or host
+    """Whether this machine is asked; `host` may end with a port."""
+    name = urlsplit(f"//{host}").hostname or ""
     try:
-        return name == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
+        address = ipaddress.ip_address(name)
     except ValueError:
-        return False
+        return name.rstrip(".") == "localhost"
+    return address.is_loopback or address.is_unspecified  # 0.0.0.0 too reaches this machine
 
 
 def _find_key(host: str) -> tuple[str, str]:
