@@ -1,8 +1,10 @@
 """`atlas winrate`: two models answer the same prompts, a judge says who wins, and nothing is generated or asked twice."""
 
 import json
+import os
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from hashlib import sha256
@@ -124,6 +126,10 @@ def said(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+def checked(name: Any, kwargs: Any) -> dict[str, Any]:
+    return {"prompt": "Checked?", "instruction_id_list": [name], "kwargs": [kwargs]}
+
+
 def test_prompts_are_read_from_each_kind_of_row(tmp_path: Path):
     whole = [said("user", "One?"), said("assistant", "1."), said("user", "Two?")]
     rows = [
@@ -142,7 +148,7 @@ def test_prompts_are_read_from_each_kind_of_row(tmp_path: Path):
         {"prompt": "Plain?"},  # stood before
     ]
     file = write_rows(tmp_path / "p.jsonl", rows)
-    read, notes = replies.read_prompts(file)
+    read, notes, _ = replies.read_prompts(file)
     told = f"3 rows of {file} are left out: prompt stands there before 2, chosen equals rejected 1"
     assert notes == [told]
     assert [prompt.messages[-1]["content"] for prompt in read] == [
@@ -162,6 +168,21 @@ def test_prompts_are_read_from_each_kind_of_row(tmp_path: Path):
         ({"prompt": [said("user", "a"), said("assistant", "b")]}, "row 2: its prompt does not end with a question"),
         ({"prompt": [{"role": "tool", "content": "x"}]}, "row 2: a message of its prompt is no object with role"),
         ("{", "line 2 is not JSON"),
+        *[(row, "row 2: it is no JSON object") for row in ([1], 3, None, '"text"')],
+        (
+            {
+                "chosen": [said("user", "a"), said("assistant", "b")],
+                "rejected": [said("user", "a"), said("assistant", "c")],
+            }
+            | {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+            "(the first: row 2)",
+        ),
+        (checked("detectable_format:number_bullet_lists", {"num_bullets": "three"}), "row 2: lm-eval cannot check it"),
+        (checked("punctuation:no_comma", {"nope": 3}), "row 2: lm-eval cannot check it (TypeError"),
+        (checked("keywords:existence", {"keywords": [3]}), "row 2: lm-eval cannot check it"),
+        (checked(3, {}), "row 2: instruction_id_list must hold names"),
+        (checked("punctuation:no_comma", None), "row 2: instruction_id_list must hold names, and kwargs objects"),
+        (checked("nobody:knows", {}), "lm-eval has no checker for nobody:knows"),
         ({"prompt": "Nothing to check"}, "1 of the 2 prompts in"),
     ],
 )
@@ -174,6 +195,16 @@ def test_a_row_that_cannot_be_asked_is_named(row: Any, told: str, models: Models
 
 
 # Replies and checks
+
+
+def test_the_hash_of_the_prompts_is_of_what_was_read(out: Path, models: Models, prompts: Path, tmp_path: Path):
+    """A pipe is read once, and is gone after that."""
+    content, pipe = prompts.read_bytes(), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(content,), daemon=True)
+    writer.start()
+    assert winrate.main(command(models, pipe, out)) == 0
+    assert found(out)[0]["prompts"]["sha256"] == sha256(content).hexdigest()
 
 
 def test_checks_decide_and_nothing_is_generated_twice(generated: Path, models: Models, prompts: Path, capsys):

@@ -62,13 +62,30 @@ class Checks:
     name = "lm-eval's checks of instructions"
 
     def __init__(self, prompts: Sequence[Prompt], path: Path) -> None:
-        """Raises `UserError` where a prompt has nothing to check, or a check is missing."""
-        if without := sum(prompt.row is None for prompt in prompts):
+        """Raises `UserError` where a prompt has nothing to check, a check is missing, or lm-eval does not take its kwargs."""
+        if without := [prompt.number for prompt in prompts if prompt.row is None]:
             raise UserError(
-                f"{without} of the {len(prompts)} prompts in {path} have no instruction_id_list and kwargs, so there is nothing to "
-                "check. Name a judge: --reward-model NAME, or --judge-url URL and --judge-model NAME"
+                f"{len(without)} of the {len(prompts)} prompts in {path} have no `prompt` as text with instruction_id_list and "
+                f"kwargs (the first: row {without[0]}), so there is nothing to check. Name a judge: --reward-model NAME, or "
+                "--judge-url URL and --judge-model NAME"
             )
-        self._process = prepare_ifeval([dict(prompt.row or {}) for prompt in prompts], str(path))["process_results"]
+        rows = [dict(prompt.row or {}) for prompt in prompts]
+        places = [f"--prompts: {path}, row {prompt.number}" for prompt in prompts]
+        for row, place in zip(rows, places, strict=True):
+            names, kwargs = row["instruction_id_list"], row["kwargs"]
+            if not all(isinstance(name, str) for name in names) or not all(isinstance(each, dict) for each in kwargs):
+                raise UserError(f"{place}: instruction_id_list must hold names, and kwargs objects")
+            if not len(names) == len(kwargs) > 0:
+                raise UserError(f"{place}: needs instructions, and one kwargs for each, in the same order")
+        self._process = prepare_ifeval(rows, str(path))["process_results"]
+        for row, place in zip(rows, places, strict=True):
+            try:
+                with quiet():
+                    self._process(row, ["A reply."])  # an empty one would not be checked
+            except Exception as error:  # what a checker raises for kwargs that it does not take is of any kind
+                raise UserError(
+                    f"{place}: lm-eval cannot check it ({type(error).__name__}: {first_line(error)}): correct its kwargs"
+                ) from None
 
     def verdicts(self, answered: Sequence[Answered]) -> list[Verdict]:
         found = []

@@ -1,5 +1,6 @@
 """Prompts, the two models that answer them, and their replies, each of which is on the disk as soon as it is known."""
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -20,7 +21,7 @@ from atlas.errors import UserError
 from atlas.eval.decode import decode
 from atlas.eval.harness import set_generation
 from atlas.eval.run import Target, revision_of
-from atlas.eval.tasks import read_rows
+from atlas.eval.tasks import parse_rows, read_content
 from atlas.files import digest, sha256, writing
 from atlas.hub_client import download, split_revision
 from atlas.models.adapters import CONFIG, Adapter, find_adapter, is_no_folder, refuse_unloadable_model
@@ -44,6 +45,8 @@ class Prompt:
     messages: list[dict[str, Any]]
     row: Mapping[str, Any] | None = None
     """With `instruction_id_list` and `kwargs`, where lm-eval's checks can tell whether a reply keeps to them."""
+    number: int = 0
+    """Of its row in the file, from 1."""
 
     @property
     def text(self) -> str:
@@ -53,9 +56,14 @@ class Prompt:
         return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in self.messages)
 
 
-def read_prompts(path: Path, limit: int | None = None) -> tuple[list[Prompt], list[str]]:
-    """The prompts of a JSONL file, each once, and notes on the rows that were left out. Raises `UserError` with the row."""
-    rows = read_rows(path, (), "--prompts")
+def read_prompts(path: Path, limit: int | None = None) -> tuple[list[Prompt], list[str], str]:
+    """The prompts of a JSONL file, each once, notes on the rows that were left out, and the SHA-256 of the bytes that were read.
+    The file is read once, so it may be a pipe. Raises `UserError` with the row."""
+    content = read_content(path, "--prompts")
+    rows = parse_rows(content, path, (), "--prompts")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f'--prompts: {path}, row {number}: it is no JSON object: write {{"prompt": ...}}')
     own_keys = all(isinstance(row.get("key"), str | int) for row in rows) and len({r["key"] for r in rows}) == len(rows)
     found: dict[str, Prompt] = {}
     left_out: Counter[str] = Counter()
@@ -69,7 +77,8 @@ def read_prompts(path: Path, limit: int | None = None) -> tuple[list[Prompt], li
         except ValueError as error:
             raise UserError(f"--prompts: {path}, row {number}: {error}") from None
         checked = isinstance(row.get("instruction_id_list"), list) and isinstance(row.get("kwargs"), list)
-        prompt = Prompt(key, messages, {**row, "key": key} if checked and isinstance(row["prompt"], str) else None)
+        checked = checked and isinstance(row.get("prompt"), str)
+        prompt = Prompt(key, messages, {**row, "key": key} if checked else None, number)
         known = digest(json.dumps([messages, prompt.row and [row["instruction_id_list"], row["kwargs"]]]))
         left_out["prompt stands there before"] += known in found
         found.setdefault(known, prompt)
@@ -77,7 +86,7 @@ def read_prompts(path: Path, limit: int | None = None) -> tuple[list[Prompt], li
     if not found:
         raise UserError(f"--prompts: {path} has no prompt that can be asked: {reasons}")
     notes = [f"{left_out.total()} rows of {path} are left out: {reasons}"] if reasons else []
-    return list(found.values())[:limit], notes
+    return list(found.values())[:limit], notes, hashlib.sha256(content).hexdigest()
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:

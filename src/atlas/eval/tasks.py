@@ -293,12 +293,21 @@ def _local_rows(name: TaskName, path: Path, num_fewshot: int) -> tuple[Rows, Row
 
 def read_rows(path: Path, columns: tuple[str, ...], key: str) -> Rows:
     """The rows of a JSONL file, each with the task's columns."""
+    return parse_rows(read_content(path, key), path, columns, key)
+
+
+def read_content(path: Path, key: str) -> bytes:
+    """Raises `UserError` with `key`."""
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read: {error}") from None
+
+
+def parse_rows(content: bytes, path: Path, columns: tuple[str, ...], key: str) -> Rows:
+    """`read_rows` of a content that was read."""
     rows: Rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if line.strip():
             try:
                 row = from_json(line, allow_inf_nan=False)

@@ -37,7 +37,7 @@ from atlas.eval.replies import (
     read_prompts,
 )
 from atlas.eval.stats import ALPHA, Difference, length_controlled, paired_difference
-from atlas.files import can_write, digest, sha256, write_json, write_text, writing
+from atlas.files import can_write, digest, write_json, write_text, writing
 from atlas.launch import command_line, set_up_torch
 from atlas.lock import held
 from atlas.scores import Estimate, shown, text_table
@@ -105,7 +105,7 @@ def main(arguments: Namespace) -> int:
     quiet_libraries()
     out = arguments.out
     plan, judged = _plan(), out / "judged"
-    prompts, notes = read_prompts(arguments.prompts, arguments.limit)
+    prompts, notes, content = read_prompts(arguments.prompts, arguments.limit)
     judge = _judge(arguments, prompts, plan, judged)
     can_write(out, "--out", "choose another folder with --out")
     a, b = (find_side(label, name, arguments.load_in_4bit) for label, name in (("A", arguments.a), ("B", arguments.b)))
@@ -136,7 +136,8 @@ def main(arguments: Namespace) -> int:
         if not result.judged:
             raise UserError(f"{judge.name} has judged none of the {len(prompts)} prompts: see {out / 'judged'}")
         say("\n" + as_text(result))
-        _write(result, arguments.prompts, out / f"{file_name(b.name)}-against-{file_name(a.name)}")
+        source = {"file": str(arguments.prompts), "sha256": content}
+        _write(result, source, out / f"{file_name(b.name)}-against-{file_name(a.name)}")
     return DONE
 
 
@@ -277,8 +278,8 @@ def said_with(result: Result) -> list[str]:
     return notes
 
 
-def as_json(result: Result, prompts: Path) -> dict[str, Any]:
-    """`winrate.json`."""
+def as_json(result: Result, source: dict[str, str]) -> dict[str, Any]:
+    """`winrate.json`. `source`: the file of the prompts and the SHA-256 of what was read."""
     wins, ties, losses = result.counts
     position, equal = result.position, result.at_equal_length
     return {
@@ -286,7 +287,7 @@ def as_json(result: Result, prompts: Path) -> dict[str, Any]:
         "a": result.a.as_json(),
         "b": result.b.as_json(),
         "judge": result.judge.as_json(),
-        "prompts": {"file": str(prompts), "sha256": sha256(prompts), "asked": len(result.answered)},
+        "prompts": {**source, "asked": len(result.answered)},
         "n": len(result.judged),
         "wins": wins,
         "ties": ties,
@@ -317,7 +318,7 @@ def as_json(result: Result, prompts: Path) -> dict[str, Any]:
     }
 
 
-def _write(result: Result, prompts: Path, folder: Path) -> None:
+def _write(result: Result, source: dict[str, str], folder: Path) -> None:
     """`winrate.jsonl` and `winrate.json`."""
     records, summary = folder / "winrate.jsonl", folder / "winrate.json"
     lines = [
@@ -334,7 +335,7 @@ def _write(result: Result, prompts: Path, folder: Path) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     with writing(records, _AGAIN):
         write_text(records, text)
-        write_json(summary, as_json(result, prompts) | {"records_sha256": digest(text)})
+        write_json(summary, as_json(result, source) | {"records_sha256": digest(text)})
     say(f"written: {summary}, {records}")
 
 
