@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -195,6 +196,17 @@ def test_a_row_that_cannot_be_asked_is_named(row: Any, told: str, models: Models
 
 
 # Replies and checks
+
+
+def test_a_path_may_hold_bytes_that_are_no_utf_8(
+    out: Path, models: Models, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / os.fsdecode(b"p\xff.jsonl")
+    file.write_bytes(prompts.read_bytes())
+    asked = command(models, file, out)
+    monkeypatch.setattr(sys, "argv", ["atlas", "winrate", *asked])
+    assert winrate.main(asked) == 0
+    assert found(out)[0]["prompts"]["file"] == str(tmp_path / "p?.jsonl")
 
 
 def test_the_hash_of_the_prompts_is_of_what_was_read(out: Path, models: Models, prompts: Path, tmp_path: Path):

@@ -37,7 +37,7 @@ from atlas.eval.replies import (
     read_prompts,
 )
 from atlas.eval.stats import ALPHA, Difference, length_controlled, paired_difference
-from atlas.files import can_write, digest, write_json, write_text, writing
+from atlas.files import can_write, digest, write_text, writing
 from atlas.launch import command_line, set_up_torch
 from atlas.lock import held
 from atlas.scores import Estimate, shown, text_table
@@ -333,9 +333,13 @@ def _write(result: Result, source: dict[str, str], folder: Path) -> None:
         for each, verdict in zip(result.answered, result.verdicts, strict=True)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    whole = json.dumps(
+        as_json(result, source) | {"records_sha256": digest(text)}, indent=1, ensure_ascii=False, allow_nan=False
+    )
+    whole = whole.encode(errors="replace").decode()  # a path may hold bytes that are no UTF-8
     with writing(records, _AGAIN):
         write_text(records, text)
-        write_json(summary, as_json(result, source) | {"records_sha256": digest(text)})
+        write_text(summary, whole + "\n")
     say(f"written: {summary}, {records}")
 
 
