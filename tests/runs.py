@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -157,6 +158,7 @@ def _run(command: tuple[str, ...], environment: dict[str, str], folder: Path, ou
     from huggingface_hub import constants, hf_api
 
     gc.freeze()  # as in conftest.py
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background of a shell has it ignored
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -184,6 +184,8 @@ def test_hostile_pairs_are_used_or_counted(base_folder: Path):
     @given(st.lists(given_rows, min_size=1, max_size=5), st.sampled_from(list(PAIRS)), st.booleans())
     @example([{"prompt": "Q", "chosen": "A", "rejected": "B"}], "preference", True)
     @example([{"chosen": "A", "rejected": "B"}], "preference", True)
+    @example([{"prompt": [{"role": "user", "content": 3}], "chosen": "A", "rejected": "B"}], "preference", True)
+    @example([{"prompt": "Q", "chosen": 3, "rejected": "B"}], "preference", True)
     def of_pairs(some: list[dict[str, Any]], name: str, ascii_only: bool) -> None:
         lines = [written(row, ascii_only) for row in some]
         judged(labeler, {"json": lines, "line": [1] * len(lines), "file": ["f"] * len(lines)}, name, {})

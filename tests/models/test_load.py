@@ -382,7 +382,7 @@ def test_no_call_leaves_the_choice_to_run_code_open():
                 if owner not in ("GenerationConfig", "PeftConfig") and flags.get("trust_remote_code") != "False":
                     loose.append(f"{path.name}: {function}")
                 if (
-                    owner == "AutoModelForCausalLM"
+                    owner.startswith("AutoModelFor")
                     and method == "from_pretrained"
                     and flags.get("use_safetensors") != "True"
                 ):
@@ -393,6 +393,7 @@ def test_no_call_leaves_the_choice_to_run_code_open():
                     loose.append(f"{path.name}: load_dataset")
     assert loose == []
     assert seen == {
+        "AutoModelForSequenceClassification.from_pretrained",  # a reward model
         *("AutoModelForCausalLM.from_pretrained", "AutoModelForCausalLM.from_config", "AutoConfig.from_pretrained"),
         *(
             "AutoTokenizer.from_pretrained",
