@@ -184,7 +184,7 @@ def test_what_ends_a_stage_is_said_with_its_name(
 
         def wait(self) -> int:
             if Copy.started[-1][0] == "sft":
-                self.process.wait_for("step 1/")
+                self.process.wait_for("step   1/200")
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().wait()
 
