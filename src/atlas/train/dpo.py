@@ -10,12 +10,11 @@ push. Exit status: 0 done, 1 the run failed, 2 the input is wrong.
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.config import Config, LoadedConfig
 from atlas.train.phase import Phase
-from atlas.train.rows import LabeledRows
+from atlas.train.rows import LabeledRows, dump_audit
 from atlas.train.run import FinishedRun, open_run, phase_command
 
 if TYPE_CHECKING:
@@ -72,12 +71,6 @@ def _trainer() -> type["Trainer"]:
     return PairTrainer
 
 
-def _audit(loaded: LoadedConfig) -> Path:
-    from atlas.data.commands import dump_audit
-
-    return dump_audit(loaded)
-
-
 def _loss(config: Config) -> tuple[str, str]:
     from atlas.errors import UserError
 
@@ -124,7 +117,7 @@ DPO = Phase(
         [{name: [tokenizer.eos_token_id] * 16 for name in ("prompt_ids", "chosen_ids", "rejected_ids")}] * 2
     ),
     meters=_meters,
-    audit=_audit,
+    audit=dump_audit,
     canary=_canary,
     checks={"loss": _loss},
 )

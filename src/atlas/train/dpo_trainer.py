@@ -15,6 +15,7 @@ from atlas.models.adapters import change_from, lora_b_norm
 from atlas.train.head import supervised_log_prob
 from atlas.train.held_out import HeldOutMean
 from atlas.train.resume import Resumable
+from atlas.train.supervised_tokens import SupervisedTokens
 
 POLICY, REFERENCE = "default", "ref"
 """The adapters, by TRL's names. Where there is no `ref`, the reference is the model without an adapter."""
@@ -22,13 +23,12 @@ EXACT = 1e-5
 """How far the first micro-batch may be from rewards of 0, and so from a loss of ln 2."""
 
 
-class PairTrainer(Resumable, HeldOutMean, DPOTrainer):
+class PairTrainer(SupervisedTokens, Resumable, HeldOutMean, DPOTrainer):
     """The mean loss of a step is taken over its pairs, however they lie in micro-batches and processes; TRL takes the mean of the
     micro-batches' means, so that a smaller last one counts more. The reference's pass comes before the policy's, which then finds
     its memory free again. Counts `supervised_tokens`: of both completions."""
 
     loss_is_scaled_for_ga = True  # by compute_loss
-    supervised_tokens = 0
     _proven = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -53,29 +53,10 @@ class PairTrainer(Resumable, HeldOutMean, DPOTrainer):
         """For rows that are given to `evaluate`, too, compute_loss does it."""
         return dataset
 
-    # Counts
-
-    def counts(self) -> dict[str, Any]:
-        return {"supervised_tokens": self.supervised_tokens}
-
-    def restore_counts(self, counts: Mapping[str, Any]) -> None:
-        self.supervised_tokens = counts["supervised_tokens"]
-
-    def supervised_tokens_of_all(self) -> int:
-        own = torch.tensor(self.supervised_tokens, device=self.accelerator.device)
-        return int(self.accelerator.reduce(own, reduction="sum"))
-
-    def result(self) -> dict[str, Any]:
-        return {"supervised_tokens": self.supervised_tokens_of_all()}
-
     def change(self) -> dict[str, float]:
         if REFERENCE in self.model.peft_config:
             return {"adapter_change": change_from(self.model, REFERENCE)}
         return super().change()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs["supervised_tokens"] = self.supervised_tokens_of_all()
-        super().log(logs, start_time)
 
     def decided(self) -> dict[str, str]:
         what = "the adapter that the run goes on from, frozen, in float32"

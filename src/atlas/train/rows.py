@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from atlas.audit.gate import gate
 from atlas.audit.report import for_manifest, line, public, summarize, write_page
-from atlas.config import Config
+from atlas.config import Config, LoadedConfig
 from atlas.console import say
 from atlas.data.report import write_report
 from atlas.files import write_json
@@ -69,3 +69,10 @@ class LabeledRows(Rows):
         write_report(self.labeled, folder)
         write_page(self.labeled, folder)
         write_json(folder / "audit_summary.json", public(summarize(self.labeled)))
+
+
+def dump_audit(loaded: LoadedConfig) -> Path:
+    """`--dump-template-audit` of a phase with such rows."""
+    from atlas.data.commands import dump_audit
+
+    return dump_audit(loaded)

@@ -8,13 +8,12 @@ loaded. Exit status: 0 done, 1 the run failed, 2 the input is wrong.
 """
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.audit.spans import IGNORED
 from atlas.config import Config, LoadedConfig
 from atlas.train.phase import Phase
-from atlas.train.rows import LabeledRows
+from atlas.train.rows import LabeledRows, dump_audit
 from atlas.train.run import FinishedRun, open_run, phase_command
 
 if TYPE_CHECKING:
@@ -70,12 +69,6 @@ def _empty_row(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "input_ids": row["input_ids"][:1], "labels": [-100], **ends}
 
 
-def _audit(loaded: LoadedConfig) -> Path:
-    from atlas.data.commands import dump_audit
-
-    return dump_audit(loaded)
-
-
 def _loss(config: Config) -> tuple[str, str]:
     if not config.train_value("assistant_only_loss"):
         return "warn", "on ALL tokens, prompts too, and nothing is audited: train.assistant_only_loss is false"
@@ -103,7 +96,7 @@ SFT = Phase(
     empty_row=_empty_row,
     # The labels are made already, so TRL has nothing to prepare.
     fixed={"assistant_only_loss": False, "dataset_kwargs": {"skip_prepare_dataset": True}},
-    audit=_audit,
+    audit=dump_audit,
     canary=_canary,
     checks={"loss": _loss},
 )

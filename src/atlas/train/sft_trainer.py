@@ -12,22 +12,13 @@ from atlas.compat import fused_head, head_is_fused
 from atlas.train.head import supervised_log_prob
 from atlas.train.held_out import HeldOutMean
 from atlas.train.resume import Resumable
+from atlas.train.supervised_tokens import SupervisedTokens
 
 
-class LabeledSFTTrainer(Resumable, HeldOutMean, SFTTrainer):
+class LabeledSFTTrainer(SupervisedTokens, Resumable, HeldOutMean, SFTTrainer):
     """Adds `supervised_tokens` (since the start, all processes) to what is logged and saved."""
 
-    supervised_tokens = 0
     data_collator: Any
-
-    def counts(self) -> dict[str, Any]:
-        return {"supervised_tokens": self.supervised_tokens}
-
-    def restore_counts(self, counts: Mapping[str, Any]) -> None:
-        self.supervised_tokens = counts["supervised_tokens"]
-
-    def result(self) -> dict[str, Any]:
-        return {"supervised_tokens": self.supervised_tokens_of_all()}
 
     def decided(self) -> dict[str, str]:
         device, said = self.args.device, "supervised positions alone, "
@@ -38,15 +29,6 @@ class LabeledSFTTrainer(Resumable, HeldOutMean, SFTTrainer):
             }
         twice = "logits" if self.model.get_output_embeddings().weight.requires_grad else "nothing"
         return {"loss head": f"{said}in chunks, {twice} computed twice ({device.type}: TRL's would take all positions)"}
-
-    def supervised_tokens_of_all(self) -> int:
-        """Supervised tokens trained on since the start; every process has to call it."""
-        own = torch.tensor(self.supervised_tokens, device=self.accelerator.device)
-        return int(self.accelerator.reduce(own, reduction="sum"))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs["supervised_tokens"] = self.supervised_tokens_of_all()
-        super().log(logs, start_time)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Held-out rows are sorted by length: beside each other they have hardly any padding, and attention does not look at all of
