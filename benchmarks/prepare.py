@@ -165,7 +165,7 @@ def measure(kind: str, file: str, tokenizer_name: str, processes: int) -> dict[s
         prepared = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer).train_dataset
         seconds = time.perf_counter() - began
     else:
-        from atlas.audit.gate import gate
+        from atlas.auditing.gate import gate
         from atlas.config import load_config
         from atlas.data.prepare import prepare
         from atlas.models.tokenizer import load_tokenizer

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from atlas.audit.gate import gate
-from atlas.audit.tokens import token_bytes
+from atlas.auditing.gate import gate
+from atlas.auditing.tokens import token_bytes
 from atlas.data.pack import arrange
 from atlas.data.prepare import labeler_for, prepare
 from atlas.errors import UserError
@@ -224,7 +224,7 @@ def test_a_damaged_cache_is_made_anew_and_says_so(
 def test_cache_depends_on_the_code_that_the_labels_depend_on(base_folder: Path, monkeypatch: pytest.MonkeyPatch):
     import inspect
 
-    from atlas.audit import tokens
+    from atlas.auditing import tokens
     from atlas.data.tokenize import Labeler
 
     tokenizer, source = load_tokenizer(config(base_folder, "none")), inspect.getsource

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from atlas.audit.tokens import token_bytes
+from atlas.auditing.tokens import token_bytes
 from atlas.errors import UserError
 from rows import label
 

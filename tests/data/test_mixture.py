@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atlas.audit.gate import gate
+from atlas.auditing.gate import gate
 from atlas.data import mixture
 from atlas.data.labeled import Labeled
 from atlas.data.ledger import DUPLICATE, HELD_OUT, SHARED_PROMPT, UNWEIGHTED

@@ -3,8 +3,8 @@
 from argparse import Namespace
 from pathlib import Path
 
-from atlas.audit.gate import gate
-from atlas.audit.report import diff, write_audit
+from atlas.auditing.gate import gate
+from atlas.auditing.report import diff, write_audit
 from atlas.cli import command
 from atlas.config import Config, LoadedConfig, load_config
 from atlas.console import say

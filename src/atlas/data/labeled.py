@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from atlas.audit.spans import NOTES, Finding, tokenizer_findings
+from atlas.auditing.spans import NOTES, Finding, tokenizer_findings
 from atlas.config import Source
 from atlas.data import sources
 from atlas.data.formats import renamed

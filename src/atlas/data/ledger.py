@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from atlas.audit.pairs import lengths_of_pairs
-from atlas.audit.spans import NOTES, where
+from atlas.auditing.pairs import lengths_of_pairs
+from atlas.auditing.spans import NOTES, where
 from atlas.errors import UserError
 
 if TYPE_CHECKING:

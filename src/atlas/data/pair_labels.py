@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from atlas.audit import pairs as audit
-from atlas.audit.pairs import PAIR_KINDS, audit_pairs, merged
-from atlas.audit.spans import IGNORED, AuditRow
+from atlas.auditing import pairs as audit
+from atlas.auditing.pairs import PAIR_KINDS, audit_pairs, merged
+from atlas.auditing.spans import IGNORED, AuditRow
 from atlas.config import Config
 from atlas.data import pairs
 from atlas.data.formats import BadRowError, Conversation, refuse_special_tokens

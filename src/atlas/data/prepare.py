@@ -52,7 +52,7 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
     """Load, label and audit every source of `data`; cached by content, so a second run starts at once.
 
     Raises `UserError` for a source that cannot be read and for a share of bad rows above `data.max_bad_fraction`; what the
-    audit found is for `atlas.audit.gate` to judge.
+    audit found is for `atlas.auditing.gate` to judge.
     """
     data, labeler = config.data, labeler_for(config, tokenizer)
     eval_parts = _label_all(data.eval, labeler, config, None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atlas.audit.gate import complaints
+from atlas.auditing.gate import complaints
 from atlas.config import Config, Source
 from atlas.data import sources
 from atlas.data.labeled import Labeled, Part, all_good, shown

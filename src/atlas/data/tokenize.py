@@ -22,8 +22,8 @@ from itertools import accumulate, islice
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from atlas.audit import content, spans, tokens
-from atlas.audit.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, cut, special_token_texts
+from atlas.auditing import content, spans, tokens
+from atlas.auditing.spans import IGNORED, AuditRow, Oracle, RowAudit, Turn, cut, special_token_texts
 from atlas.config import Config
 from atlas.console import one_line
 from atlas.data import formats, sources

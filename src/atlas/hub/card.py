@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from atlas.audit.pairs import lengths_of_pairs
+from atlas.auditing.pairs import lengths_of_pairs
 from atlas.files import digest, read_object, write_json, write_text
 from atlas.models.weights import weights_sha256
 from atlas.scores import PublicRun, Stored, rows

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from atlas.audit.report import AUDIT_PAGES, facts
+from atlas.auditing.report import AUDIT_PAGES, facts
 from atlas.cli import command
 from atlas.console import duration, say, visible
 from atlas.data.ledger import HeldOut

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from atlas.audit.spans import Oracle
+from atlas.auditing.spans import Oracle
 from atlas.data.pairs import Pair
 from atlas.eval.decode import decode
 from atlas.models.template import Renderer, chat_prompt

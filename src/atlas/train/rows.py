@@ -4,8 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.audit.gate import gate
-from atlas.audit.report import for_manifest, line, public, summarize, write_page
+from atlas.auditing.gate import gate
+from atlas.auditing.report import for_manifest, line, public, summarize, write_page
 from atlas.config import Config, LoadedConfig
 from atlas.console import say
 from atlas.data.report import write_report

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atlas.audit.report import summarize
-from atlas.audit.spans import NOTES
+from atlas.auditing.report import summarize
+from atlas.auditing.spans import NOTES
 from atlas.cli import command
 from atlas.config import LoadedConfig, load_config
 from atlas.console import duration, one_line, say, size

@@ -10,7 +10,7 @@ loaded. Exit status: 0 done, 1 the run failed, 2 the input is wrong.
 import sys
 from typing import TYPE_CHECKING, Any
 
-from atlas.audit.spans import IGNORED
+from atlas.auditing.spans import IGNORED
 from atlas.config import Config, LoadedConfig
 from atlas.train.phase import Phase
 from atlas.train.rows import LabeledRows, dump_audit

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from atlas.audit.pairs import ALL_KINDS
-from atlas.audit.spans import NOTES, Finding, where
+from atlas.auditing.pairs import ALL_KINDS
+from atlas.auditing.spans import NOTES, Finding, where
 from atlas.config import Config
 from atlas.console import say
 from atlas.errors import UserError

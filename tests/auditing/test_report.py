@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas.audit.report import diff
+from atlas.auditing.report import diff
 from atlas.data import commands
 from atlas.train import sft
 from browser import dom

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atlas.audit.spans import Turn
+    from atlas.auditing.spans import Turn
 
 # Where an assistant message keeps its thinking (transformers knows the same three names).
 _THINKING = ("reasoning_content", "thinking", "reasoning")

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from atlas.audit.spans import AuditRow, Oracle, tokenizer_findings
-from atlas.audit.tokens import token_bytes
+from atlas.auditing.spans import AuditRow, Oracle, tokenizer_findings
+from atlas.auditing.tokens import token_bytes
 from atlas.data.tokenize import Labeler
 from atlas.models.template import patch_chat_template_for_assistant_mask, stop_token
 from atlas.models.tokenizer import load_tokenizer
@@ -347,7 +347,7 @@ def test_a_call_without_content_is_compared_too(base_folder: Path):
 
 
 def test_what_only_a_template_words_differently_stops_no_run(base_folder: Path, tmp_path: Path, capfd):
-    from atlas.audit.gate import gate
+    from atlas.auditing.gate import gate
 
     folder = tmp_path / "trims"
     tokenizer = right(base_folder)

@@ -11,9 +11,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.audit.pairs import ALL_KINDS, lengths_of_pairs
-from atlas.audit.spans import IGNORED, NOTES, where
-from atlas.audit.tokens import token_bytes
+from atlas.auditing.pairs import ALL_KINDS, lengths_of_pairs
+from atlas.auditing.spans import IGNORED, NOTES, where
+from atlas.auditing.tokens import token_bytes
 from atlas.config.schema import TEXT
 from atlas.console import one_line
 from atlas.errors import UserError

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from atlas.audit.pairs import audit_pairs
-from atlas.audit.spans import AuditRow
+from atlas.auditing.pairs import audit_pairs
+from atlas.auditing.spans import AuditRow
 from atlas.data import commands
 from atlas.data.pair_labels import PairLabeler
 from atlas.models.template import patch_chat_template_for_assistant_mask

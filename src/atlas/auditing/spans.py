@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from atlas.audit.content import differences, excerpt
-from atlas.audit.tokens import token_bytes
+from atlas.auditing.content import differences, excerpt
+from atlas.auditing.tokens import token_bytes
 from atlas.errors import UserError
 from atlas.models.template import Renderer, stop_token
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from atlas.audit.content import excerpt
-from atlas.audit.spans import IGNORED, KINDS, AuditRow, Finding, Kind, Oracle, RowAudit
+from atlas.auditing.content import excerpt
+from atlas.auditing.spans import IGNORED, KINDS, AuditRow, Finding, Kind, Oracle, RowAudit
 
 PAIR_KINDS = {
     **KINDS,
