@@ -28,7 +28,7 @@ setup: $(STAMP)         ## make the environment .venv with everything in it
 .venv/.installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "atlas needs Python >= 3.11: make setup PYTHON=python3.11")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,dev,docs]'
 	@touch $@
 
 # The torch that is here stays, because it is built for this machine's driver. PEFT refuses to run with a torchao older than 0.16.
@@ -152,9 +152,8 @@ picture: outputs/pocket/results/sft_template_audit.html outputs/pocket/sft/repor
 	$(BROWSER) --window-size=1000,700 --screenshot=docs/img/audit.png "file://$(CURDIR)/$<"
 	$(BROWSER) --window-size=1200,1300 --screenshot=docs/img/report.png "file://$(CURDIR)/$(word 2,$^)"
 
-docs: setup             ## build the documentation in site/
-	$(RUN) -m pip install --quiet --disable-pip-version-check mkdocs-material
-	$(RUN) -m mkdocs build
+docs: setup             ## build the documentation in site/; a broken link or anchor fails
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
 
 # One thread per worker. With two workers on two cores, more threads only wait for each other.
 test: setup             ## lint and all tests, offline, on the CPU
