@@ -101,7 +101,7 @@ def out(generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def found(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    (summary,) = out.glob("*/winrate.json")
+    summary = max(out.glob("*/*/winrate.json"), key=lambda path: path.stat().st_mtime_ns)
     lines = summary.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
     return json.loads(summary.read_text(encoding="utf-8")), [json.loads(line) for line in lines]
 
@@ -262,6 +262,8 @@ def test_the_same_adapter_twice_is_no_difference(out: Path, models: Models, prom
         assert winrate.main([*twice, *of_the_judge(judge)]) == 0
     assert judge.asked == [] and found(out)[0]["ties"] == 40  # equal replies are not asked
     assert "0 requests" in capsys.readouterr().out
+    of_both = [json.loads(path.read_text())["judge"]["kind"] for path in out.glob("*/*/winrate.json")]
+    assert sorted(of_both) == ["checks", "endpoint"]  # the second judge did not write over the first
 
 
 def test_a_kill_loses_no_reply_that_was_finished(

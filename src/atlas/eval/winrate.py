@@ -137,7 +137,8 @@ def main(arguments: Namespace) -> int:
             raise UserError(f"{judge.name} has judged none of the {len(prompts)} prompts: see {out / 'judged'}")
         say("\n" + as_text(result))
         source = {"file": str(arguments.prompts), "sha256": content}
-        _write(result, source, out / f"{file_name(b.name)}-against-{file_name(a.name)}")
+        of = f"{file_name(arguments.prompts.stem)}-{content[:8]}-{file_name(judge.name)}"
+        _write(result, source, out / f"{file_name(b.name)}-against-{file_name(a.name)}" / of)
     return DONE
 
 
