@@ -379,6 +379,9 @@ def test_an_adapter_that_cannot_be_gone_on_from_is_refused(
         out, err = capfd.readouterr()
         assert said in out + err and "Traceback" not in err, (case, out, err)
     assert not [*(tmp_path / "elsewhere").rglob("checkpoint-*")]
+    assert dpo.main([*dpo_args, f"model.adapter={cut}", "data.train=nowhere.jsonl", "train.optim=adamw_none"]) == 2
+    err = capfd.readouterr().err
+    assert "3 things would end" in err and "is damaged" in err and "nowhere.jsonl" in err and "adamw_none" in err
     own = another(trained_run, tmp_path / "own")
     shutil.copytree(own, own / "checkpoint-3")
     before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}

@@ -39,10 +39,10 @@ def preflight(loaded: LoadedConfig, resume: str = "auto", start: Parts | None = 
     ready = Ready(loaded, phase, resume)
     if loaded.config.train_schema.continues:
         ready.check("adapter", model.parent, ready)
-        if ready.failures:  # what else is looked at depends on it
-            return ready
+    else:
+        ready.parent = None
     config = ready.loaded.config
-    ready.check("config", lambda: f"hash {ready.loaded.config_hash}")
+    ready.check("config", lambda: f"hash {ready.loaded.config_hash}", needs=["parent"])
     ready.check("launch", machine.launch)
     ready.check("device", machine.device, ready)
     ready.check("libraries", machine.libraries, ready)
@@ -68,8 +68,8 @@ def preflight(loaded: LoadedConfig, resume: str = "auto", start: Parts | None = 
     network = {name: ["network"] for name in on_hub}
     for source in sources:
         ready.check("data", reach, source, formats, needs=network.get(source.name, []))
-    ready.check("tokenizer", model.tokenizer, ready, needs=["libraries", *network.get(tokenizer, [])])
-    ready.check("base model", model.base, ready, needs=["libraries", *network.get(config.model.name, [])])
+    ready.check("tokenizer", model.tokenizer, ready, needs=["parent", "libraries", *network.get(tokenizer, [])])
+    ready.check("base model", model.base, ready, needs=["parent", "libraries", *network.get(config.model.name, [])])
     ready.check("strategy", machine.strategy, ready, needs=["plan"])
     ready.check("memory", machine.memory, ready, needs=["strategy", "shape"])
     ready.check("training", trial.training, ready, needs=["strategy", "libraries"])

@@ -51,8 +51,8 @@ class Ready:
     tokenizer: "PreTrainedTokenizerBase" = field(init=False)
     adapter: "LoraConfig | None" = field(init=False)
     """None: full fine-tuning."""
-    parent: "Adapter | None" = None
-    """The adapter that the run goes on from."""
+    parent: "Adapter | None" = field(init=False)
+    """The adapter that the run goes on from; None: there is none."""
     parent_sha256: str | None = None
     """Of its weights."""
     empty: "PeftModel | PreTrainedModel" = field(init=False)

@@ -25,6 +25,7 @@ def parent(ready: Ready) -> str:
     """Is the adapter that the run goes on from there, and whole? Its settings take the place of those of `lora:`."""
     found = find_parent(ready.loaded.config)
     if found is None:
+        ready.parent = None
         return "a new one: the reference is the base model"
     output = Path(ready.loaded.config.output.dir).absolute()
     if output.resolve() in (found.folder.resolve(), *found.folder.resolve().parents):
