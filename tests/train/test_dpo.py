@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from atlas.config import load_config
 from atlas.errors import RunError
 from atlas.files import sha256
 from atlas.models.adapters import base_of
@@ -328,6 +329,12 @@ def test_the_adapters_own_settings_win(dpo_args: list[str], trained_run: Trained
     run = train_pairs([*asked, "lora.r=4", "train.max_steps=1"])
     assert "adapter r=4 alpha=12: " in capfd.readouterr().out
     assert [run.manifest["config"]["lora"][name] for name in ("r", "lora_alpha")] == [4, 12]
+    assert dpo.main([*asked, "train.max_steps=1", "--print-config"]) == 0
+    printed = capfd.readouterr().out
+    assert re.search(r"r: 4 +# the adapter", printed)
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert load_config(tmp_path / "printed.yaml").config_hash == run.manifest["config_hash"]
+    assert preflight.main(["--config", str(tmp_path / "printed.yaml"), "output.dir=again"]) == 0
     for key, value in (("r", 16), ("lora_alpha", 32), ("use_rslora", "true"), ("target_modules", "[q_proj]")):
         assert preflight.main([*asked, f"lora.{key}={value}"]) == 2
         assert re.search(

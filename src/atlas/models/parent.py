@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from atlas.config import Config, LoadedConfig, LoraSettings
 from atlas.config.load import origin_of
 from atlas.config.schema import LAST, NONE
-from atlas.errors import UserError
+from atlas.errors import RunError, UserError, first_line
 from atlas.files import read_object
 from atlas.models.adapters import CONFIG, Adapter, find_adapter, read_json
 from atlas.models.weights import ADAPTER as WEIGHTS
@@ -68,6 +68,23 @@ def with_parents_settings(loaded: LoadedConfig, parent: Adapter) -> LoadedConfig
     if model.adapter == LAST:
         model = model.model_copy(update={"adapter": parent.name})
     return replace(loaded, config=config.model_copy(update={"lora": settings, "model": model}), sources=sources)
+
+
+def with_parent(loaded: LoadedConfig) -> tuple[LoadedConfig, str]:
+    """The config with the settings of the adapter that it goes on from, and a line on that adapter, which may not be there yet."""
+    if not loaded.config.train_schema.continues:
+        return loaded, ""
+    try:
+        parent = find_parent(loaded.config)
+    except (UserError, RunError) as error:
+        assert loaded.config.lora is not None  # by the schema
+        instead = f"planned with lora.r={loaded.config.lora.r} of the config. A run would be refused"
+        return loaded, f"not there yet ({first_line(error)}): {instead}"
+    if parent is None:
+        return loaded, "a new one: the reference is the base model"
+    loaded = with_parents_settings(loaded, parent)
+    assert loaded.config.lora is not None
+    return loaded, f"{parent.name}: r={loaded.config.lora.r}; policy and reference begin with it"
 
 
 def refuse_other_settings(loaded: LoadedConfig, settings: LoraSettings, name: str) -> None:

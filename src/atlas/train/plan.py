@@ -24,7 +24,7 @@ from atlas.data.cache import NotKeptError, kept_only
 from atlas.device import DevicePlan, Gpu, Machine, choose_device, free_memory
 from atlas.errors import DONE, RunError, UserError, first_line
 from atlas.files import read_object
-from atlas.models.parent import find_parent, with_parents_settings
+from atlas.models.parent import with_parent
 from atlas.models.tokenizer import load_tokenizer
 from atlas.terminal import quiet_libraries
 from atlas.train.curve import curve
@@ -102,23 +102,6 @@ class Need:
     @property
     def total(self) -> int:
         return self.static.peak(self.activations)
-
-
-def with_parent(loaded: LoadedConfig) -> tuple[LoadedConfig, str]:
-    """The config with the settings of the adapter that it goes on from, and a line on that adapter, which may not be there yet."""
-    if not loaded.config.train_schema.continues:
-        return loaded, ""
-    try:
-        parent = find_parent(loaded.config)
-    except (UserError, RunError) as error:
-        assert loaded.config.lora is not None  # by the schema
-        instead = f"planned with lora.r={loaded.config.lora.r} of the config. A run would be refused"
-        return loaded, f"not there yet ({first_line(error)}): {instead}"
-    if parent is None:
-        return loaded, "a new one: the reference is the base model"
-    loaded = with_parents_settings(loaded, parent)
-    assert loaded.config.lora is not None
-    return loaded, f"{parent.name}: r={loaded.config.lora.r}; policy and reference begin with it"
 
 
 def shape_of(config: Config, name: str | None = None) -> Shape:

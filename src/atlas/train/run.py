@@ -29,6 +29,7 @@ from atlas.launch import is_main_process, set_up_torch
 from atlas.lock import held
 from atlas.models.adapters import base_of, cast_trainable_to_fp32, change_of, put_adapter
 from atlas.models.load import load_base_model_and_tokenizer
+from atlas.models.parent import with_parent
 from atlas.models.weights import Sample, weights_sha256
 from atlas.terminal import quiet_libraries, record_in
 from atlas.train.arguments import left_out, phase_arguments
@@ -88,6 +89,7 @@ def _one(phase: str, train: Train, arguments: Namespace) -> int:
     """What one process of the launch does."""
     loaded = load_config(arguments.config, arguments.overrides, phase)
     if arguments.print_config:
+        loaded, _ = with_parent(loaded)
         print(render_config(loaded, choose_device(loaded.config, Machine.without_torch()).decided), end="")
         return DONE
     set_up_torch()
