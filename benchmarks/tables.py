@@ -1,4 +1,4 @@
-"""Fill the tables of README and docs from the files in figures/, so that no figure there is typed by hand.
+"""Fill the tables of README and docs from the files in figures/ and from the code, so that none of them is typed by hand.
 
     make figures              take over what was measured here (outputs/), rewrite the tables
     python benchmarks/tables.py --check      change nothing; exit status 1 where a table differs (the suite runs this)
@@ -24,9 +24,10 @@ from atlas.scores import markdown_cell, markdown_table, shown
 from lessons import score_rows as lesson_rows
 from lessons_dpo import start_rows
 from measured import MEASURED
+from reference import TABLES as REFERENCE
 
 FIGURES = Path("figures")
-PAGES = ("README.md", "docs/*.md", "notebooks/*.ipynb")
+PAGES = ("README.md", "docs/**/*.md", "notebooks/*.ipynb")
 
 
 def pocket_table(figures: Path) -> str:
@@ -522,6 +523,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "scaling-time": scaling_time,
     "template-matrix": template_matrix,
     "install": install,
+    **REFERENCE,
 }
 
 

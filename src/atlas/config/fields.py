@@ -74,14 +74,35 @@ class TrainField:
     annotation: str
     default: Any
     has_default: bool
+    meaning: str = ""
+    """Of atlas' own fields; the libraries' classes say what theirs mean."""
 
 
 COMMON_OWN = {
-    "halve_on_oom": TrainField("bool", True, True),
-    "strategy": TrainField("str", "auto", True),
-    "early_stopping_patience": TrainField("int | None", None, True),
-    "early_stopping_threshold": TrainField("float", 0.0, True),
-    "sample_steps": TrainField("int | None", None, True),
+    "halve_on_oom": TrainField(
+        "bool",
+        True,
+        True,
+        "a micro-batch that runs out of memory is trained in two halves, and so is each one after it",
+    ),
+    "strategy": TrainField(
+        "str",
+        "auto",
+        True,
+        f"how several processes share the model: {', '.join(STRATEGIES)}; auto: the first that fits",
+    ),
+    "early_stopping_patience": TrainField(
+        "int | None", None, True, "end the run after so many evaluations without a better one, with its best weights"
+    ),
+    "early_stopping_threshold": TrainField(
+        "float", 0.0, True, "by how much an evaluation must be better to count; only with early_stopping_patience"
+    ),
+    "sample_steps": TrainField(
+        "int | None",
+        None,
+        True,
+        "every so many steps the model answers a few prompts; null: with each evaluation; 0: never",
+    ),
 }
 
 
@@ -194,7 +215,15 @@ TRL_SOURCES = (
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
 )
-_WITH_BATCHING = {"batching": TrainField("str", "auto", True), **COMMON_OWN}
+_WITH_BATCHING = {
+    "batching": TrainField(
+        "str",
+        "auto",
+        True,
+        f"how rows stand in micro-batches: {', '.join(_BATCHINGS)}; auto: what costs least by an estimate",
+    ),
+    **COMMON_OWN,
+}
 _ROWS_CUT = {"truncation_mode": "atlas cuts rows at the end (keep_start) and counts them"}
 SCHEMAS = {
     "sft": TrainSchema(

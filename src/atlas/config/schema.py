@@ -43,14 +43,16 @@ class ModelConfig(_Section):
     tokenizer_name: str | None = None
     """Hub id or local folder; null: that of `adapter`, else the model's own."""
     tokenizer_revision: str | None = None
+    """Of the tokenizer on the Hub; null: the newest."""
     adapter: str | None = Field(default=None, min_length=1)
     """What a phase after SFT goes on from: a folder or Hub id of an adapter; `last`: the newest finished SFT run beside output.dir;
     `none`: a new adapter on the base model."""
     adapter_revision: str | None = None
-    """On the Hub."""
+    """Commit, tag or branch of `adapter` on the Hub; null: the newest."""
     dtype: Dtype = "auto"
     """auto: bfloat16 from sm_80, float16 below (T4), float32 on a CPU."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """auto: flash_attention_2 in half precision from sm_80 where flash-attn is installed, else sdpa."""
     pad_token: str | None = None
     """null: the tokenizer's own where it differs from eos, else a spare special token of its vocabulary."""
 
@@ -59,9 +61,13 @@ class QuantizationConfig(_Section):
     """bitsandbytes' names; NF4 and double quantisation are QLoRA's (https://arxiv.org/abs/2305.14314, section 3)."""
 
     load_in_4bit: bool = True
+    """The frozen base model in 4 bits (QLoRA); false: in `model.dtype` (LoRA, or full fine-tuning)."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """nf4 spaces its 16 values as normally distributed weights need them."""
     bnb_4bit_use_double_quant: bool = True
+    """Quantise the scales too: 0.127 bits a weight for them instead of 0.5 (the paper's section 3)."""
     bnb_4bit_compute_dtype: Dtype = "auto"
+    """In what the 4-bit weights are multiplied; auto: `model.dtype`."""
 
     @property
     def name(self) -> str:
@@ -73,22 +79,30 @@ class LoraSettings(_Section):
     """PEFT's `LoraConfig` names (https://arxiv.org/abs/2106.09685)."""
 
     r: int = Field(default=16, ge=1, lt=2**24)
+    """Rank: a layer of size in x out gets r * (in + out) trainable parameters."""
     lora_alpha: int = Field(default=32, ge=1)
+    """The adapter's output is multiplied by lora_alpha / r."""
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the adapter's inputs that are set to 0 in training; phase dpo has none."""
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = (
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
     """Names of layers; "all-linear": every linear layer but the head."""
     use_rslora: bool = False
+    """Multiply by lora_alpha / sqrt(r) instead (https://arxiv.org/abs/2312.03732)."""
 
 
 class Source(_Section):
     """One source of rows: a Hub id or a local path."""
 
     name: str = Field(min_length=1)
+    """Hub id, file (.jsonl, .json, .csv, .parquet) or folder of such files."""
     split: str = "train"
+    """On the Hub; a local path has none."""
     config: str | None = None
+    """Configuration of the data set on the Hub, if it has several."""
     revision: str | None = None
+    """Commit, tag or branch on the Hub; pin a commit for a run that must repeat."""
     rows: int | None = Field(default=None, ge=1, le=10**9)
     """Take this many rows, drawn with data.seed; more than there are repeat; null: all."""
     share: float | None = Field(default=None, gt=0, le=1000)
@@ -141,6 +155,7 @@ class DataConfig(_Section):
     mask: Literal["auto", "markers", "rendered"] = "auto"
     """Where the labels come from: the template's generation markers, or rendering each turn; auto: markers where there are any."""
     num_proc: int | None = Field(default=None, ge=1, le=1024)
+    """Processes that label rows; null: one, which already uses all cores for tokenizing."""
 
     @field_validator("train", "eval", mode="before")
     @classmethod
@@ -192,6 +207,7 @@ class EvalTask(_Section):
     """One task of lm-eval."""
 
     name: TaskName
+    """Which task."""
     num_fewshot: int | None = Field(default=None, ge=0)
     """null: the task's own (gsm8k 5, the others 0)."""
     limit: int | None = Field(default=None, ge=1)
@@ -242,9 +258,11 @@ class OutputConfig(_Section):
     dir: str = Field(min_length=1)
     """Adapter, tokenizer, manifest and checkpoints."""
     results_dir: str = "results"
+    """Audits, evaluations and comparisons."""
     hub_repo: str | None = None
     """`namespace/name`; null: nothing is pushed."""
     hub_private: bool = True
+    """Is the repo private, if the push has to create it?"""
 
 
 class CheckpointConfig(_Section):

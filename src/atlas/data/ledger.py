@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,97 @@ UNWEIGHTED = "beyond its weight"
 TIE = "tie"
 LONG_PROMPT = "prompt longer than max_length"
 ONE_SIDE_CUT = "one side cut"
-_NO_MISTAKES = (TIE, LONG_PROMPT, ONE_SIDE_CUT)
-"""Rows that cannot be used although nothing is wrong with them: `data.max_bad_fraction` does not count them."""
+
+
+class Reason(NamedTuple):
+    """Why a row is not trained on."""
+
+    meaning: str
+    remedy: str
+    is_mistake: bool = True
+    """`data.max_bad_fraction` counts it; else nothing is wrong with the row."""
+    of: str = "rows"
+    """Of rows of any kind, or of `pairs` alone."""
+
+
+REASONS = {
+    "not JSON": Reason(
+        "the line does not parse, is no object, has a key twice, is not UTF-8, or has a number of more than 4,300 digits",
+        "write one JSON object a line, in UTF-8",
+    ),
+    "not CSV": Reason(
+        "the line has more cells than the header, repeats the header, has a quote in a wrong place, or has a NUL byte",
+        "let a CSV library write the file, or use JSONL",
+    ),
+    "too deep": Reason("nested more than 100 levels deep", "flatten the row"),
+    "too many turns": Reason(
+        "more than 512 messages: the audit renders the conversation anew for every answer, which would take seconds a row",
+        "split the row",
+    ),
+    "no messages": Reason(
+        "a column of the format is missing, or is no list of objects",
+        "name the columns with `columns`, or mend the row",
+    ),
+    "empty": Reason("no messages, no text, or no answer with a word in it", "remove the row"),
+    "unknown role": Reason(
+        "a role other than system, user, assistant and tool: Qwen's template would leave out such a turn without a message",
+        "rename the role",
+    ),
+    "injected": Reason(
+        "a message holds the text of a special token, so the row could forge a turn or a stop",
+        "remove the special token's text from the row",
+    ),
+    "not text": Reason("a content is missing, null, no string, or has a lone surrogate", "write the content as text"),
+    "no assistant turn": Reason("there is nothing to train on", "add the answer, or remove the row"),
+    "refused by the template": Reason(
+        "the chat template raised an error for this conversation, or rendered nothing",
+        "order the turns as the template wants them, or choose another template (model.tokenizer_name)",
+    ),
+    FULLY_TRUNCATED: Reason("no supervised token is left within train.max_length", "raise train.max_length"),
+    EMPTY_MASK: Reason(
+        "no token of the row is supervised; only with audit.gate=off, and one such row stops the run",
+        "turn the audit on: it says why",
+    ),
+    "chosen equals rejected": Reason(
+        "both answers are the same, or the part of them that train.max_length leaves", "remove the pair", of="pairs"
+    ),
+    "no common prompt": Reason(
+        "there is no prompt, or the conversations differ before their last answers",
+        "give both sides the same prompt; say with `columns` where it stands",
+        of="pairs",
+    ),
+    "prompt ends with an answer": Reason(
+        "the last message before the answers is the assistant's", "end the prompt with the user's turn", of="pairs"
+    ),
+    "one side empty": Reason(
+        "an answer has no word in it, or there are fewer than two responses", "remove the pair", of="pairs"
+    ),
+    "scores contradict": Reason(
+        "the rejected answer has the higher score", "look whether the columns are swapped", of="pairs"
+    ),
+    "unusable scores": Reason(
+        "a score is no number, or there are more or fewer scores than responses", "mend the scores", of="pairs"
+    ),
+    TIE: Reason("both answers have the same score", "nothing", is_mistake=False, of="pairs"),
+    LONG_PROMPT: Reason(
+        "the prompt leaves no room for an answer", "raise train.max_length", is_mistake=False, of="pairs"
+    ),
+    ONE_SIDE_CUT: Reason(
+        "train.max_length would cut the end of one answer only, so that the loss would compare a whole answer with a torso",
+        "raise train.max_length",
+        is_mistake=False,
+        of="pairs",
+    ),
+}
+"""Why a row cannot be used."""
+_NO_MISTAKES = {name for name, reason in REASONS.items() if not reason.is_mistake}
+SET_ASIDE = {
+    DUPLICATE: "its tokens and labels have occurred before (data.deduplicate)",
+    HELD_OUT: "it is held out for evaluation (data.eval_fraction, data.eval_rows)",
+    SHARED_PROMPT: "a held-out row has the same prompt",
+    UNWEIGHTED: "the weights of the sources leave no room for it (`weight`)",
+}
+"""Why a good row is not trained on."""
 
 
 @dataclass
