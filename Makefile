@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons lessons-dpo test test-slow test-notebook lint sanity sft sft-smoke dpo dpo-smoke all data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs clean
+.PHONY: help setup pocket lessons lessons-dpo test test-slow test-notebook lint sanity sft sft-smoke dpo dpo-smoke all data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs release clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -155,6 +155,9 @@ picture: outputs/pocket/results/sft_template_audit.html outputs/pocket/sft/repor
 docs: setup             ## build the documentation in site/; a broken link or anchor fails
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
 
+release:                ## for maintainers: build wheel and sdist, check them, try them in a new environment; uploads nothing
+	$(PYTHON) scripts/release.py
+
 # One thread per worker. With two workers on two cores, more threads only wait for each other.
 test: setup             ## lint and all tests, offline, on the CPU
 	$(MAKE) lint
@@ -180,4 +183,4 @@ lint: setup             ## ruff, mypy, and the order of the layers
 	$(RUNNER) lint-imports --no-logo --no-cache
 
 clean:                  ## remove everything that was made here, also the runs
-	rm -rf .venv outputs build site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv outputs build dist site .pytest_cache .mypy_cache .ruff_cache
