@@ -163,7 +163,7 @@ def test_power_is_as_computed(n: int, discordant: float):
 
 def test_what_541_prompts_can_show_is_what_the_docs_say():
     said = [f"{100 * stats.smallest_difference(541, share):.1f}" for share in (0.1, 0.2, 0.3)]
-    docs = " ".join((ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").split())
+    docs = " ".join((ROOT / "docs" / "noise.md").read_text(encoding="utf-8").split())
     assert f"{said[0]}, {said[1]} or {said[2]} points with a probability of 80 %" in docs
 
 
