@@ -85,10 +85,15 @@ def lessons_dpo(figures: Path) -> str:
     """Ways to begin DPO wrongly."""
     if not (figures / "lessons_dpo.json").is_file():
         return NOT_YET.format("lessons-dpo")
+    return f"{markdown_table(start_rows(_read(figures / 'lessons_dpo.json')['starts']))}\n\n{merged_dpo(figures)}"
+
+
+def merged_dpo(figures: Path) -> str:
+    """DPO on a base model into which SFT was merged, against DPO that goes on from the SFT adapter."""
+    if not (figures / "lessons_dpo.json").is_file():
+        return NOT_YET.format("lessons-dpo")
     report = _read(figures / "lessons_dpo.json")
-    merged = report["merged"]
-    table = [["measured", ""], *([name, f"{value:.4g}"] for name, value in merged.items())]
-    return f"{markdown_table(start_rows(report['starts']))}\n\n{_captioned(table, report)}"
+    return _captioned([["measured", ""], *([name, f"{value:.4g}"] for name, value in report["merged"].items())], report)
 
 
 def kills(figures: Path, name: str = "kills") -> str:
@@ -505,6 +510,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "pocket-seeds": pocket_seeds,
     "lessons": lessons,
     "lessons-dpo": lessons_dpo,
+    "merged-dpo": merged_dpo,
     "kills": kills,
     "kills-dpo": partial(kills, name="kills_dpo"),
     "audit-cost": audit_cost_table,

@@ -63,6 +63,7 @@ class PipelineFile(_File):
     """A pipeline file."""
 
     stages: list[StageEntry] = Field(min_length=1)
+    """What is trained, in this order."""
     tasks: list[EvalTask] | None = Field(default=None, min_length=1)
     """What base model and stages are scored on; null: eval.tasks of the stages' configs, which then must be the same."""
 
