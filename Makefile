@@ -153,7 +153,7 @@ picture: outputs/pocket/results/sft_template_audit.html outputs/pocket/sft/repor
 	$(BROWSER) --window-size=1200,1300 --screenshot=docs/img/report.png "file://$(CURDIR)/$(word 2,$^)"
 
 docs: setup             ## build the documentation in site/; a broken link or anchor fails
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 
 release:                ## for maintainers: build wheel and sdist, check them, try them in a new environment; uploads nothing
 	$(PYTHON) scripts/release.py
