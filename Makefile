@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons lessons-dpo test test-slow test-notebook lint sanity sft sft-smoke dpo dpo-smoke all data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture docs release clean
+.PHONY: help setup pocket lessons lessons-dpo test test-slow test-notebook lint sanity sft sft-smoke dpo dpo-smoke all data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture notebooks docs release clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -152,6 +152,9 @@ picture: outputs/pocket/results/sft_template_audit.html outputs/pocket/sft/repor
 	$(BROWSER) --window-size=1000,700 --screenshot=docs/img/audit.png "file://$(CURDIR)/$<"
 	$(BROWSER) --window-size=1200,1300 --screenshot=docs/img/report.png "file://$(CURDIR)/$(word 2,$^)"
 
+notebooks: setup        ## for maintainers: make the notebooks from their sources; those of the pocket lab run (15 minutes)
+	$(RUN) benchmarks/notebooks.py
+
 docs: setup             ## build the documentation in site/; a broken link or anchor fails
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 
@@ -163,14 +166,14 @@ test: setup             ## lint and all tests, offline, on the CPU
 	$(MAKE) lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 
-# An environment with the versions of Colab's image. The notebook has to install atlas in it (2 GB, some minutes).
+# An environment with the versions of Colab's image. The notebooks have to install atlas in it (2 GB, some minutes).
 outputs/colab-image/.built: tests/colab_image.txt
 	rm -rf outputs/colab-image
 	$(PYTHON) -m venv outputs/colab-image
 	outputs/colab-image/bin/python -m pip install --quiet -r $<
 	@touch $@
 
-test-notebook: setup outputs/colab-image/.built   ## install and run the notebook in an environment like Colab's image
+test-notebook: setup outputs/colab-image/.built   ## install and run the notebooks, in an environment like Colab's image and in an empty one
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow tests/repo/test_notebook.py $(ARGS)
 
 test-slow: setup        ## the slow tests, which `make test` leaves out

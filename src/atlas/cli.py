@@ -261,6 +261,8 @@ def _pocket(parser: ArgumentParser) -> None:
     parser.add_argument("--config", default="configs/sft_pocket.yaml", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of world, base model, SFT and prompts (default: 0)")
     parser.add_argument("--dpo", action="store_true", help="a shorter SFT, then DPO, as a pipeline with one table")
+    made = "make base model, rows and prompts (with --dpo: also pairs), and stop"
+    parser.add_argument("--lab-only", action="store_true", help=made)
     _overrides(parser)
 
 

@@ -1,6 +1,7 @@
-"""The notebook's own cells: what they install, show, keep and go on from.
+"""The notebooks: what their sources give, and what their own cells install, show, keep and go on from.
 
-`make test-notebook` runs it in an environment with the versions of Colab's image, where its install cell has to work.
+`make test-notebook` runs them: those for Kaggle and Colab in an environment with the versions of Colab's image, those of the pocket
+lab in an empty one. Their install cells have to work there.
 """
 
 import json
@@ -9,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,34 +23,60 @@ import pytest
 from nbclient import NotebookClient
 
 from atlas.pocket.base import PocketPaths
-from rows import ROOT
+from atlas.pocket.pairs import pairs
+from rows import ROOT, write_rows
 
-NOTEBOOK = ROOT / "notebooks" / "kaggle_sft_t4.ipynb"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import notebooks
+
 IMAGE = ROOT / "outputs" / "colab-image"
 KEPT = ("torch", "ipython", "ipykernel", "jupyter_client", "traitlets", "tornado", "pyzmq", "numpy")
 
 
-def code_cells() -> list[str]:
-    return [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+def committed(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
 
 
-@pytest.fixture
-def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+@pytest.fixture(params=notebooks.TWINS)
+def cells(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The names that the first cells define: parameters and helpers."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     names: dict[str, Any] = {}
-    for source in code_cells()[:2]:
+    code = [cell.source for cell in committed(request.param).cells if cell.cell_type == "code"]
+    for source in code[:2]:
         exec(source, names)
-    exec(code_cells()[2].partition("if not installed():")[0], names)
+    exec(code[2].partition("if not installed():")[0], names)
     return names
 
 
-def test_notebook_is_committed_without_outputs():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in notebook.cells)
-    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    assert len(re.findall(r'^ATLAS = ".*"$', parameters.source, re.MULTILINE)) == 1
+@pytest.mark.parametrize("name", [*notebooks.TWINS, *notebooks.RUN])
+def test_the_committed_notebook_is_what_its_source_gives(name: str):
+    notebook, made = committed(name), notebooks.made(name)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    assert notebook == made, "run `make notebooks`"
+
+
+def test_the_notebooks_for_a_gpu_are_committed_without_outputs_and_the_others_with_all_of_theirs():
+    for name in notebooks.TWINS:
+        assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in committed(name).cells)
+    for name in notebooks.RUN:
+        code = [cell for cell in committed(name).cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run `make notebooks`"
+
+
+@pytest.mark.parametrize("name", notebooks.RUN)
+def test_committed_outputs_are_small_without_an_error_and_without_a_trace_of_the_machine(name: str):
+    outputs = [output for cell in committed(name).cells for output in cell.get("outputs", [])]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
+    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 2 and all(len(picture) < 100_000 for picture in pictures)
+    text = json.dumps([output for output in outputs if "image/png" not in output.get("data", {})])
+    assert len(text) < 1_000_000
+    assert not re.findall(r"/(?:tmp|root|home|work|usr|opt)/\S*|ipykernel\S*|site-packages\S*|\S*Warning\b.*", text)
+    assert socket.gethostname() not in text
 
 
 def test_without_an_address_the_notebook_says_what_to_set(cells: dict[str, Any]):
@@ -113,26 +141,31 @@ def test_the_stop_button_stops_the_command_once_and_lets_it_save(cells: dict[str
 
 
 class Machine:
-    """A machine as Colab lends it: a fresh copy of the image, and a folder to work in."""
+    """An environment with its kernel, and a folder to work in."""
 
     def __init__(self, home: Path, work: Path) -> None:
         self.work, self.python = work, home / "bin" / "python"
-        # Hard links: pip replaces files, it does not write into them.
-        subprocess.run(["cp", "-al", str(IMAGE.resolve()), str(home)], check=True)
         spec = home / "share" / "jupyter" / "kernels" / "image" / "kernel.json"
-        spec.parent.mkdir(parents=True)
+        spec.parent.mkdir(parents=True, exist_ok=True)
         argv = [str(self.python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         spec.write_text(json.dumps({"argv": argv, "display_name": "image", "language": "python"}))
         self.jupyter = str(home / "share" / "jupyter")
         self.said: list[tuple[float, str]] = []
+
+    @staticmethod
+    def of_image(home: Path, work: Path) -> "Machine":
+        """As Colab lends it: a fresh copy of the image."""
+        # Hard links: pip replaces files, it does not write into them.
+        subprocess.run(["cp", "-al", str(IMAGE.resolve()), str(home)], check=True)
+        return Machine(home, work)
 
     def versions(self) -> dict[str, str]:
         show = f"import importlib.metadata as m; print(*[m.version(n) for n in {KEPT}])"
         out = subprocess.run([str(self.python), "-c", show], capture_output=True, text=True, check=True, cwd="/").stdout
         return dict(zip(KEPT, out.split(), strict=True))
 
-    def execute(self, monkeypatch: pytest.MonkeyPatch, **parameters: object) -> nbformat.NotebookNode:
-        """Run the whole notebook in a kernel of the image, with these parameters."""
+    def execute(self, name: str, monkeypatch: pytest.MonkeyPatch, **parameters: object) -> nbformat.NotebookNode:
+        """Run the whole notebook in the environment's kernel, with these parameters."""
         said = self.said
 
         class Client(NotebookClient):
@@ -141,13 +174,13 @@ class Machine:
                     said.append((time.monotonic(), msg["content"]["text"]))
                 return super().process_message(msg, cell, cell_index)
 
-        notebook = nbformat.read(NOTEBOOK, as_version=4)
+        notebook = notebooks.made(name)
         (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
         cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
         self.work.mkdir(exist_ok=True)
         monkeypatch.setenv("JUPYTER_PATH", self.jupyter)
         monkeypatch.delenv("PYTHONPATH", raising=False)  # atlas is nowhere but where the notebook installs it
-        client = Client(notebook, timeout=1800, kernel_name="image", resources={"metadata": {"path": str(self.work)}})
+        client = Client(notebook, timeout=3600, kernel_name="image", resources={"metadata": {"path": str(self.work)}})
         try:
             client.execute()
         finally:
@@ -158,51 +191,64 @@ class Machine:
         return "".join(text for _, text in self.said)
 
 
-@pytest.mark.slow
-def test_the_notebook_in_colabs_image_stopped_and_gone_on_with(lab: PocketPaths, tmp_path: Path, monkeypatch):
-    if not (IMAGE / ".built").is_file():
-        pytest.skip("needs an environment with the versions of Colab's image: `make test-notebook` builds it")
-    checkout = tmp_path / "atlas-main"
+def copy_of_checkout(to: Path) -> Path:
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         if (ROOT / name).is_file():
-            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, checkout / name)
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, to / name)
+    return to
+
+
+def shown(notebook: nbformat.NotebookNode, kind: str) -> list[str]:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    return [output.data[kind] for output in outputs if kind in output.data]
+
+
+@pytest.mark.slow
+def test_stopped_on_kaggle_and_gone_on_with_on_colab_in_colabs_image(lab: PocketPaths, tmp_path: Path, monkeypatch):
+    if not (IMAGE / ".built").is_file():
+        pytest.skip("needs an environment with the versions of Colab's image: `make test-notebook` builds it")
+    checkout = copy_of_checkout(tmp_path / "atlas-main")
     overrides = [
         f"model.name={lab.base}",
-        f"data.train={lab.train}",
         f"eval.data.ifeval={lab.eval}",
         "eval.tasks=[{name: ifeval, max_gen_toks: 16}]",
-        "train.max_steps=600",
         "train.per_device_train_batch_size=2",
     ]
-    given = {"CONFIG": "configs/sft_pocket.yaml", "OVERRIDES": shlex.join(overrides), "SMOKE_STEPS": 2}
+    of_sft = [*overrides, f"data.train={lab.train}", "train.max_steps=600"]
+    given = {"CONFIG": "configs/sft_pocket.yaml", "OVERRIDES": shlex.join(of_sft)}
     given |= {"ATLAS": str(checkout), "QUESTION": "Tell me about the mill."}
 
-    first = Machine(tmp_path / "first", tmp_path / "work")
+    first = Machine.of_image(tmp_path / "first", tmp_path / "kaggle")
     before = first.versions()
-    first.execute(monkeypatch, STOP_AFTER_HOURS=30 / 3600, **given)
+    first.execute("kaggle_sft_t4", monkeypatch, STOP_AFTER_HOURS=30 / 3600, **given)
     said = first.text()
     assert "torchao 0.10.0 is removed" in said and f"in {tmp_path / 'first'}/lib" in said
     assert first.versions() == before, "the kernel's own packages, torch and numpy stay"
-    assert "no GPU: this will run on the CPU" in said and "this run can start" in said
+    assert "no GPU: this will run on the CPU" in said and "this run can start" in said and "sanity: passed" in said
     stopped = re.search(r"stopped by checkpoint.stop_after_hours=\S+ after step (\d+)/600", said)
     assert stopped and "Stopped after 0.00" in said and "exit status" not in said
     begun = max(when for when, text in first.said if "600 steps of 2 rows" in text)  # preflight says it before
     (ended,) = [when for when, text in first.said if "stopped by" in text]
     assert ended - begun > 5, "the log is live"
-    assert "stopped by" in (tmp_path / "work" / "outputs" / "log.txt").read_text()
+    assert "stopped by" in (tmp_path / "kaggle" / "outputs" / "log.txt").read_text()
 
-    # Another machine: the packages are gone, the folder is there still, and the run lies in what was attached.
-    (tmp_path / "work" / "outputs" / "run").rename(tmp_path / "attached")
-    second = Machine(tmp_path / "second", tmp_path / "work")
-    notebook = second.execute(monkeypatch, STOP_AFTER_HOURS=1.0, RESUME_FROM=str(tmp_path / "attached"), **given)
+    # Another machine has nothing but what was kept of the first one.
+    kept = tmp_path / "drive" / "atlas"
+    shutil.copytree(tmp_path / "kaggle" / "outputs", kept)
+    found = pairs(0, 32, ())
+    of_dpo = [*overrides, f"data.train={write_rows(tmp_path / 'pairs.jsonl', found)}", "train.max_steps=4"]
+    given |= {"DPO_CONFIG": "configs/dpo_pocket.yaml", "DPO_OVERRIDES": shlex.join(of_dpo)}
+    second = Machine.of_image(tmp_path / "second", tmp_path / "colab")
+    notebook = second.execute("colab_sft_t4", monkeypatch, STOP_AFTER_HOURS=1.0, KEEP_IN=str(kept), **given)
     said = second.text()
     assert f"resume from outputs/run/checkpoint-{stopped[1]}" in said and "done: 600 steps" in said
-    assert re.search(r"ifeval: tuned against base, 24 prompts in pairs", said)
-    shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
-    assert sum("image/png" in output.data for output in shown) >= 1
-    assert sum("the loss falls on exactly what" in output.data.get("text/html", "") for output in shown) == 1
-    (last,) = [output.text for output in notebook.cells[-1].outputs if output.name == "stdout"]
-    assert last.strip()
-    assert os.path.lexists(tmp_path / "work" / "outputs" / "run" / "manifest.json")
+    assert "ifeval: tuned against base, 24 prompts in pairs" in said
+    assert "ifeval: dpo against tuned, 24 prompts in pairs" in said
+    assert len(shown(notebook, "image/png")) >= 1
+    pages = shown(notebook, "text/html")
+    assert [sum(title in page for page in pages) for title in ("what is trained", "the run run", "the run dpo")] == [
+        1
+    ] * 3
+    assert all((kept / name / "manifest.json").is_file() for name in ("run", "dpo"))

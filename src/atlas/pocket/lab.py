@@ -60,6 +60,8 @@ def main(arguments: Namespace) -> int:
     print("== base model: a tokenizer and about 1 M parameters, pretrained on plain text of a small invented world")
     base = str(build(Path(loaded.config.model.name).parent, arguments.seed).base)
     step("base model")
+    if arguments.lab_only:
+        return DONE
 
     print("\n== audit: which tokens the loss will fall on")
     dump_audit(loaded)
@@ -121,6 +123,8 @@ def _with_dpo(arguments: Namespace) -> int:
     lab = build(Path(pipeline.config.model.name).parent, arguments.seed)
     print("\n== pairs: a reply that does all that was asked, against one that breaks an instruction or rambles on")
     write_pairs(lab, Path(pipeline.stages[1].config.data.train[0].name).parent, arguments.seed)
+    if arguments.lab_only:
+        return DONE
     report = run_pipeline(pipeline)
     verdicts = {(each["b"], each["a"]): each["verdict"] for each in report["comparisons"]}
     return DONE if verdicts["dpo", "sft"] == "better" else FAILED
