@@ -238,7 +238,20 @@ def _modules(names: typing.Iterable[str]) -> str:
 
 def _table(rows: list[list[str]]) -> str:
     head, *body = rows
-    return markdown_table([head, *([markdown_cell(cell) for cell in row] for row in body)])
+    return markdown_table([head, *([_cell(cell) for cell in row] for row in body)])
+
+
+def _cell(text: str) -> str:
+    """Text for a table. Between backticks an entity would stand as it is written, so code that needs one becomes HTML."""
+    parts = re.split(r"`([^`]*)`", text)
+    return "".join(
+        markdown_cell(part)
+        if at % 2 == 0
+        else f"`{part}`"
+        if markdown_cell(part) == part
+        else f"<code>{markdown_cell(part)}</code>"
+        for at, part in enumerate(parts)
+    )
 
 
 # The fields of `train`

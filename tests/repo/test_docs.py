@@ -540,6 +540,8 @@ def test_a_broken_link_stops_the_build(site: Path, tmp_path: Path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# Page\n[x](#nothing)\n")
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[0]
-    (tmp_path / "mkdocs.yml").write_text(re.sub(r"^(extra_css|  polyfills):.*\n", "", config, flags=re.MULTILINE))
+    (tmp_path / "mkdocs.yml").write_text(
+        re.sub(r"^(extra_css|extra_javascript|  polyfills):.*\n", "", config, flags=re.MULTILINE)
+    )
     done = build(tmp_path / "mkdocs.yml", tmp_path / "site")
     assert done.returncode != 0 and "#nothing" in done.stderr
