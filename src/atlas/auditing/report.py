@@ -4,7 +4,7 @@ import codecs
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import groupby, pairwise, zip_longest
 from operator import itemgetter
@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.auditing.pairs import ALL_KINDS, lengths_of_pairs
-from atlas.auditing.spans import IGNORED, NOTES, where
+from atlas.auditing.spans import IGNORED, NOTES, RowAudit, where
 from atlas.auditing.tokens import token_bytes
 from atlas.config.schema import TEXT
 from atlas.console import one_line
 from atlas.errors import UserError
 from atlas.files import digest, write_text, writing
-from atlas.models.template import PINNED_DATE, TemplateRefusedError
+from atlas.models.template import PINNED_DATE, Renderer, TemplateRefusedError
 from atlas.pages import counted, render, short
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from atlas.data.labeled import Labeled
     from atlas.data.tokenize import LabeledRow
 
@@ -78,19 +80,34 @@ def _side(
     labeled: "Labeled", table: dict[int, bytes], row: "LabeledRow", ids: list[int], labels: list[int]
 ) -> dict[str, Any]:
     """The record of a row's conversation; a pair has two."""
+    assert row.parsed is not None  # rows of the dataset are good rows
+    labeler, messages, tools = labeled.labeler, row.parsed.messages, row.parsed.tools
+    roles = role_spans(labeler.renderer, labeler.oracle.normalize if labeler.oracle else str, messages, tools)
+    return record(labeler.tokenizer, table, ids, labels, roles, row.audit, row.length)
+
+
+def record(
+    tokenizer: "PreTrainedTokenizerBase",
+    table: dict[int, bytes],
+    ids: list[int],
+    labels: list[int],
+    roles: list[dict[str, Any]],
+    audit: RowAudit | None,
+    length: int,
+) -> dict[str, Any]:
+    """What is recorded of a conversation's tokens. `table`: of `token_bytes`; `length`: its tokens before truncation."""
     mask = [int(label != IGNORED) for label in labels]
     pieces = [table[token] for token in ids]
-    assert row.parsed is not None  # rows of the dataset are good rows
     return {
         "text": b"".join(pieces).decode(errors="replace"),
-        "roles": _role_spans(labeled, row.parsed.messages, row.parsed.tools),
-        "length": row.length,
+        "roles": roles,
+        "length": length,
         "ids": ids,
-        "tokens": labeled.labeler.tokenizer.convert_ids_to_tokens(ids),
+        "tokens": tokenizer.convert_ids_to_tokens(ids),
         "bytes": [piece.hex() for piece in pieces],
         "mask": mask,
-        "oracle": row.audit.spans if row.audit else None,
-        "findings": [finding.as_json() for finding in row.audit.findings] if row.audit else None,
+        "oracle": audit.spans if audit else None,
+        "findings": [finding.as_json() for finding in audit.findings] if audit else None,
         "trained_text": _trained_text(pieces, mask),
     }
 
@@ -100,12 +117,12 @@ def _sides(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"": record} if "ids" in record else {name: record[name] for name in ("chosen", "rejected")}
 
 
-def _role_spans(labeled: "Labeled", messages: list[dict[str, Any]], tools: list[Any] | None) -> list[dict[str, Any]]:
+def role_spans(
+    renderer: Renderer, normalize: Callable[[str], str], messages: list[dict[str, Any]], tools: list[Any] | None
+) -> list[dict[str, Any]]:
     """Bytes of the text that each message adds to the rendering of the messages before it."""
-    labeler = labeled.labeler
-    normalize = labeler.oracle.normalize if labeler.oracle else str
     try:
-        texts = [labeler.renderer.text(messages[: end + 1], tools) for end in range(len(messages))]
+        texts = [renderer.text(messages[: end + 1], tools) for end in range(len(messages))]
     except (
         TemplateRefusedError
     ):  # a template that refuses the beginning of a conversation, a lone system turn for example
@@ -310,13 +327,28 @@ def show(records: list[dict[str, Any]], summary: dict[str, Any]) -> None:
 
 def page(records: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     """The page as HTML: verdict, facts, legend, and each recorded row with its trained tokens in colour."""
+    said = {name: summary[name] for name in ("verdict", "verdict_text", "tokenizer_findings")}
+    return page_of(records, facts(summary), has_pairs="pairs" in summary, **said)
+
+
+def page_of(
+    records: list[dict[str, Any]],
+    facts: list[tuple[str, str]],
+    verdict: str,
+    verdict_text: str,
+    tokenizer_findings: list[str],
+    has_pairs: bool = False,
+) -> str:
+    """The page of any audit; `verdict`: clean, warning or defect."""
     return render(
         "audit.html.jinja",
-        **{name: summary[name] for name in ("verdict", "verdict_text", "tokenizer_findings")},
+        verdict=verdict,
+        verdict_text=verdict_text,
+        tokenizer_findings=tokenizer_findings,
         colours=_COLOURS,
-        facts=facts(summary),
+        facts=facts,
         kinds=ALL_KINDS,
-        has_pairs="pairs" in summary,
+        has_pairs=has_pairs,
         rows=[_shown(record) for record in records],
     )
 

@@ -10,13 +10,14 @@ import os.path
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas.auditing.content import differences, excerpt
 from atlas.auditing.tokens import token_bytes
 from atlas.errors import UserError
-from atlas.models.template import Renderer, stop_token
+from atlas.models.template import PINNED_DATE, Renderer, stop_token
 
 if TYPE_CHECKING:
     import numpy as np
@@ -167,14 +168,14 @@ class RowAudit(NamedTuple):
 class Oracle:
     """Finds out, for one tokenizer and template, what has to be generated, and audits labels against it."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", today: date = PINNED_DATE) -> None:
         import numpy as np
 
         self.tokenizer = tokenizer
-        self.renderer = Renderer(tokenizer)
+        self.renderer = Renderer(tokenizer, today)
         self.stop = stop_token(tokenizer)
         self.header = _generation_prompt(tokenizer)
-        self._special = special_token_texts(tokenizer)
+        self.special = special_token_texts(tokenizer)
         table = token_bytes(tokenizer)
         pieces = [table.get(index, b"") for index in range(max(table) + 1)]
         self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int32)
@@ -226,7 +227,7 @@ class Oracle:
         if with_turn is not text and not text.startswith(with_turn[:end]):
             # The best guess: up to this turn's own stop token (no other special token before it), or as far as both agree.
             problem, at = "history", text.find(self.stop, start)
-            own = at >= 0 and not any(token in text[start:at] for token in self._special)
+            own = at >= 0 and not any(token in text[start:at] for token in self.special)
             end = at + len(self.stop) if own else _common_prefix(text, with_turn)
         return Turn(index, start, max(start, end), problem)
 

@@ -1,7 +1,7 @@
 """All sources of a config to one labelled mixture, with a ledger of every row that fell out or was cut."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,22 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Labeled:
         labeled = _mixed(parts, eval_parts, labeler, config)
     eval_ledgers = tuple(part.ledger for part in eval_parts)
     return replace(labeled, eval_dataset=evaluated, eval_ledgers=eval_ledgers, held_out=held)
+
+
+def label_given(
+    rows: "Dataset | Iterable[Mapping[str, Any] | Sequence[Mapping[str, Any]]]",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int | None,
+    max_bad_fraction: float,
+) -> Labeled:
+    """Rows that are in memory (a conversation may be its list of messages alone), labelled and audited as those of a source, in
+    their order. Raises `UserError` as `prepare`."""
+    known = {"model": {"name": "none"}, "data": {"train": [{"name": "rows"}]}, "output": {"dir": "none"}}
+    config = Config.model_validate({**known, "train": {"max_length": max_length}})
+    labeler = labeler_for(config, tokenizer)
+    part = _label(config.data.train[0], sources.in_memory(rows), labeler, config)
+    part.ledger.refuse_if_bad(max_bad_fraction)
+    return _mixed([part], [], labeler, config)
 
 
 def _label_all(given: Sequence[Source], labeler: Labeler, config: Config, max_rows: int | None) -> list[Part]:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -40,6 +40,24 @@ def format_of(source: Source, rows: Iterable[Mapping[str, Any]], formats: Mappin
     """The one of `formats` that a source has, told by the first of its rows. Raises `UserError` where they do not tell it."""
     first = [content(row) for row in islice(rows, DETECT_ROWS)]
     return detect(first, source.name, source.columns, source.format, formats)
+
+
+def in_memory(rows: "Dataset | Iterable[Mapping[str, Any] | Sequence[Mapping[str, Any]]]") -> "Dataset":
+    """Rows of one's own as those of a source; `Dataset` as it is. Raises `UserError` for what is no JSON."""
+    from datasets import Dataset
+
+    if isinstance(rows, Dataset):
+        return rows
+    texts = []
+    for number, row in enumerate(rows, 1):
+        try:
+            texts.append(json.dumps(row if isinstance(row, Mapping) else {"messages": list(row)}, ensure_ascii=False))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"data: row {number} is no plain JSON: {error}") from None
+    if not texts:
+        raise UserError("data: there are no rows")
+    table = Dataset.from_dict({"json": texts, "line": [*range(1, len(texts) + 1)], "file": ["rows"] * len(texts)})
+    return Dataset(table.data, table.info, fingerprint=digest("\n".join(texts)))
 
 
 def load_source(source: Source) -> "Dataset":

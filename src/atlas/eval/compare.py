@@ -18,10 +18,10 @@ from typing import Any
 from atlas.cli import command
 from atlas.console import say
 from atlas.errors import DONE, UserError
-from atlas.eval.stats import ALPHA, Difference, corrected, holm, paired_difference
+from atlas.eval.stats import ALPHA, Difference, corrected, estimates, holm, paired_difference
 from atlas.eval.store import METRICS, Reference, locked, read_metrics, read_records, read_references
 from atlas.files import replacing, write_text, writing
-from atlas.scores import Record, Run, markdown_cell, markdown_table, score_table, text_table
+from atlas.scores import Record, Run, Task, markdown_cell, markdown_table, score_table, text_table
 
 # A difference of these is only noted.
 _NOTED = ("dtype", "quantization", "hardware", "batch_size", "template_sha256")
@@ -70,6 +70,9 @@ class Comparison:
     def difference(self) -> Difference:
         """In the main metric."""
         return self.differences[self.main]
+
+    def __str__(self) -> str:
+        return as_text(self)
 
 
 @command("compare")
@@ -137,6 +140,36 @@ def _load(results: Path, name: str, task: str | None) -> tuple[Run, dict[str, Re
         raise UserError(f"{name} has no results of {task!r}, only of {', '.join(tasks) or 'nothing'}")
     wanted = [task] if task else list(tasks)
     return runs[name], {t: {r.key: r for r in read_records(results, name, t, tasks[t])} for t in wanted}
+
+
+def of_scores(a: Sequence[float], b: Sequence[float], task: str) -> Comparison:
+    """B against A by scores of one's own: one for each prompt, from 0 to 1, in the same order. Raises `UserError`."""
+    if len(a) != len(b):
+        raise UserError(f"compare: {len(a):,} scores and {len(b):,}: give one for each prompt, in the same order")
+    if not len(a):
+        raise UserError("compare: there are no scores")
+    if wrong := next((score for score in (*a, *b) if not 0 <= score <= 1), None):
+        raise UserError(f"compare: {wrong!r} is no score from 0 to 1")
+    (run_a, of_a), (run_b, of_b) = _run_of("A", a, task), _run_of("B", b, task)
+    return _compare(task, run_a, run_b, of_a, of_b)
+
+
+def _run_of(name: str, scores: Sequence[float], task: str) -> tuple[Run, Records]:
+    records = [
+        Record(key=key, scores={"score": float(score)}, groups=[], prompt="", text=None)
+        for key, score in enumerate(scores)
+    ]
+    scored = Task(
+        n=len(records),
+        metrics=estimates(records),
+        version=None,
+        data="",
+        generation=None,
+        num_fewshot=0,
+        limit=None,
+        chat_template=False,
+    )
+    return Run(name=name, tasks={task: scored}), {record.key: record for record in records}
 
 
 def _compare(task: str, a: Run, b: Run, of_a: Records, of_b: Records) -> Comparison:

@@ -12,6 +12,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -113,7 +114,8 @@ def push(folder: Path, repo: str, *, private: bool = True, access_checked: bool 
 @contextlib.contextmanager
 def _says_when_stopped(later: str) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the push with the message `later`."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    here = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)) if here else None
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -121,7 +123,8 @@ def _says_when_stopped(later: str) -> Iterator[None]:
         say(f"\nthe push was stopped. {later}", file=sys.stderr)
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if here:
+            signal.signal(signal.SIGTERM, before)
 
 
 def files_to_push(folder: Path) -> dict[str, Path]:

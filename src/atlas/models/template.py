@@ -157,8 +157,8 @@ class Renderer:
     changes nothing for messages of plain keys and takes a third of its time.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self.name = tokenizer.name_or_path
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", today: date = PINNED_DATE) -> None:
+        self.name, self.today = tokenizer.name_or_path, today
         self.special = dict(tokenizer.special_tokens_map)
         self.templates = {tools: tokenizer.get_chat_template(tools=[{}] if tools else None) for tools in (False, True)}
 
@@ -185,7 +185,7 @@ class Renderer:
         if not all(message.keys() <= _PLAIN_KEYS for message in chat):
             chat = compat.plain_messages(chat)
         values: dict[str, Any] = {"messages": chat, "tools": tools or None, "documents": None}
-        values |= {"add_generation_prompt": prompt, "strftime_now": PINNED_DATE.strftime, **self.special}
+        values |= {"add_generation_prompt": prompt, "strftime_now": self.today.strftime, **self.special}
         with template_errors(self.name):
             text, spans = compat.render_template(self.templates[bool(tools)], values, marked)
         refuse_empty(self.name, text, messages)

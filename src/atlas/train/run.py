@@ -7,7 +7,6 @@ import contextlib
 import os
 import shutil
 import signal
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from atlas.config import LoadedConfig, experiment, load_config, render_config
 from atlas.console import duration, say
 from atlas.data.batches import PACK, filled
 from atlas.device import Machine, choose_device, memory_gib
-from atlas.errors import DONE, FAILED, RunError, StoppedError, UserError
+from atlas.errors import DONE, RunError, StoppedError, UserError
 from atlas.files import flush, write_json
 from atlas.hub.card import write_card
 from atlas.hub.push import push
@@ -65,6 +64,17 @@ class FinishedRun:
     trainer: "Resumable | None"
     manifest: dict[str, Any]
 
+    @property
+    def result(self) -> dict[str, Any]:
+        """What the manifest says of the training: steps, epochs, losses, supervised tokens, seconds, peak memory."""
+        result: dict[str, Any] = self.manifest["result"]
+        return result
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the adapter's weights, or of the whole model's after full fine-tuning, as the manifest has it."""
+        return str(self.manifest.get("adapter_sha256") or self.manifest["model_sha256"])
+
 
 class Train(Protocol):
     """The job of a phase, as its entry file says it."""
@@ -99,20 +109,25 @@ def _one(phase: str, train: Train, arguments: Namespace) -> int:
             raise UserError(f"--dump-template-audit: the data of phase {phase!r} have no audit")
         audit(loaded)
         return DONE
-    run = train(loaded, arguments.resume)
+    finish(train, loaded, arguments.resume)
+    return DONE
+
+
+def finish(train: Train, loaded: LoadedConfig, resume: str) -> FinishedRun:
+    """The job, and the push where the config has one. Raises as `train` does, and `RunError` where nothing was learned or the push
+    failed."""
+    run = train(loaded, resume)
     if change_of(run.manifest["result"]) == 0.0:
         fresh = "lora_b_norm" in run.manifest["result"]
         what = "weights" if loaded.config.lora is None else "adapter (LoRA B is zero)" if fresh else "adapter"
-        print(
-            f"error: no step changed the {what}, so all scores would be those of the model it began with. "
-            f"{_why_unchanged(loaded, run.manifest['result']['steps'])}",
-            file=sys.stderr,
+        raise RunError(
+            f"no step changed the {what}, so all scores would be those of the model it began with. "
+            f"{_why_unchanged(loaded, run.manifest['result']['steps'])}"
         )
-        return FAILED
     output = loaded.config.output
     if output.hub_repo is not None and is_main_process():
         push(run.folder, output.hub_repo, private=output.hub_private, access_checked=True)
-    return DONE
+    return run
 
 
 def _why_unchanged(loaded: LoadedConfig, steps: int) -> str:

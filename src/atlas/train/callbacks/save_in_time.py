@@ -44,6 +44,7 @@ class SaveInTime(TrainerCallback):
         self.stop_in = stop_in
         self.received: int | None = None
         self._handlers: dict[int, Any] = {}
+        self._clock: threading.Timer | None = None
         self._saved = time.monotonic()
 
     def __enter__(self) -> "SaveInTime":
@@ -54,13 +55,24 @@ class SaveInTime(TrainerCallback):
                 self._handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._receive)
             if self.stop_in is not None:
                 signal.setitimer(signal.ITIMER_REAL, max(self.stop_in, 0.001))
+        elif (
+            self.stop_in is not None
+        ):  # signals go to the main thread, whose affair they are; the clock holds here, too
+            self._clock = threading.Timer(max(self.stop_in, 0.001), self._time_is_up)
+            self._clock.daemon = True
+            self._clock.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
         if self._handlers:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+    def _time_is_up(self) -> None:
+        self.received = self.received or signal.SIGALRM
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
