@@ -2,7 +2,9 @@
 
 import contextlib
 import gc
+import hashlib
 import importlib
+import json
 import multiprocessing
 import os
 import resource
@@ -14,9 +16,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas.config import load_config
+from atlas.eval.stats import estimate
 from atlas.models.weights import weight_files
 from atlas.train import dpo, sft
 from atlas.train.callbacks import samples
@@ -24,6 +27,7 @@ from atlas.train.run import FinishedRun
 from rows import ROOT
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 # Most runs take samples before and after training. With replies of 48 tokens these took longer than the training itself.
@@ -226,3 +230,59 @@ def together(count: int, *command: str) -> list[Started]:
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     ranks = [{"RANK": str(n), "LOCAL_RANK": str(n), "LOCAL_WORLD_SIZE": str(count)} for n in range(count)]
     return [Started(*command, environment=environment() | meeting | rank) for rank in ranks]
+
+
+TYPES = ("punctuation:no_comma", "change_case:english_lowercase", "startend:quotation")
+
+
+def add_run(results: Path, name: str, passed: "np.ndarray", **changes: Any) -> dict[str, Any]:
+    """A run of `passed` (prompts x 2 instructions) on ifeval, as `atlas eval` writes it."""
+    records = []
+    for key, (first, second) in enumerate(passed.tolist()):
+        groups = [[TYPES[key % 3], bool(first)], [TYPES[(key + 1) % 3], bool(second)]]
+        scores = {"prompt_strict": float(first and second), "inst_strict": (first + second) / 2}
+        asked = f"<|im_start|>user\nPrompt {key} | <b>?<|im_end|>\n<|im_start|>assistant\n"
+        records.append(
+            {
+                "key": key,
+                "scores": scores,
+                "groups": groups,
+                "prompt": asked,
+                "text": f"{name} says\u2028\x85\u2029 {key}.\x1b[2J",  # line breaks of Unicode, none of JSONL; clears a screen
+                "tokens": 5,
+            }
+            | {"stopped": True}
+        )
+    path = results / "eval" / name / "ifeval.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text(text, encoding="utf-8")
+    strict = estimate([r["scores"]["prompt_strict"] for r in records])
+    inst = estimate([2 * r["scores"]["inst_strict"] for r in records], [2] * len(records))
+    task = {
+        "version": 4.0,
+        "n": len(records),
+        "data": "d" * 64,
+        "generation": {"max_gen_toks": 1280, "do_sample": False},
+        "num_fewshot": 0,
+        "limit": None,
+        "chat_template": True,
+        "metrics": {
+            name: {"score": e.score, "stderr": e.stderr, "interval": list(e.interval)}
+            for name, e in (("prompt_strict", strict), ("inst_strict", inst))
+        },
+        "stop_rate": 0.9,
+        "mean_tokens": 5.0,
+        "records_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    noted = {"dtype": "float32", "quantization": None, "hardware": "CPU", "batch_size": 16, "template_sha256": "t"}
+    row = {
+        "name": name,
+        **{key: changes.pop(key, value) for key, value in noted.items()},
+        "tasks": {"ifeval": task | changes},
+    }
+    file = results / "metrics.json"
+    metrics = json.loads(file.read_text()) if file.is_file() else {"schema": 1, "runs": []}
+    metrics["runs"].append(row)
+    file.write_text(json.dumps(metrics))
+    return row

@@ -1,6 +1,7 @@
 """The functions of `import atlas`. What they need is imported when they are called."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -97,7 +98,8 @@ def label(
     from atlas.models.tokenizer import load_tokenizer
 
     if tokenizer is not None:
-        labeled = label_given(config, tokenizer, max_length, max_bad_fraction)
+        with _without_bars():
+            labeled = label_given(config, tokenizer, max_length, max_bad_fraction)
         if complaint := complaints(labeled.ledgers):
             raise UserError(complaint)
         return labeled
@@ -106,9 +108,25 @@ def label(
     of = (config if isinstance(config, LoadedConfig) else load_config(config)).config
     if of.data.streaming:
         raise UserError("label: this config streams its data; set data.streaming=false")
-    labeled = prepare(of, load_tokenizer(of))
+    with _without_bars():
+        labeled = prepare(of, load_tokenizer(of))
     gate(of, labeled)
     return labeled
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """`datasets` draws no bar, and draws its bars again afterwards."""
+    import datasets
+
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 @overload

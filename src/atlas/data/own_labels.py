@@ -251,6 +251,14 @@ class _Conversations:
     def _sorted(self) -> list[tuple[bytes, int]]:
         return sorted((text, index) for index in range(len(self)) if (text := self.text(index)))
 
+    def unused(self, used: set[int]) -> int:
+        """How many conversations have no row. Rows found by their text stand for all conversations that are equal."""
+        left = [index for index in range(len(self)) if index not in used]
+        if "_sorted" not in vars(self):
+            return len(left)
+        texts = {self.text(index) for index in used}
+        return sum(self.text(index) not in texts for index in left)
+
     def of(self, number: int, spelled: bytes) -> int | None:
         """Whose tokens these are: of the conversation in the row's place, if its text is the same as far as the row goes; else of
         the one with the longest beginning in common, if there is any."""
@@ -294,7 +302,7 @@ def audit_labels(
     return AuditReport(
         rows=tuple(audited),
         tokenizer_findings=tuple(tokenizer_findings(tokenizer)),
-        unused=len(given) - len({row.conversation for row in audited} - {None}),
+        unused=given.unused({row.conversation for row in audited if row.conversation is not None}),
         tokens_of={"stop": oracle.stop, "eos": tokenizer.eos_token, "pad": tokenizer.pad_token},
         _records=(*bad, *good),
     )
