@@ -24,6 +24,7 @@ from atlas.scores import markdown_cell, markdown_table, shown
 from lessons import score_rows as lesson_rows
 from lessons_dpo import start_rows
 from measured import MEASURED
+from public_api import api_reference
 from reference import TABLES as REFERENCE
 
 FIGURES = Path("figures")
@@ -529,6 +530,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "scaling-time": scaling_time,
     "template-matrix": template_matrix,
     "install": install,
+    "api-reference": api_reference,
     **REFERENCE,
 }
 

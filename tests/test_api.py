@@ -23,6 +23,7 @@ import atlas
 from atlas import AuditReport, UserError, audit, compare, label, load_config, run_dpo, run_sft
 from atlas.pocket import world
 from rows import ROOT, TOOLS, USER, answer, chat
+from runs import add_run
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CHATS = [

@@ -130,11 +130,11 @@ def _without_bars() -> Iterator[None]:
 
 
 @overload
-def compare(a: str, b: str, *, results_dir: str | Path = ..., task: str | None = ...) -> "Comparison": ...
+def compare(a: str, b: str, *, results_dir: str | Path = "results", task: str | None = None) -> "Comparison": ...
 
 
 @overload
-def compare(a: Sequence[float], b: Sequence[float], *, task: str | None = ...) -> "Comparison": ...
+def compare(a: Sequence[float], b: Sequence[float], *, task: str | None = None) -> "Comparison": ...
 
 
 def compare(

@@ -27,7 +27,8 @@ class StoppedError(Exception):
 
     def __init__(self, text: str, number: int) -> None:
         super().__init__(text)
-        self.status = 128 + number  # what a shell expects
+        self.status: int = 128 + number
+        """The exit status that a shell expects of a process that this signal ends."""
 
 
 def first_line(error: BaseException) -> str:

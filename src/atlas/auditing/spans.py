@@ -94,13 +94,18 @@ _KINDS_OF_TOKENS = ("", "leak", "missing", "straddle", "text")
 
 @dataclass(frozen=True)
 class Finding:
-    """One defect. `turn` is the message's index in its row (-1: row or tokenizer), `start`, `end` are bytes of its text."""
+    """One defect."""
 
     kind: str
+    """What is wrong: `leak`, `missing`, ...; docs/findings_reference.md explains each."""
     turn: int
+    """The message's index in its row; -1: of the whole row, or of the tokenizer."""
     start: int
+    """First byte of the row's text."""
     end: int
+    """Behind the last byte; 0: of the whole row."""
     text: str
+    """What stands there, or what is wrong, for people."""
     side: str = ""
     """Of a pair: chosen or rejected."""
 

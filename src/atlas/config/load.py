@@ -51,13 +51,16 @@ _Layers = list[tuple[str, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A config with the source of each value given (dotted path -> file name or "command line") and its hash."""
+    """A config, where each of its values comes from, and its hash."""
 
     config: Config
+    """The typed tree: `config.data.train`, `config.train_value("learning_rate")`. Its keys are those of the config reference."""
     sources: Mapping[str, str]
+    """Of each value that was given: dotted path -> file name or "command line"."""
 
     @property
     def config_hash(self) -> str:
+        """The same for configs that train the same."""
         return config_hash(self.config)
 
 
@@ -65,10 +68,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), phase: str | No
     """Read `path`, deep-merge it over the `base.yaml` beside it, where there is one, then apply `key=value` overrides.
 
     Lists are replaced, not joined. A file may name another base (`base: PATH`, relative to itself), which may have a base too,
-    or none (`base: null`). A file that does not exist may be one that atlas brings along, given as NAME or `configs/NAME`.
-    The override `preset=NAME` (`--preset`) puts a preset for a kind of machine over `base.yaml` and below all else. `phase` is that
-    of the command, if the command has one; else the file says it (`phase: NAME`), or it is sft.
-    Raises `UserError` with file and key for anything wrong.
+    or none (`base: null`).
+
+    Args:
+        path: A YAML file. If it does not exist, it may be one that atlas brings along, given as NAME or `configs/NAME`.
+        overrides: Texts such as `train.seed=1`. `preset=NAME` puts a preset for a kind of machine over `base.yaml` and below
+            all else.
+        phase: `sft` or `dpo`, where only that one is right. Else the file says it (`phase: NAME`), or it is sft.
+
+    Raises:
+        UserError: Anything wrong, with file and key.
     """
     path = find_config(Path(path))
     layers, given = _layers(path), [(_COMMAND_LINE, _override(text)) for text in overrides]

@@ -70,12 +70,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Labeled:
-    """A phase's rows, ready for its trainer (the labeler's columns: `input_ids` and `labels`; for pairs `prompt_ids`, `chosen_ids`
-    and `rejected_ids`), their ledgers, and a fingerprint of all of them."""
+    """Rows, ready for a trainer, and what became of each.
+
+    Their columns are `input_ids` and `labels`; of pairs `prompt_ids`, `chosen_ids` and `rejected_ids`.
+    """
 
     dataset: "Dataset | IterableDataset"
+    """What is trained on, in this order."""
     ledgers: tuple[SourceLedger, ...]
+    """One for each source."""
     fingerprint: str
+    """SHA-256 of all ids and labels."""
     lengths: dict[str, int]
     """Percentiles of the rows' tokens before truncation."""
     labeler: Labeler
@@ -88,6 +93,7 @@ class Labeled:
     read_of_rows: np.ndarray
     """The same, as the model reads them: of a pair its prompt twice, and both answers."""
     eval_dataset: "Dataset | None" = None
+    """Held-out rows; None where the config has none."""
     eval_ledgers: tuple[SourceLedger, ...] = ()
     """Of the sources of `data.eval`."""
     held_out: HeldOut | None = None
@@ -134,10 +140,12 @@ class Labeled:
 
     @property
     def supervised_tokens(self) -> int:
+        """Tokens that the loss falls on, in all rows."""
         return sum(ledger.supervised_tokens for ledger in self.ledgers)
 
     @property
     def tokens(self) -> int:
+        """Tokens of all rows, without padding."""
         return sum(ledger.tokens for ledger in self.ledgers)
 
     def table(self) -> str:

@@ -121,18 +121,24 @@ SET_ASIDE = {
 
 @dataclass
 class SourceLedger:
-    """What became of the rows of one source. `dropped` and `examples` are keyed by reason; an example is (place, detail)."""
+    """What became of the rows of one source. `dropped` and `set_aside` are keyed by reason."""
 
     noun: ClassVar = "row"
     name: str
+    """Path or Hub id of the source."""
     rows: int = 0
+    """Rows that were read."""
     format: str = "messages"
     repeated: int = 0
     """Used rows that are repetitions: the config asks for more rows than there are."""
     used: int = 0
+    """Rows to train on."""
     cut: int = 0
+    """Used rows that are longer than `max_length`."""
     tokens: int = 0
+    """Of used rows, after the cut."""
     supervised_tokens: int = 0
+    """Of used rows: tokens that the loss falls on."""
     shortened: int = 0
     """Used rows that lost supervised tokens to `max_length`."""
     lost_supervised_tokens: int = 0
@@ -142,6 +148,7 @@ class SourceLedger:
     set_aside: dict[str, int] = field(default_factory=dict)
     """Good rows that are not trained on: duplicates, held-out ones, those beyond the source's weight."""
     examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    """(place, detail) of the first rows that were dropped, by reason."""
     cut_stops: int = 0
     """Answers whose stop token `max_length` cut off."""
     cut_answers: int = 0

@@ -269,7 +269,8 @@ class _Conversations:
         near = [own] if own is not None else []
         near += [index for _, index in self._sorted[max(at - 1, 0) : at + 1]]
         shared, found = max(((_shared(self.text(index), spelled), index) for index in near), key=lambda one: one[0])
-        return found if shared else own
+        is_own = own is not None and isinstance(self.parsed[own], str) and shared < len(spelled)
+        return found if shared and not is_own else own
 
 
 def audit_labels(

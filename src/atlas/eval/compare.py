@@ -49,6 +49,7 @@ class Comparison:
     """B against A on one task."""
 
     task: str
+    """Its name."""
     a: Run
     b: Run
     records: tuple[Records, Records]
@@ -59,11 +60,12 @@ class Comparison:
 
     @property
     def n(self) -> int:
+        """How many prompts both have."""
         return len(self.records[0])
 
     @property
     def main(self) -> str:
-        """The main metric."""
+        """The name of the main metric."""
         return next(iter(self.differences))
 
     @property

@@ -63,6 +63,7 @@ class Difference:
     """B minus A on the same prompts. p and interval agree: 0 lies outside of the one exactly when the other is below 5 %."""
 
     value: float
+    """From -1 to 1."""
     interval: tuple[float, float]
     """95 %, of this comparison alone."""
     p: float

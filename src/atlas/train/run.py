@@ -57,12 +57,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run: the folder with adapter (or whole model), tokenizer and manifest, and the trainer with the model still in
-    memory (None where the run had been finished before)."""
+    """A finished run."""
 
     folder: Path
+    """With adapter (or whole model), tokenizer, reports and manifest."""
     trainer: "Resumable | None"
+    """TRL's trainer, with the model still in memory; None where the run had been finished before."""
     manifest: dict[str, Any]
+    """As in `manifest.json`."""
 
     @property
     def result(self) -> dict[str, Any]:
