@@ -54,13 +54,14 @@ _PLACES = {
     "atlas.train.run": ("FinishedRun",),
 }
 
+if not TYPE_CHECKING:  # to a type checker a name that is not there is an error
 
-def __getattr__(name: str) -> Any:
-    for place, names in _PLACES.items():
-        if name in names:
-            value = globals()[name] = getattr(import_module(place), name)
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        for place, names in _PLACES.items():
+            if name in names:
+                value = globals()[name] = getattr(import_module(place), name)
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
