@@ -20,6 +20,7 @@ from typing import Any
 from atlas.errors import DONE, FAILED
 from atlas.eval.stats import wilson
 from atlas.pocket.lab import score_rows
+from atlas.report.experiment import index_table
 from atlas.scores import markdown_cell, markdown_table, shown
 from lessons import score_rows as lesson_rows
 from lessons_dpo import start_rows
@@ -95,6 +96,11 @@ def merged_dpo(figures: Path) -> str:
         return NOT_YET.format("lessons-dpo")
     report = _read(figures / "lessons_dpo.json")
     return _captioned([["measured", ""], *([name, f"{value:.4g}"] for name, value in report["merged"].items())], report)
+
+
+def experiments(figures: Path) -> str:
+    """The log of experiments, from its pages."""
+    return index_table(figures.parent / "docs" / "experiments")
 
 
 def kills(figures: Path, name: str = "kills") -> str:
@@ -512,6 +518,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "lessons": lessons,
     "lessons-dpo": lessons_dpo,
     "merged-dpo": merged_dpo,
+    "experiments": experiments,
     "kills": kills,
     "kills-dpo": partial(kills, name="kills_dpo"),
     "audit-cost": audit_cost_table,

@@ -15,6 +15,7 @@ import pytest
 from atlas import pipeline
 from atlas.models.weights import weights_sha256
 from atlas.pocket import pairs, world
+from atlas.report import experiment
 from rows import ROOT, write_rows
 from runs import SERVER, Started, environment
 
@@ -116,6 +117,14 @@ def test_from_a_base_model_to_the_table_and_again(
     parent = json.loads(Path("dpo/manifest.json").read_text())["parent"]
     assert parent["sha256"] == stages["sft"]["adapter_sha256"]
 
+    assert experiment.main(["results", "--title", "both"]) == 0
+    text = Path("experiments/001-both.md").read_text()
+    for name in ("sft", "dpo"):
+        assert f"## Run {name}\n" in text and f"config hash: `{stages[name]['config_hash']}`" in text
+    for each in report["comparisons"]:
+        assert f"{100 * each['value']:+.1f} points of prompt_strict" in text
+    assert f"## Command\n\n`{report['command']}`" in text and "| ifeval, 6 prompts | base | sft | dpo |" in text
+
     # One stage alone, which is trained anew: its scores of before are those of other weights.
     shutil.rmtree("dpo")
     copies.clear()
@@ -127,6 +136,9 @@ def test_from_a_base_model_to_the_table_and_again(
     assert "the scores of dpo in results/metrics.json are those of other weights: they are replaced" in changed
     after = json.loads(Path("results/pipeline.json").read_text())["stages"]
     assert after[0] == report["stages"][0] and after[1]["adapter_sha256"] != stages["dpo"]["adapter_sha256"]
+
+    Path("results/pipeline.json").write_text(json.dumps(report))
+    assert experiment.main(["results"]) == 2 and "is about other weights" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -190,6 +190,15 @@ def _report(parser: ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, metavar="FILE", help=f"(default: {default})")
 
 
+def _experiment(parser: ArgumentParser) -> None:
+    about = "output.dir of a run that is finished and scored, or the results folder of a pipeline"
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help=about)
+    parser.add_argument("--hypothesis", metavar="TEXT", help="what was expected, and why (default: to be filled in)")
+    parser.add_argument("--title", metavar="TEXT", help="(default: the name of the run or of the pipeline)")
+    where = "folder of the log (default: docs/experiments where that exists, else experiments)"
+    parser.add_argument("--to", type=Path, metavar="DIR", help=where)
+
+
 def _generate(parser: ArgumentParser) -> None:
     parser.add_argument(
         "prompt", nargs="?", help="the question; `-` reads it from standard input; none: a conversation"
@@ -290,6 +299,9 @@ COMMANDS = {
         "atlas.eval.winrate", "which of two models answers better, by a judge? or is it luck?", _winrate
     ),
     "report": Command("atlas.report.page", "report.html: how a run went; several runs side by side", _report),
+    "experiment": Command(
+        "atlas.report.experiment", "a page in the log of experiments: hypothesis, run, scores, verdict", _experiment
+    ),
     "generate": Command("atlas.eval.generate", "one reply of a tuned model", _generate),
     "chat": Command("atlas.eval.generate:chat", _CHAT, _generate),
     "push": Command("atlas.hub.push", "push a finished run to the Hub", _push),
@@ -304,7 +316,7 @@ def main() -> int:
     name, *arguments = sys.argv[1:] or [""]
     if name in ("", "-h", "--help"):
         print("usage: atlas COMMAND [arguments]\n")
-        print("\n".join(f"  {name:<9} {command.what}" for name, command in COMMANDS.items()))
+        print("\n".join(f"  {name:<10} {command.what}" for name, command in COMMANDS.items()))
         print("\n`atlas COMMAND --help` shows the arguments of one.")
         return DONE if name else WRONG_INPUT
     if name == "--version":

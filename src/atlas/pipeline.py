@@ -33,12 +33,13 @@ from atlas.config.load import find_config, phase_named, read_yaml
 from atlas.console import say, size
 from atlas.errors import DONE, RunError, StoppedError, UserError
 from atlas.eval.compare import Comparison, as_markdown, as_text, compared, plot
-from atlas.eval.store import METRICS, read_metrics, read_references
+from atlas.eval.store import METRICS, PIPELINE, read_metrics, read_references
 from atlas.files import exists, read_object, write_json, write_text, writing
-from atlas.scores import Run, name_problem, score_table, text_table
+from atlas.launch import command_line
+from atlas.report.scores import pipeline_rows
+from atlas.scores import Run, name_problem, text_table
 
 ALL, BASE = "all", "base"
-RESULT = "pipeline.json"
 _AGAIN = "run the same command again: what is finished is skipped, and a stage that was broken off resumes"
 PROCESSES = multiprocessing.get_context("spawn")
 _STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM}
@@ -526,6 +527,7 @@ def _close(pipeline: Pipeline) -> dict[str, Any]:
     report = {
         "format": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
         "pipeline": pipeline.path.name,
         "stages": [_said_of(stage) for stage in pipeline.stages],
         "runs": {name: run for run, name in names.items()},
@@ -536,7 +538,7 @@ def _close(pipeline: Pipeline) -> dict[str, Any]:
             for each in found
         ],
     }
-    result, page = pipeline.results / RESULT, pipeline.results / "comparison.md"
+    result, page = pipeline.results / PIPELINE, pipeline.results / "comparison.md"
     with writing(result):
         write_json(result, report)
         write_text(page, as_markdown(found, read_references(pipeline.results)))
@@ -571,24 +573,10 @@ def _scores(runs: Mapping[str, Run], names: Mapping[str, str]) -> dict[str, dict
 
 def table(report: Mapping[str, Any]) -> str:
     """A pipeline's result: the scores of base model and stages side by side, and whether each difference may be luck."""
-    from atlas.scores import Scores
-
     lines = []
-    for task, columns in report["scores"].items():
-        scores = {name: Scores.model_validate_json(json.dumps(found)) for name, found in columns.items()}
-        n = next(iter(scores.values())).n
-        rows = score_table(f"{task}, {n:,} prompts", scores)
-        lines += [text_table(rows, "<" + ">" * len(scores)), ""]
-        rows = [["", "difference (95 %)", "p", "verdict"]]
-        for each in report["comparisons"]:
-            if each["task"] == task:
-                low, high = each["interval"]
-                p = "<0.0001" if each["p"] < 0.0001 else f"{each['p']:.4f}"
-                change = f"{100 * each['value']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-                rows.append([f"{each['b']} against {each['a']}", change, p, each["verdict"]])
-        metric, among = report["comparisons"][0]["metric"], report["comparisons"][0]["among"]
-        note = f"  points of {metric}, prompt by prompt; verdicts corrected for the {among} comparisons (Holm)"
-        lines += [text_table(rows, "<>><"), note, ""]
+    for scores, differences, note in pipeline_rows(report):
+        lines += [text_table(scores, "<" + ">" * (len(scores[0]) - 1)), ""]
+        lines += [text_table(differences, "<>><"), f"  {note}", ""]
     return "\n".join(lines).rstrip()
 
 

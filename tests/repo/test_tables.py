@@ -21,7 +21,7 @@ def test_tables_of_readme_and_docs_are_those_of_figures(monkeypatch: pytest.Monk
 
 
 def test_every_table_stands_somewhere_and_is_rewritten():
-    pages = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    pages = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
     for name in tables.TABLES:
         assert f"<!-- {name} -->\n" in pages and f"<!-- /{name} -->" in pages
         stale = f"<!-- {name} -->\n| 99 |\n<!-- /{name} -->"

@@ -21,6 +21,8 @@ from atlas.lock import held
 from atlas.scores import ALL_KEYS, Metrics, Published, Record, Run, Stored, Task, first_problem
 
 METRICS = "metrics.json"
+PIPELINE = "pipeline.json"
+"""What a pipeline has come to, beside it."""
 _AGAIN = "make room, and run the same command again"  # in the same folder: it continues after the tasks that are there
 
 

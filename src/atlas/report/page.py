@@ -180,13 +180,14 @@ def _samples(folders: Sequence[Folder]) -> list[dict[str, Any]]:
 
 def _facts(folders: Sequence[Folder]) -> list[list[str]]:
     """What is to be known of each run, side by side: a row for each thing that at least one run has."""
-    columns = [_facts_of(folder) for folder in folders]
+    columns = [facts_of(folder) for folder in folders]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
     return [["", *(folder.name if len(folders) > 1 else "" for folder in folders)], *rows]
 
 
-def _facts_of(folder: Folder) -> dict[str, str]:
+def facts_of(folder: Folder) -> dict[str, str]:
+    """What is to be known of a run, by name."""
     manifest, config = folder.manifest, folder.config
     result = manifest.get("result", {})
     found = {

@@ -1,6 +1,7 @@
 """The stored scores of a run, and whether they are better than those of what it began with."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from atlas.eval.compare import Comparison, comparison
 from atlas.eval.store import read_metrics
 from atlas.hub.card import stored_runs
 from atlas.report.folder import Folder
-from atlas.scores import PublicRun
+from atlas.scores import PublicRun, Scores, score_table
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,20 @@ def side_by_side(folders: Sequence[Folder], all_scored: Sequence[Scored]) -> lis
 def results_dir(folder: Folder) -> Path:
     config: dict[str, Any] = folder.config
     return Path(config["output.results_dir"])
+
+
+def pipeline_rows(report: Mapping[str, Any]) -> Iterator[tuple[list[list[str]], list[list[str]], str]]:
+    """Of each task in what pipeline.json holds: the scores of base model and stages side by side, their differences (both with a
+    head), and what has to be known with them."""
+    for task, columns in report["scores"].items():
+        scores = {name: Scores.model_validate_json(json.dumps(found)) for name, found in columns.items()}
+        of_task = [each for each in report["comparisons"] if each["task"] == task]
+        differences = [["", "difference (95 %)", "p", "verdict"]]
+        for each in of_task:
+            low, high = each["interval"]
+            p = "<0.0001" if each["p"] < 0.0001 else f"{each['p']:.4f}"
+            change = f"{100 * each['value']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+            differences.append([f"{each['b']} against {each['a']}", change, p, each["verdict"]])
+        metric, among = of_task[0]["metric"], of_task[0]["among"]
+        note = f"points of {metric}, prompt by prompt; verdicts corrected for the {among} comparisons (Holm)"
+        yield score_table(f"{task}, {next(iter(scores.values())).n:,} prompts", scores), differences, note
