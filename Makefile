@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons lessons-dpo test test-slow test-notebook lint sanity sft sft-smoke dpo dpo-smoke all data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture notebooks docs release clean
+.PHONY: help setup pocket lessons lessons-dpo shares test test-slow test-notebook lint sanity sft sft-smoke dpo dpo-smoke all data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture notebooks docs release clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,9 @@ lessons: setup          ## five lessons of the recipe on the pocket lab, each wi
 
 lessons-dpo: setup      ## wrong ways to begin DPO, as numbers on the pocket lab (about two minutes)
 	$(RUN) benchmarks/lessons_dpo.py
+
+shares: setup           ## five shares of rows with checkable constraints on the pocket lab: which one is enough? (about 10 minutes)
+	$(RUN) benchmarks/shares.py
 
 sanity: setup           ## a few steps of the run, and what they prove: a verdict line each (about a minute on the pocket lab)
 	$(RUN) -m atlas.train.sanity --config $(CONFIG) $(ARGS)
