@@ -14,10 +14,10 @@ _FLAGS = [
 ]
 
 
-def dom(page: Path) -> str:
+def dom(page: Path, *flags: str, query: str = "") -> str:
     """The page's HTML after Chromium has read it and has run its scripts. Skips the test where no Chromium is installed."""
     browser = next(filter(None, map(shutil.which, _NAMES)), None)
     if browser is None:
         pytest.skip("needs Chromium")
-    command = [browser, *_FLAGS, f"--user-data-dir={page.parent / 'profile'}", page.as_uri()]
+    command = [browser, *_FLAGS, *flags, f"--user-data-dir={page.parent / 'profile'}", page.as_uri() + query]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

@@ -27,6 +27,7 @@ from atlas import cli
 from atlas.config import load_config
 from atlas.config.fields import SCHEMAS
 from atlas.data.ledger import REASONS
+from browser import dom
 from rows import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -459,10 +460,17 @@ def build(config: Path, folder: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
 
 
+@pytest.mark.xdist_group("site")
 def test_the_site_is_built_and_loads_nothing_from_a_network(site: Path):
     pages = {path.name: path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
     assert len(pages) > 20 and not all_problems(loads, pages) and not all_problems(torn, pages)
     assert not all_problems(loads, {path.name: path.read_text(encoding="utf-8") for path in site.rglob("*.css")})
+
+
+@pytest.mark.xdist_group("site")
+def test_the_search_finds_a_message_on_pages_that_are_files(site: Path):
+    shown = dom(site / "index.html", "--virtual-time-budget=10000", query="?q=punkt_tab")
+    assert "troubleshooting.html" in "".join(re.findall(r'href="([^"]*\?h=[^"]*)"', shown))
 
 
 def loads(page: str) -> Problems:
@@ -543,6 +551,7 @@ def test_a_check_without_explanation_is_found():
     assert unnamed_checks(runs, docs("sanity.md")) == ["disk"]
 
 
+@pytest.mark.xdist_group("site")
 def test_a_broken_link_stops_the_build(site: Path, tmp_path: Path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# Page\n[x](#nothing)\n")
