@@ -299,13 +299,15 @@ def train_own(_: Path) -> str:
 
 def train_recipe(_: Path) -> str:
     """Where atlas' default is not the library's."""
-    table = [["key", "phase", "atlas", "the library"]]
+    rows: dict[tuple[str, str, str], list[str]] = {}
     for phase, one in SCHEMAS.items():
         for name, value in one.recipe.items():
             theirs = one.fields()[name]
-            if theirs.has_default and theirs.default == value:
-                continue
-            table.append([f"`train.{name}`", phase, f"`{as_yaml(value)}`", _default(theirs)])
+            if theirs.has_default and theirs.default != value:
+                rows.setdefault((name, as_yaml(value), as_yaml(theirs.default)), []).append(phase)
+    table = [["key", "phases", "atlas", "the library"]]
+    for (name, ours, default), phases in rows.items():
+        table.append([f"`train.{name}`", ", ".join(phases), f"`{ours}`", f"`{default}`"])
     return _table(table)
 
 
