@@ -3,12 +3,14 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +391,22 @@ def test_a_run_that_learns_nothing_is_a_run_error(sft_args: list[str]):
     config = load_config(sft_args[1], [*sft_args[2:], "train.max_steps=1", "train.warmup_steps=5"])
     with pytest.raises(atlas.RunError, match="no step changed the adapter"):
         run_sft(config)
+
+
+def test_a_signal_stops_a_run_and_the_handlers_come_back(sft_args: list[str], tmp_path: Path):
+    config = load_config(sft_args[1], [*sft_args[2:], "train.max_steps=500"])
+    log, before = tmp_path / "out" / "run.log", signal.getsignal(signal.SIGINT)
+
+    def stop() -> None:
+        while not (log.is_file() and "1/500" in log.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(atlas.StoppedError, match=r"stopped by SIGINT after step .* is whole") as stopped:
+        run_sft(config, quiet=True)
+    assert stopped.value.status == 130 and signal.getsignal(signal.SIGINT) == before
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_in_a_thread_the_clock_stops_a_run(sft_args: list[str]):

@@ -68,9 +68,9 @@ class AuditedRow:
     """Why nothing can be said of the row; None: it was judged."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AuditReport:
-    """What `audit` found. `print(report)` shows the summary."""
+    """What `audit` found. `print(report)`, and a notebook, show the summary."""
 
     rows: tuple[AuditedRow, ...]
     """One for each row, in the order in which they were given."""
@@ -80,7 +80,7 @@ class AuditReport:
     """Conversations of which there is no row."""
     tokens_of: dict[str, str | None]
     """The token that ends an answer (`stop`), and the tokenizer's `eos` and `pad`."""
-    _records: tuple[dict[str, Any], ...] = field(repr=False, default=())
+    _records: tuple[dict[str, Any], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -125,7 +125,7 @@ class AuditReport:
             write_text(path, page_of(list(self._records), self._facts(), verdict, text, of_tokenizer))
         return path
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         verdict, text = self._verdict
         lines = [f"audit {verdict}: {text}", *(f"  {name:<17}{value}" for name, value in self._facts())]
         lines += [f"  stop: {finding.text}" for finding in self.tokenizer_findings]

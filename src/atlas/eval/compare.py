@@ -44,7 +44,7 @@ class Group:
     p: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """B against A on one task."""
 
@@ -73,7 +73,7 @@ class Comparison:
         """In the main metric."""
         return self.differences[self.main]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return as_text(self)
 
 
