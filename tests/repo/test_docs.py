@@ -415,6 +415,20 @@ def test_every_check_is_explained():
     assert unnamed_checks(docs("preflight.md"), docs("sanity.md")) == []
 
 
+def test_every_command_that_answers_with_its_status_is_named():
+    answers = [name for name, one in cli.COMMANDS.items() if re.search(r"return .*\bFAILED\b", _source(one.place))]
+    assert {"sanity", "pocket"} <= set(answers)
+    page = docs("exit_statuses.md")
+    assert not [
+        name for name in answers if f"`atlas {name}" not in page and name != "data"
+    ]  # beside audit in its module
+
+
+def _source(place: str) -> str:
+    path = reference.SOURCE.parent / Path(*place.partition(":")[0].split("."))
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+
+
 def test_every_reason_of_the_ledger_is_explained():
     reasons = {node.value for node in _reasons() if isinstance(node, ast.Constant)}
     assert len(reasons) > 10 and reasons <= set(REASONS)
