@@ -21,7 +21,7 @@ from runs import run_arguments
 pytestmark = pytest.mark.xdist_group("snippets")  # they share a run
 ANSWER = "It is Mira."
 # tests/test_api.py runs those of python.md, which say something else.
-PAGES = (ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "python.md"}))
+PAGES = (ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {ROOT / "docs" / "python.md"}))
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
