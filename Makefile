@@ -17,7 +17,7 @@ else
 STAMP = .venv/.installed
 endif
 
-.PHONY: help setup pocket lessons lessons-dpo shares test test-slow test-notebook lint sanity sft sft-smoke dpo dpo-smoke all data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture notebooks docs release clean
+.PHONY: help setup pocket lessons lessons-dpo shares sft-if test test-slow test-notebook lint sanity sft sft-smoke dpo dpo-smoke all data audit eval compare winrate config preflight bench speed factory growth generate gpu kill strategies scaling layers matrix figures picture notebooks docs release clean
 
 help:                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -72,6 +72,10 @@ dpo: setup              ## the whole run of DPO, after `make sft`; pushes to out
 all: CONFIG = configs/pipeline_qwen05b.yaml
 all: setup              ## SFT, then DPO, scored and compared; what is finished is skipped, what was broken off resumes
 	$(RUN) -m atlas.pipeline --config $(CONFIG) $(ARGS)
+
+sft-if: setup           ## plain UltraChat and a share of rows with checkable constraints, both scored on IFEval and compared
+	$(RUN) -m atlas.pipeline --config configs/pipeline_qwen05b_if.yaml $(ARGS)
+	$(RUN) -m atlas.eval.compare sft_qwen05b sft_qwen05b_if
 
 preflight: setup        ## check in seconds what would make the run fail later
 	$(RUN) -m atlas.train.preflight --config $(CONFIG) $(ARGS)

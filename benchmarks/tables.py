@@ -27,8 +27,11 @@ from lessons_dpo import start_rows
 from measured import MEASURED
 from public_api import api_reference
 from reference import TABLES as REFERENCE
+from shares import enough
+from shares import score_rows as share_rows
 
 FIGURES = Path("figures")
+CURVE = Path("docs/img/shares.svg")
 PAGES = ("README.md", "docs/**/*.md", "notebooks/*.ipynb")
 
 
@@ -96,6 +99,52 @@ def merged_dpo(figures: Path) -> str:
         return NOT_YET.format("lessons-dpo")
     report = _read(figures / "lessons_dpo.json")
     return _captioned([["measured", ""], *([name, f"{value:.4g}"] for name, value in report["merged"].items())], report)
+
+
+def shares(figures: Path) -> str:
+    """Gain against the share of rows with checkable constraints."""
+    if not (figures / "shares.json").is_file():
+        return NOT_YET.format("shares")
+    report = _read(figures / "shares.json")
+    among = report["runs"][-1]["against_before"]["among"]
+    said = (
+        f"{report['runs'][0]['n']} prompts in pairs, differences in points; verdicts corrected for {among} comparisons (Holm); "
+        f"one training run each, with about {report['budget_tokens']:,} tokens. The smallest share with nine tenths of the largest "
+        f"gain: {enough(report['runs'])} %."
+    )
+    return _captioned(share_rows(report["runs"]), report, said)
+
+
+def share_curve(figures: Path) -> str:
+    """The same as a picture: strict scores with their intervals over the share."""
+    if not (figures / "shares.json").is_file():
+        return ""
+    runs = _read(figures / "shares.json")["runs"]
+    width, height, left, top, right, bottom = 560, 300, 58, 14, 540, 250
+
+    def at(share: float, score: float) -> tuple[str, str]:
+        x = left + 12 + (right - left - 24) * share / runs[-1]["share"]
+        return f"{x:.1f}", f"{bottom - (bottom - top) * score:.1f}"
+
+    parts = [f'<rect width="{width}" height="{height}" rx="6" fill="#fff"/>']
+    for score in (0, 0.25, 0.5, 0.75, 1):
+        _, y = at(0, score)
+        parts.append(f'<path d="M{left} {y}H{right}" stroke="#e5e8ec"/>')
+        parts.append(f'<text x="{left - 8}" y="{y}" dy="4" text-anchor="end">{100 * score:.0f} %</text>')
+    points = [at(run["share"], run["strict"]["score"]) for run in runs]
+    parts.append(
+        f'<path d="M{"L".join(" ".join(point) for point in points)}" fill="none" stroke="#9aa5b4" stroke-width="2"/>'
+    )
+    for run, (x, y) in zip(runs, points, strict=True):
+        low, high = (at(0, end)[1] for end in run["strict"]["interval"])
+        parts.append(f'<path d="M{x} {low}V{high}" stroke="#4a78b5" stroke-width="3"/>')
+        parts.append(f'<circle cx="{x}" cy="{y}" r="4.5" fill="#1b3a63"/>')
+        parts.append(f'<text x="{x}" y="{bottom + 20}" text-anchor="middle">{run["share"]}</text>')
+    what = f"% of the tokens in rows with constraints; y: prompts right (95 %), n = {runs[0]['n']}"
+    parts.append(f'<text x="{(left + right) / 2:.0f}" y="{bottom + 42}" text-anchor="middle">{what}</text>')
+    style = 'font-family="system-ui, sans-serif" font-size="13" fill="#333"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" {style}>'
+    return "\n".join([head, *parts, "</svg>\n"])
 
 
 def experiments(figures: Path) -> str:
@@ -518,6 +567,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "lessons": lessons,
     "lessons-dpo": lessons_dpo,
     "merged-dpo": merged_dpo,
+    "shares": shares,
     "experiments": experiments,
     "kills": kills,
     "kills-dpo": partial(kills, name="kills_dpo"),
@@ -590,6 +640,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 different.append(path)
                 if not arguments.check:
                     path.write_text(new, encoding="utf-8")
+    curve = share_curve(FIGURES)
+    if curve and CURVE.parent.is_dir() and (not CURVE.is_file() or CURVE.read_text(encoding="utf-8") != curve):
+        different.append(CURVE)
+        if not arguments.check:
+            CURVE.write_text(curve, encoding="utf-8")
     for path in different:
         print(f"{path}: {'differs from figures/' if arguments.check else 'rewritten'}")
     return FAILED if arguments.check and different else DONE
