@@ -159,7 +159,7 @@ picture: outputs/pocket/results/sft_template_audit.html outputs/pocket/sft/repor
 	$(BROWSER) --window-size=1000,700 --screenshot=docs/img/audit.png "file://$(CURDIR)/$<"
 	$(BROWSER) --window-size=1200,1300 --screenshot=docs/img/report.png "file://$(CURDIR)/$(word 2,$^)"
 
-notebooks: setup        ## for maintainers: make the notebooks from their sources; those of the pocket lab run (15 minutes)
+notebooks: setup        ## for maintainers: make the notebooks from their sources; those of the pocket lab run
 	$(RUN) benchmarks/notebooks.py
 
 docs: setup             ## build the documentation in site/; a broken link or anchor fails

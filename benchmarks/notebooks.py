@@ -8,6 +8,7 @@ and for Colab.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from tables import repository
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 TWINS = ("kaggle_sft_t4", "colab_sft_t4")
-RUN: tuple[str, ...] = ()
+RUN = ("pocket_tour", "dpo_pocket")
 _CODE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -50,7 +51,8 @@ def execute(notebook: nbformat.NotebookNode) -> None:
     metadata = notebook.metadata.copy()
     with TemporaryDirectory() as folder:
         where = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=None, record_timing=False, coalesce_streams=True, resources=where).execute()
+        client = NotebookClient(notebook, timeout=None, record_timing=False, coalesce_streams=True, resources=where)
+        client.execute(env={**os.environ, "HF_HOME": "cache"})  # an empty one, and no path of this machine is shown
     notebook.metadata = metadata  # the kernel adds this machine's versions
 
 

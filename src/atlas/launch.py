@@ -81,7 +81,9 @@ def set_up_torch() -> None:
 
 def command_line() -> str:
     """What was typed: `python -m MODULE ...` or the script's name, with its arguments; tokens as `***`. Of a process of several:
-    a command that starts as many."""
+    a command that starts as many. In a notebook nothing was typed."""
+    if Path(sys.argv[0]).name.endswith("kernel_launcher.py"):  # ipykernel's, and Colab's
+        return "in a notebook"
     spec = sys.modules["__main__"].__spec__
     program = ["-m", spec.name] if spec is not None else [Path(sys.argv[0]).name]
     here, nodes = local_processes(), processes() // local_processes()
