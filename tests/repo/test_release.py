@@ -118,6 +118,25 @@ def test_a_wheel_holds_each_file_and_nothing_else(tmp_path: Path):
     assert difference(wrong) == ["* atlas/configs/base.yaml", "+ atlas/old.py", "- atlas/pages/new.jinja"]
 
 
+def test_a_build_forgets_what_an_earlier_one_has_left(tmp_path: Path):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "src/atlas/__init__.py", "configs/base.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("src/atlas/audit.py", "configs/old.yaml"):
+        (tmp_path / name).touch()
+
+    def built() -> set[str]:
+        subprocess.run([sys.executable, "setup.py", "-q", "build_py"], cwd=tmp_path, check=True)
+        lib = tmp_path / "build" / "lib"
+        return {str(path.relative_to(lib)) for path in lib.rglob("*") if path.is_file()}
+
+    now = {"atlas/__init__.py", "atlas/configs/base.yaml"}
+    assert built() == now | {"atlas/audit.py", "atlas/configs/old.yaml"}
+    for name in ("src/atlas/audit.py", "configs/old.yaml"):  # as `git pull` does
+        (tmp_path / name).unlink()
+    assert built() == now
+
+
 @pytest.mark.parametrize(
     ("schema", "files"),
     [
