@@ -165,7 +165,7 @@ def compare(
     try:
         import scipy  # noqa: F401
     except ImportError:
-        raise UserError("compare needs scipy: `pip install atlas-posttraining[eval]`") from None
+        raise UserError("compare needs scipy: `pip install 'atlas-posttraining[eval]'`") from None
     from atlas.eval.compare import comparison, of_scores
 
     if isinstance(a, str) != isinstance(b, str):

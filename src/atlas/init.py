@@ -4,6 +4,7 @@ from argparse import Namespace
 
 from atlas.cli import command
 from atlas.config import packaged_configs
+from atlas.config.load import read_yaml
 from atlas.errors import DONE, UserError
 
 OWN_DATA = "own_data.yaml"
@@ -29,6 +30,9 @@ def main(arguments: Namespace) -> int:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
     if like in JOBS:
         print(f"{path} is written. Change the lines with SET, then `{JOBS[like]} {path}`")
+        return DONE
+    if "stages" in read_yaml(path):
+        print(f"{path} is written. Put the names of your stages' configs in it, then run `atlas run --config {path}`")
         return DONE
     print(f"{path} is written. Put the names of your data and your model in it, then run `atlas audit --config {path}`")
     return DONE

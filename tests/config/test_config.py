@@ -188,9 +188,9 @@ def test_a_missing_section_names_the_key(tmp_path: Path):
         ("[a, b]: x", "a key was read as"),
         ("model: {name: a, 5: x}", "model: a key was read as int: put it in quotes"),
         ("train: {fsdp_config: {x: {null: x}}}", r"train\.fsdp_config\.x: a key was read as NoneType"),
-        ("model: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
-        ("train:\n  seed: " + "9" * 5000, "not valid YAML: Exceeds the limit"),
-        ("train:\n  seed: " + "9" * 4000, "is too large"),
+        pytest.param("model: " + "[" * 3000 + "]" * 3000, "nested too deeply", id="3,000 lists"),
+        pytest.param("train:\n  seed: " + "9" * 5000, "not valid YAML: Exceeds the limit", id="5,000 digits"),
+        pytest.param("train:\n  seed: " + "9" * 4000, "is too large", id="4,000 digits"),
         ("train:\n  run_name: 2026-11-21\n", "put it in quotes"),
         ("train:\n  run_name: 2026-13-45\n", "month must be in"),
         ("train:\n  run_name: !!bool x\n", "not valid YAML: line 2: the tag"),
@@ -413,6 +413,11 @@ def test_init_writes_a_config_and_never_over_one(tmp_path: Path, monkeypatch, ca
     assert init.main(["--like", "sft_qwen05b_mix.yaml"]) == 0  # its base need not lie beside it
     assert sft.main(["--config", "sft_qwen05b_mix.yaml", "--print-config"]) == 0
     assert "# sft_qwen05b.yaml" in capsys.readouterr().out
+    # A pipeline has no audit of its own. The next command is one that takes it, and the others name that one.
+    assert init.main(["--like", "pipeline_pocket.yaml"]) == 0
+    assert "run `atlas run --config pipeline_pocket.yaml`" in capsys.readouterr().out
+    assert sft.main(["--config", "pipeline_pocket.yaml"]) == 2
+    assert "pipeline_pocket.yaml is a pipeline, for `atlas run`" in capsys.readouterr().err
 
 
 def test_the_wheel_brings_its_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

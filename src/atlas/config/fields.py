@@ -162,7 +162,7 @@ def _read_fields(sources: tuple[tuple[str, str, str], ...]) -> dict[str, TrainFi
     for package, file, class_name in sources:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
-            raise UserError(f"the package {package!r} is not installed: run `make setup`")
+            raise UserError(f"the package {package!r} is not installed: `pip install {package}`")
         tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
         for item in next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name):
             if not isinstance(item, ast.AnnAssign) or item.value is None:

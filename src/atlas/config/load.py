@@ -177,6 +177,10 @@ def _merged(layers: _Layers) -> dict[str, Any]:
 def _layers(path: Path, above: tuple[Path, ...] = ()) -> _Layers:
     """(file name, its tree) of a file and the chain of its bases, the lowest first."""
     tree = read_yaml(path)
+    if "stages" in tree:
+        raise UserError(
+            f"{path} is a pipeline, for `atlas run`. Each of its stages names the config that this command takes"
+        )
     named = tree.pop("base", "base.yaml" if (path.parent / "base.yaml").is_file() else None)
     layer = (path.name, tree)
     if named is None:

@@ -317,7 +317,7 @@ def plot(found: Sequence[Comparison], folder: Path) -> list[Path]:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("plots need matplotlib: `pip install atlas-posttraining[eval]`") from None
+        raise UserError("plots need matplotlib: `pip install 'atlas-posttraining[eval]'`") from None
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     written = []

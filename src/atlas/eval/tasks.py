@@ -81,7 +81,7 @@ def prepare_ifeval(rows: Rows | None, place: str) -> dict[str, Any]:
         import langdetect
         import nltk
     except ImportError as error:
-        raise UserError(f"ifeval needs the package {error.name}: `pip install atlas-posttraining[eval]`") from None
+        raise UserError(f"ifeval needs the package {error.name}: `pip install 'atlas-posttraining[eval]'`") from None
     used = NEEDS_PUNKT if rows is None else {name for row in rows for name in row["instruction_id_list"]}
     if needy := used & NEEDS_PUNKT:
         try:
@@ -194,7 +194,9 @@ def load_task(asked: EvalTask, data: str | None, chat_template: bool = True) -> 
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(f"evaluation needs the package {error.name}: `pip install atlas-posttraining[eval]`") from None
+        raise UserError(
+            f"evaluation needs the package {error.name}: `pip install 'atlas-posttraining[eval]'`"
+        ) from None
     known = KNOWN[asked.name]
     given = [key for key in ("prompt", "until") if getattr(asked, key) is not None]
     if given and known.max_gen_toks is None:

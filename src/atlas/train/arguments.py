@@ -202,7 +202,7 @@ def _tracker_problem(name: str) -> str | None:
     if name not in ("wandb", "tensorboard", "trackio"):
         return None
     if find_spec(name) is None:
-        return f"the package is not installed (`pip install atlas-posttraining[{name}]`)"
+        return f"the package is not installed (`pip install 'atlas-posttraining[{name}]'`)"
     if name != "wandb" or wandb_is_offline() or os.environ.get("WANDB_API_KEY"):
         return None
     from netrc import NetrcParseError, netrc
