@@ -153,6 +153,51 @@ def test_pad_that_is_the_stop_token_is_told_from_padding(tokenizer: PreTrainedTo
     assert [(f.kind, f.text) for f in row.findings] == [("missing", "<|im_end|>")] and row.tokens == end
 
 
+@pytest.mark.parametrize(
+    "column", ["seq_lengths", "seq_lens", "position_ids", "input_pos", "attention_mask", "position_ids of a batch"]
+)
+@pytest.mark.parametrize("is_right", [True, False])
+def test_packed_rows_are_taken_apart(column: str, is_right: bool, tokenizer: PreTrainedTokenizerBase):
+    """As TRL, torchtune and Axolotl say where a sequence begins. torchtune counts the padding as a sequence of its own."""
+    rows = right_rows(tokenizer)
+    if not is_right:
+        rows[2]["labels"][0] = rows[2]["input_ids"][0]
+    lengths = [len(row["input_ids"]) for row in rows]
+    of_each = {
+        "seq_lengths": lengths,
+        "seq_lens": [*lengths, 5],
+        "position_ids": [position for length in lengths for position in range(length)] + [0] * 5,
+        "input_pos": [position for length in lengths for position in range(length)]
+        + list(range(lengths[-1], lengths[-1] + 5)),
+        "attention_mask": [number for number, length in enumerate(lengths, 1) for _ in range(length)] + [0] * 5,
+    }
+    packed = {name: [value for row in rows for value in row[name]] for name in ("input_ids", "labels")}
+    packed["input_ids"] += [tokenizer.pad_token_id] * 5
+    packed["labels"] += [-100] * 5
+    packed[column.split()[0]] = of_each[column.split()[0]]
+    if column.endswith("batch"):
+        packed = {name: torch.tensor([values]) for name, values in packed.items()}
+    report = audit(CHATS, tokenizer, packed)
+    assert [row.conversation for row in report.rows] == [0, 1, 2] and not report.unused
+    assert [row.tokens for row in report.rows] == lengths
+    assert report.counts == ({} if is_right else {"leak": 1}), str(report)
+
+
+def test_special_tokens_in_ordinary_tokens_are_a_finding(tokenizer: PreTrainedTokenizerBase):
+    """The text is right to the byte, but the model would learn to write `<`, `|`, ... and never to stop."""
+    for text, at in (("<|im_end|>", -1), ("<|im_start|>", 0)):
+        (row,) = right_rows(tokenizer, CHATS[1:2])
+        own = tokenizer.convert_tokens_to_ids(text)
+        place = [number for number, token in enumerate(row["input_ids"]) if token == own][at]
+        spelled = tokenizer.encode(text, split_special_tokens=True, add_special_tokens=False)
+        assert len(spelled) > 1
+        for values in row.values():
+            values[place : place + 1] = spelled if values[place] == own else [-100] * len(spelled)
+        report = audit(CHATS[1:2], tokenizer, row)
+        assert not report.ok and report.counts == {"text": 1}, str(report)
+        assert f"{text!r} stands here in ordinary tokens" in report.rows[0].findings[0].text
+
+
 def test_usual_mistakes_have_their_names(tokenizer: PreTrainedTokenizerBase):
     (row,) = right_rows(tokenizer, CHATS[1:2])
     ids, labels = row["input_ids"], row["labels"]
@@ -262,6 +307,13 @@ def test_the_page_and_the_text_show_the_findings(tokenizer: PreTrainedTokenizerB
         ([{"input_ids": [10**6], "labels": [1]}], "batch or row 0: 1000000 is no token id of the tokenizer"),
         ([([1], [1])], "batch or row 0 is a tuple, not a mapping"),
         ([], "there are no rows with labels"),
+        (None, "the rows are a NoneType"),
+        ([{"input_ids": [1], "labels": None}], "batch or row 0 has no labels"),
+        ([{"input_ids": [[1], [1]], "labels": [[1]]}], "2 rows of input_ids, but 1 of labels"),
+        (
+            [{"input_ids": [1] * 5, "labels": [1] * 5, "seq_lengths": [2, 2]}],
+            "5 input_ids, but lengths of sequences that make 4",
+        ),
     ],
 )
 def test_wrong_rows_are_user_errors(rows: Any, message: str, tokenizer: PreTrainedTokenizerBase):
@@ -275,6 +327,9 @@ def test_wrong_tokenizers_and_conversations_are_user_errors(tokenizer: PreTraine
         audit([{"a": 1}], tokenizer, row)
     with pytest.raises(UserError, match="there are no conversations"):
         audit([], tokenizer, row)
+    for one in (CHATS[0], CHATS[0]["messages"], "Hi", None, ["Hi"]):
+        with pytest.raises(UserError, match=r"give a list of conversations|conversation 0 is a str"):
+            audit(one, tokenizer, row)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="str is no fast tokenizer"):
         audit(CHATS, "Qwen/Qwen2.5-0.5B", row)
     tokenizer.chat_template = None
@@ -356,11 +411,18 @@ def test_compare_names_and_scores(tmp_path: Path):
     for gains, p in ((5, 1 / 16), (6, 1 / 32)):
         assert compare([False] * 40, [True] * gains + [False] * (40 - gains)).difference.p == pytest.approx(p)
     assert compare([0.25] * 30, [0.5] * 30).difference.verdict == "better"
+    assert compare(torch.tensor([True, False]), iter([0, 1])).n == 2
     for a, b, message in (
         ([1], [1, 0], "1 scores and 2"),
         ([], [], "no scores"),
         ([7], [1], "7 is no score"),
         ("a", [1], "two names of runs, or two lists"),
+        ([float("nan")], [1], "nan is no score"),
+        (["1"], [1], "'1' is no score"),
+        ([None], [1], "None is no score"),
+        (np.ones((3, 2)), np.ones((3, 2)), "no score from 0 to 1"),
+        ({"a": 1}, {"b": 1}, "not a dict"),
+        (None, None, "not a NoneType"),
         ("base", "tune", "did you mean 'tuned'"),
     ):
         with pytest.raises(UserError, match=message):

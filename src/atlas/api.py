@@ -37,7 +37,8 @@ def audit(
         tokenizer: A fast tokenizer of transformers, with the chat template that the model will be asked with.
         rows: One batch or row, or many: mappings with `input_ids` (or `tokens`) and `labels`, as lists, arrays or tensors.
             Instead of `labels` they may have TRL's `assistant_masks` or `completion_mask`. Padding is found by
-            `attention_mask` and the pad token; packed rows are taken apart by `position_ids` or `seq_lengths`.
+            `attention_mask` and the pad token; packed rows are taken apart by `position_ids` (or
+            `input_pos`), `seq_lengths` (or `seq_lens`), or an attention mask that numbers them.
         max_length: Where the rows were cut. Without it, a row that ends before its last stop token is a finding.
         last_answer_only: Only the last answer of a conversation has to be trained, and the earlier ones must not be.
         ignore_index: The label that the loss skips.

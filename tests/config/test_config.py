@@ -215,6 +215,10 @@ def test_missing_files(tmp_path: Path):
         load_config(tmp_path)
     with pytest.raises(UserError, match="File name too long"):
         load_config(tmp_path / ("x" * 300))
+    with pytest.raises(UserError, match="the path of a YAML file, not a dict"):
+        load_config({"train": {"seed": 1}})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="overrides: give a list of texts"):
+        load_config(QWEN, "train.seed=1")
     with pytest.raises(UserError, match=r"atlas brings along base\.yaml, .*`atlas init`"):
         load_config(tmp_path / "none" / "of_these.yaml")
 

@@ -7,11 +7,12 @@ uses. The comparison is done for a whole batch at once, so that auditing every r
 """
 
 import os.path
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
-from itertools import chain, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas.auditing.content import differences, excerpt
@@ -99,7 +100,8 @@ class Finding:
     kind: str
     """What is wrong: `leak`, `missing`, ...; docs/findings_reference.md explains each."""
     turn: int
-    """The message's index in its row; -1: of the whole row, or of the tokenizer."""
+    """The message's index in its row; -1: of the whole row, or of the tokenizer. What is trained between answers counts as the
+    answer's before it, or as the first one's."""
     start: int
     """First byte of the row's text."""
     end: int
@@ -186,6 +188,10 @@ class Oracle:
         self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int32)
         self._offsets = (np.cumsum(self._lengths) - self._lengths).astype(np.int32)
         self._blob = np.frombuffer(b"".join(pieces), dtype=np.uint8)
+        added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
+        self._added = frozenset(added)
+        longest_first = sorted((text.encode() for text in added.values()), key=len, reverse=True)
+        self._added_texts = re.compile(b"|".join(map(re.escape, longest_first)) or b"(?!)")
         normalizer = repr(tokenizer.backend_tokenizer.normalizer)
         self._forms = [form for form in ("NFC", "NFD", "NFKC", "NFKD") if f"{form}(" in normalizer]
 
@@ -195,6 +201,19 @@ class Oracle:
             for form in self._forms:
                 text = unicodedata.normalize(form, text)  # type: ignore[arg-type]  # one of the four names above
         return text
+
+    def in_ordinary_tokens(self, ids: Sequence[int], spelled: bytes) -> tuple[int, str] | None:
+        """The first added token (`<|im_end|>`) that these ids spell with several ordinary tokens, and its byte in `spelled`, where
+        the tokenizer would take its own id: the text is the same, but to the model it is another."""
+        texts = [(found.start(), found[0].decode()) for found in self._added_texts.finditer(spelled)]
+        if len(texts) <= sum(token in self._added for token in ids):
+            return None
+        own = self.tokenizer(spelled.decode(errors="replace"), add_special_tokens=False)["input_ids"]
+        if sum(token in self._added for token in own) <= sum(token in self._added for token in ids):
+            return None  # it stands inside a word, for example, where it is none
+        begins = accumulate((int(self._lengths[token]) for token in ids), initial=0)
+        marked = {at for at, token in zip(begins, ids, strict=False) if token in self._added}
+        return next((text for text in texts if text[0] not in marked), None)
 
     def answer(self, prompt: str, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> tuple[str, Turn]:
         """The rendered `prompt` of inference with the answer that ends the messages, and what has to be generated in it. Raises

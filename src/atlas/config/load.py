@@ -79,6 +79,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), phase: str | No
     Raises:
         UserError: Anything wrong, with file and key.
     """
+    if not isinstance(path, str | Path):
+        raise UserError(
+            f"config: give the path of a YAML file, not a {type(path).__name__}; single values go into `overrides`"
+        )
+    if isinstance(overrides, str | Mapping):
+        raise UserError('overrides: give a list of texts, such as ["train.seed=1"]')
     path = find_config(Path(path))
     layers, given = _layers(path), [(_COMMAND_LINE, _override(text)) for text in overrides]
     preset = [layer.pop(_PRESET) for _, layer in given if _PRESET in layer]

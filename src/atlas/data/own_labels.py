@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 _IDS = ("input_ids", "tokens")  # the second is torchtune's
 _MASKS = ("assistant_masks", "completion_mask")  # of TRL's data sets; its collator makes the labels from them
+_LENGTHS = ("seq_lengths", "seq_lens")  # of the sequences that are packed in a row; the second is torchtune's
+_POSITIONS = ("position_ids", "input_pos")  # in their own sequence; the second is torchtune's
 _SHOWN = 20, 5  # rows on the page: with findings, and without
 _EXAMPLES = 3  # rows named for each finding in the text
 _AT_ONCE = 256  # rows
@@ -204,7 +206,7 @@ class _Conversations:
         last_answer_only: bool,
     ) -> None:
         self.oracle, self.last_answer_only = oracle, last_answer_only
-        self._given = [row if isinstance(row, Mapping) else {"messages": list(row)} for row in given]
+        self._given = list(_messages_each(given))
         if not self._given:
             raise UserError("audit: there are no conversations")
         self._format = detect(self._given[:DETECT_ROWS], "the conversations")
@@ -287,6 +289,8 @@ def audit_labels(
     oracle, table = Oracle(tokenizer, date.today()), token_bytes(tokenizer)
     given = _Conversations(conversations, oracle, last_answer_only)
     batches = [rows] if isinstance(rows, Mapping) else rows
+    if not isinstance(batches, Iterable):
+        raise UserError(f"audit: the rows are a {type(rows).__name__}, not mappings with input_ids and labels")
     pad = None if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
     read = _rows(batches, table, pad, ignore_index)
     audited: list[AuditedRow] = []
@@ -322,6 +326,22 @@ def _refuse(tokenizer: Any) -> None:
         )
 
 
+def _messages_each(given: Any) -> Iterator[Mapping[str, Any]]:
+    """A row for each conversation. Raises `UserError` for what is none."""
+    if isinstance(given, Mapping | str) or not isinstance(given, Iterable):
+        raise UserError(f"audit: give a list of conversations, not a {type(given).__name__}")
+    for at, row in enumerate(given):
+        if isinstance(row, Mapping) and "role" in row:
+            raise UserError(
+                "audit: give a list of conversations: `[messages]`, not `messages`, where there is only one"
+            )
+        if isinstance(row, str) or not isinstance(row, Iterable):
+            raise UserError(
+                f"audit: conversation {at} is a {type(row).__name__}, not a list of messages, and not a row"
+            )
+        yield row if isinstance(row, Mapping) else {"messages": list(row)}
+
+
 def _listed(value: Any) -> Any:
     """A tensor or an array as lists."""
     return value.tolist() if hasattr(value, "tolist") else value
@@ -339,14 +359,22 @@ def _rows(
         name = next((name for name in _IDS if name in batch), None)
         if name is None:
             raise UserError(f"{place} has no input_ids. It has: {', '.join(map(str, batch)) or 'nothing'}")
-        wanted = ("labels", *_MASKS, "attention_mask", "position_ids", "seq_lengths")
-        columns = {"ids": _listed(batch[name])} | {key: _listed(batch[key]) for key in wanted if key in batch}
+        wanted = ("labels", *_MASKS, "attention_mask", *_POSITIONS, *_LENGTHS)
+        columns = {"ids": _listed(batch[name])}
+        columns |= {key: _listed(batch[key]) for key in wanted if key in batch and batch[key] is not None}
         if not {"labels", *_MASKS} & columns.keys():
-            raise UserError(f"{place} has no labels, and none of {', '.join(_MASKS)}. It has: {', '.join(batch)}")
-        columns = {key: value for key, value in columns.items() if value is not None}
+            raise UserError(
+                f"{place} has no labels, and none of {', '.join(_MASKS)}. It has: {', '.join(map(str, batch))}"
+            )
         if columns["ids"] and isinstance(_listed(columns["ids"][0]), list):
+            size = len(columns["ids"])
             columns = {key: [_listed(one) for one in value] for key, value in columns.items()}
-            each = [{key: value[i] for key, value in columns.items()} for i in range(len(columns["ids"]))]
+            for key in ("labels", *_MASKS):
+                if len(columns.get(key, columns["ids"])) != size:
+                    raise UserError(f"{place}: {size} rows of input_ids, but {len(columns[key])} of {key}")
+            if size == 1:  # what is said of the one row may stand there without the dimension of the batch
+                columns = {k: value if isinstance(value[0], list) else [value] for k, value in columns.items() if value}
+            each = [{key: value[i] for key, value in columns.items() if len(value) == size} for i in range(size)]
         else:
             each = [columns]
         for one in each:
@@ -358,7 +386,8 @@ def _rows(
 def _sequences(
     row: Mapping[str, Any], place: str, table: Mapping[int, bytes], pad: int | None, ignore_index: int
 ) -> Iterator[tuple[list[int], list[int], list[bool]]]:
-    """Ids, labels, and what is padding, of a row; or of each sequence that is packed in it, by `seq_lengths` or `position_ids`."""
+    """Ids, labels, and what is padding, of a row; or of each sequence that is packed in it, by their lengths, their positions, or
+    their numbers in the attention mask."""
     ids = row["ids"]
     unknown = next((token for token in ids if token not in table), None)
     if unknown is not None:
@@ -375,13 +404,22 @@ def _sequences(
         IGNORED if label == ignore_index or not all(one) else label for label, *one in zip(labels, *masks, strict=True)
     ]
     hidden = [token == pad or not see for token, see in zip(ids, shown, strict=True)]
-    if lengths := row.get("seq_lengths"):
-        starts = list(accumulate(lengths[:-1], initial=0))
+    lengths = next((row[name] for name in _LENGTHS if name in row), None)
+    positions = next((row[name] for name in _POSITIONS if name in row), ())
+    if lengths:
+        lengths = lengths if isinstance(lengths, list) else [lengths]
+        if not all(hidden[sum(lengths) :]) or sum(lengths) > len(ids):
+            raise UserError(f"{place}: {len(ids)} input_ids, but lengths of sequences that make {sum(lengths)}")
+        starts = list(accumulate(lengths, initial=0))
     else:
-        positions = row.get("position_ids") or ()
         starts = [at for at, position in enumerate(positions) if position == 0 and not hidden[at]]
-    for start, end in pairwise(sorted({0, *starts, len(ids)})):
-        yield ids[start:end], labels[start:end], hidden[start:end]
+    if not starts and max(shown, default=0) > 1:  # each sequence has its own number
+        starts = [at for at, (before, value) in enumerate(pairwise(shown), 1) if value not in (0, before)]
+    parts = list(pairwise(sorted({0, *starts, len(ids)})))
+    for start, end in parts:
+        is_padding = all(hidden[start:end]) and all(label == IGNORED for label in labels[start:end])
+        if len(parts) == 1 or not is_padding:
+            yield ids[start:end], labels[start:end], hidden[start:end]
 
 
 def _shift(ids: list[int], labels: list[int]) -> int:
@@ -471,6 +509,10 @@ def _compared(row: _Row, given: _Conversations, table: Mapping[int, bytes]) -> _
                 "text", -1, 0, 0, f"each label is the {which} token: models of transformers shift labels themselves"
             )
         )
+    if plain := given.oracle.in_ordinary_tokens(row.ids, spelled):
+        start, token = plain
+        said = f"{token!r} stands here in ordinary tokens, but the tokenizer has a token of its own for it"
+        more.append(Finding("text", -1, start, start + len(token.encode()), said))
     if (shared := _shared(expected, spelled)) < len(spelled):  # what follows is another text, and is not judged
         ends = list(accumulate(len(table[token]) for token in row.ids))
         kept = sum(end <= shared for end in ends)

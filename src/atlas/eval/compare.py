@@ -8,7 +8,7 @@ Runs are rows of results/metrics.json. Writes results/comparison.md and plots, a
 import shutil
 import textwrap
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import zip_longest
@@ -146,14 +146,30 @@ def _load(results: Path, name: str, task: str | None) -> tuple[Run, dict[str, Re
 
 def of_scores(a: Sequence[float], b: Sequence[float], task: str) -> Comparison:
     """B against A by scores of one's own: one for each prompt, from 0 to 1, in the same order. Raises `UserError`."""
+    for scores in (a, b):
+        if isinstance(scores, Mapping | Set | bytes) or not isinstance(scores, Iterable):
+            kind = type(scores).__name__
+            raise UserError(
+                f"compare: give two names of runs, or two lists of scores with one for each prompt, not a {kind}"
+            )
+    a, b = list(a), list(b)
     if len(a) != len(b):
         raise UserError(f"compare: {len(a):,} scores and {len(b):,}: give one for each prompt, in the same order")
-    if not len(a):
+    if not a:
         raise UserError("compare: there are no scores")
-    if wrong := next((score for score in (*a, *b) if not 0 <= score <= 1), None):
-        raise UserError(f"compare: {wrong!r} is no score from 0 to 1")
+    for score in (*a, *b):
+        if not _is_score(score):
+            raise UserError(f"compare: {score!r} is no score from 0 to 1")
     (run_a, of_a), (run_b, of_b) = _run_of("A", a, task), _run_of("B", b, task)
     return _compare(task, run_a, run_b, of_a, of_b)
+
+
+def _is_score(value: Any) -> bool:
+    """From 0 to 1. numpy's and torch's numbers are some, texts and arrays are not."""
+    try:
+        return not isinstance(value, str) and 0 <= float(value) <= 1
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def _run_of(name: str, scores: Sequence[float], task: str) -> tuple[Run, Records]:
