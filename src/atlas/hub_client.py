@@ -244,7 +244,8 @@ def download(name: str, *, whole: bool = False) -> tuple[Path, str]:
     try:
         folder = ask(fetch, repo)
     except HubError as problem:
-        raise problem.kind(f"{name} cannot be downloaded: {problem}") from None
+        here = "" if Path(name).is_dir() else "is no folder here, and "  # it may be a mistyped path
+        raise problem.kind(f"{name} {here}cannot be downloaded: {problem}") from None
     is_model = whole and (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
     missing = [file for file in _NEEDED if not (folder / file).is_file()]
     if missing and not is_model:

@@ -135,7 +135,10 @@ def test_refusals(trained_run: TrainedRun, tmp_path: Path, monkeypatch, capfd):
         ([full, "--to", to], [str(full), "holds no adapter", "adapter_config.json"]),
         ([moved, "--to", to], ["/nowhere/base", "there is no folder", "--base"]),
         ([moved, "--to", to, "--base", small], [str(small), "does not fit"]),
-        (["ann/nothing", "--to", to], ["ann/nothing cannot be downloaded"]),  # the suite is offline
+        (
+            ["ann/nothing", "--to", to],
+            ["ann/nothing is no folder here, and cannot be downloaded"],
+        ),  # the suite is offline
     ):
         assert merge(monkeypatch, *arguments) == 2
         err = capfd.readouterr().err
