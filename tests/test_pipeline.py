@@ -284,8 +284,12 @@ def test_the_pipelines_that_atlas_brings_along_are_found_from_an_empty_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for path in sorted((ROOT / "configs").glob("pipeline_*.yaml")):
-        for name in (path.name, f"configs/{path.name}"):
-            found = pipeline.load_pipeline(name)
-            assert [stage.config.phase for stage in found.stages] == ["sft", "dpo"]
-            assert found.stages[1].config.model.adapter == found.stages[0].config.output.dir
+    phases = {"qwen05b": ["sft", "dpo"], "pocket": ["sft", "dpo"], "qwen05b_if": ["sft", "sft"]}
+    names = {f"pipeline_{name}.yaml" for name in phases}
+    assert names == {path.name for path in (ROOT / "configs").glob("pipeline_*.yaml")}
+    for name, expected in phases.items():
+        for path in (f"pipeline_{name}.yaml", f"configs/pipeline_{name}.yaml"):
+            found = pipeline.load_pipeline(path)
+            assert [stage.config.phase for stage in found.stages] == expected
+            adapter = found.stages[0].config.output.dir if expected[1] == "dpo" else None
+            assert found.stages[1].config.model.adapter == adapter
