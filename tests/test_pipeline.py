@@ -251,6 +251,11 @@ def test_a_wrong_command_line_is_refused_at_once(
             "unknown key 'tasks[0].max_gen_tokens'; did you mean 'tasks[0].max_gen_toks'?",
         ),
         ("stages:", "steps:", "unknown key 'steps'; did you mean 'stages'?"),
+        (
+            STAGES,
+            "phase: dpo\nmodel: {adapter: last}\n",
+            "is the config of a phase, and no pipeline: `atlas dpo --config",
+        ),
     ],
 )
 def test_a_wrong_pipeline_file_is_refused(

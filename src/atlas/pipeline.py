@@ -168,6 +168,10 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
 
 def _read(path: Path) -> PipelineFile:
     tree = read_yaml(path)
+    if "stages" not in tree and any(key in Config.model_fields for key in tree):
+        raise UserError(
+            f"{path}: this is the config of a phase, and no pipeline: `atlas {phase_named(path)} --config {path}` trains it"
+        )
     try:
         return PipelineFile.model_validate(tree)
     except ValidationError as error:

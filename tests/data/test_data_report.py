@@ -124,6 +124,7 @@ def test_a_stream_is_read_through(base_folder: Path, rows_file: Path, tmp_path: 
     assert "120 rows read, 120 used," in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_recipe_for_mixed_data_runs_on_real_rows(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     files = [shared / "alpaca/alpaca_2000.jsonl", shared / "dolly/dolly_1000.jsonl"]
     status = commands.data(

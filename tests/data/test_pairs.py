@@ -298,6 +298,7 @@ def test_length_bias_is_said(base_folder: Path, tmp_path: Path, capfd: pytest.Ca
     assert "longer in 50% of the pairs, shorter in 50%\n" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("real tokenizers")
 def test_real_pairs(shared: Path, tmp_path: Path):
     """All pairs of two data sets with the real tokenizer; and in what TRL's rows differ."""

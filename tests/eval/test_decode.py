@@ -75,7 +75,9 @@ def plain(lab: base.PocketPaths) -> Any:
     return load_model(lab.base)[0]
 
 
-@pytest.mark.parametrize("make", [plain, window, state_space])
+@pytest.mark.parametrize(
+    "make", [plain, pytest.param(window, marks=pytest.mark.slow), pytest.param(state_space, marks=pytest.mark.slow)]
+)
 def test_replies_are_those_of_each_prompt_alone(make: Any, lab: base.PocketPaths) -> None:
     torch.manual_seed(0)
     model = make(lab).eval()

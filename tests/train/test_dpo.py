@@ -519,7 +519,11 @@ EVALUATED += ["train.eval_strategy=steps", "train.eval_steps=2", "train.logging_
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["train.batching=group", "train.gradient_accumulation_steps=3"]], ids=["NF4", "groups"]
+    "more",
+    [
+        pytest.param([], marks=pytest.mark.slow, id="NF4"),
+        pytest.param(["train.batching=group", "train.gradient_accumulation_steps=3"], id="groups"),
+    ],
 )
 def test_a_resumed_run_equals_the_unbroken_one(more: list[str], dpo_args: list[str], pairs_file: Path, tmp_path: Path):
     """Past the first epoch; the log's lines do not fall on checkpoints."""

@@ -100,6 +100,7 @@ def frozen(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
+@pytest.mark.slow
 def test_a_sound_config_of_pairs_passes(easy_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     # `last` is beside the config's own output.dir, and not beside the folders of the check.
     last = [f"output.dir={tmp_path / 'runs' / 'dpo'}", "model.adapter=last"]

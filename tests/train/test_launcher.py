@@ -79,7 +79,7 @@ def test_a_launch_that_cannot_be_is_one_line(words: list[str], said: str, capsys
     assert said in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_port_that_another_program_has(nodes: int, capsys: pytest.CaptureFixture[str]):
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]

@@ -227,7 +227,7 @@ def test_samples_change_nothing_of_the_training(sft_args: list[str], tmp_path: P
         assert any(text.startswith(sample["prompt"] + sample["expected"]) for text in expected)
 
 
-@pytest.mark.parametrize("batching", ["pad", "pack"])
+@pytest.mark.parametrize("batching", [pytest.param("pad", marks=pytest.mark.slow), "pack"])
 def test_loss_and_held_out_loss_are_the_same_however_a_step_is_split(
     batching: str, sft_args: list[str], tmp_path: Path
 ) -> None:

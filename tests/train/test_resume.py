@@ -47,7 +47,10 @@ KINDS: dict[str, tuple[list[str], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = {"packed", "accumulation", "a stream, past the first pass", "rows of like length, past the first epoch"}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in KINDS])
 def test_resumed_run_equals_the_unbroken_one(kind: str, sft_args: list[str], rows_file: Path, tmp_path: Path):
     asked, steps = KINDS[kind]
     arguments = [*sft_args, *BASIC, *(text.format(rows=rows_file) for text in asked)]

@@ -169,7 +169,8 @@ def test_dump_template_audit_shows_every_token_and_loads_no_model(sft_args: list
 
 
 # The other tokenizer differs in its end token and default system prompt, which test_audit and `instruct_folder` cover.
-@pytest.mark.parametrize("tokenizer", ["base", pytest.param("instruct", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["base", "instruct"])
 def test_recipe_config_with_a_qwen_shaped_model(tokenizer: str, shared: Path, tmp_path: Path):
     """The command of the docs: configs/sft_qwen05b.yaml, the real tokenizer, real conversations; only layers are fewer."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
