@@ -384,6 +384,9 @@ def test_label_refuses_what_must_not_be_trained(tokenizer: PreTrainedTokenizerBa
         label(CHATS)
     with pytest.raises(UserError, match="row 1 is no plain JSON"):
         label([{"messages": {1, 2}}], tokenizer)
+    for wrong, said in ((None, "a NoneType"), ("rows.jsonl", "a str"), (["text"], "conversation 0 is a str")):
+        with pytest.raises(UserError, match=f"^label: .*{said}"):
+            label(wrong, tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace("message.content + '<|im_end|>'", "message.content + '!'")
     with pytest.raises(UserError):
         label(CHATS, tokenizer)

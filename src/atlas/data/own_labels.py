@@ -32,7 +32,7 @@ from atlas.auditing.tokens import token_bytes
 from atlas.config.schema import TEXT
 from atlas.console import visible
 from atlas.data.formats import BadRowError, Conversation, conversation, detect, refuse_special_tokens
-from atlas.data.sources import DETECT_ROWS
+from atlas.data.sources import DETECT_ROWS, conversations
 from atlas.errors import UserError
 from atlas.files import write_text, writing
 from atlas.models.template import TemplateRefusedError
@@ -206,7 +206,7 @@ class _Conversations:
         last_answer_only: bool,
     ) -> None:
         self.oracle, self.last_answer_only = oracle, last_answer_only
-        self._given = list(_messages_each(given))
+        self._given = list(conversations(given, "audit"))
         if not self._given:
             raise UserError("audit: there are no conversations")
         self._format = detect(self._given[:DETECT_ROWS], "the conversations")
@@ -324,22 +324,6 @@ def _refuse(tokenizer: Any) -> None:
             f"audit: the tokenizer {tokenizer.name_or_path!r} has no chat template. Set `tokenizer.chat_template` to the one with "
             "which the rows were made"
         )
-
-
-def _messages_each(given: Any) -> Iterator[Mapping[str, Any]]:
-    """A row for each conversation. Raises `UserError` for what is none."""
-    if isinstance(given, Mapping | str) or not isinstance(given, Iterable):
-        raise UserError(f"audit: give a list of conversations, not a {type(given).__name__}")
-    for at, row in enumerate(given):
-        if isinstance(row, Mapping) and "role" in row:
-            raise UserError(
-                "audit: give a list of conversations: `[messages]`, not `messages`, where there is only one"
-            )
-        if isinstance(row, str) or not isinstance(row, Iterable):
-            raise UserError(
-                f"audit: conversation {at} is a {type(row).__name__}, not a list of messages, and not a row"
-            )
-        yield row if isinstance(row, Mapping) else {"messages": list(row)}
 
 
 def _listed(value: Any) -> Any:

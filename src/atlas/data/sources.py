@@ -49,15 +49,31 @@ def in_memory(rows: "Dataset | Iterable[Mapping[str, Any] | Sequence[Mapping[str
     if isinstance(rows, Dataset):
         return rows
     texts = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(conversations(rows, "label"), 1):
         try:
-            texts.append(json.dumps(row if isinstance(row, Mapping) else {"messages": list(row)}, ensure_ascii=False))
+            texts.append(json.dumps(row, ensure_ascii=False))
         except (TypeError, ValueError) as error:
             raise UserError(f"data: row {number} is no plain JSON: {error}") from None
     if not texts:
         raise UserError("data: there are no rows")
     table = Dataset.from_dict({"json": texts, "line": [*range(1, len(texts) + 1)], "file": ["rows"] * len(texts)})
     return Dataset(table.data, table.info, fingerprint=digest("\n".join(texts)))
+
+
+def conversations(given: Any, what: str) -> Iterator[Mapping[str, Any]]:
+    """A row for each conversation that is given to the function `what`. Raises `UserError` for what is none."""
+    if isinstance(given, Mapping | str) or not isinstance(given, Iterable):
+        raise UserError(f"{what}: give a list of conversations, not a {type(given).__name__}")
+    for at, row in enumerate(given):
+        if isinstance(row, Mapping) and "role" in row:
+            raise UserError(
+                f"{what}: give a list of conversations: `[messages]`, not `messages`, where there is only one"
+            )
+        if isinstance(row, str) or not isinstance(row, Iterable):
+            raise UserError(
+                f"{what}: conversation {at} is a {type(row).__name__}, not a list of messages, and not a row"
+            )
+        yield row if isinstance(row, Mapping) else {"messages": list(row)}
 
 
 def load_source(source: Source) -> "Dataset":
